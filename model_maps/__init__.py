@@ -1,0 +1,41 @@
+"""Where the parts of a model are: data about architectures, without any framework."""
+
+from model_maps.families import Head, family
+from model_maps.lookup import (
+    AbsentComponentError,
+    UnknownNameError,
+    UnmappedModelError,
+    component_site,
+    find_map,
+    known_classes,
+    register_map,
+)
+from model_maps.schema import HeadColumns, Layout, ModelMap, Part, Side, Site, Variant, Width
+from model_maps.sizes import Sizes, columns_of, sizes_of
+from model_maps.vocabulary import COMPONENTS, Component, is_head_component
+
+__all__ = [
+    "COMPONENTS",
+    "AbsentComponentError",
+    "Component",
+    "Head",
+    "HeadColumns",
+    "Layout",
+    "ModelMap",
+    "Part",
+    "Side",
+    "Site",
+    "Sizes",
+    "UnknownNameError",
+    "UnmappedModelError",
+    "Variant",
+    "Width",
+    "columns_of",
+    "component_site",
+    "family",
+    "find_map",
+    "is_head_component",
+    "known_classes",
+    "register_map",
+    "sizes_of",
+]

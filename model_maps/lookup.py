@@ -1,0 +1,109 @@
+"""From the name of a model class to its map."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from model_maps.decoders import DECODERS
+from model_maps.schema import ModelMap, Site
+from model_maps.vocabulary import COMPONENTS
+
+
+class UnknownNameError(LookupError):
+    """A name that no table has; the message lists the names it does have."""
+
+    def __init__(self, kind: str, name: str, allowed: Iterable[str], where: str) -> None:
+        names = sorted(allowed)
+        near = get_close_matches(name, names, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        super().__init__(f"Unknown {kind} {name!r} {where}.{hint}\nAllowed: {', '.join(names)}.")
+
+
+class AbsentComponentError(LookupError):
+    """A component that the architecture at hand does not have; the message says why."""
+
+
+class UnmappedModelError(LookupError):
+    """A model class that no map describes; the message says the ways out."""
+
+
+def find_map(class_names: Iterable[str], config: object | None = None) -> ModelMap:
+    """The map of the first of these classes that has one, as this config calls for it.
+
+    Args:
+        class_names: Names of a model's class and its bases, nearest first.
+        config: The model's config, whose fields choose among the variants of a map.
+
+    Raises:
+        UnmappedModelError: none of the classes has a map.
+
+    Example:
+        >>> find_map(["MyLlama", "LlamaForCausalLM"]).blocks
+        'model.layers'
+    """
+    names = tuple(class_names)
+    for name in names:
+        if name in _MAPS:
+            return _MAPS[name].for_config(config)
+    name = names[0] if names else "a model without a class name"
+    near = get_close_matches(name, _MAPS, n=1)
+    hint = f" The nearest class that has one is {near[0]!r}." if near else ""
+    raise UnmappedModelError(
+        f"No map describes {name}.{hint}"
+        "\nWrite a ModelMap and register_map() it (classes with the same layout can share one),"
+        " or name the place by its module path, such as 'model.layers[3].mlp.output', in place of a component."
+    )
+
+
+def register_map(model_map: ModelMap, *, replace: bool = False) -> None:
+    """Make a map known for the classes it names.
+
+    Args:
+        model_map: The map.
+        replace: Whether it may take the place of the map that a class already has.
+
+    Raises:
+        ValueError: a class already has another map and `replace` is False.
+    """
+    taken = [name for name in model_map.classes if _MAPS.get(name, model_map) != model_map]
+    if taken and not replace:
+        raise ValueError(
+            f"Another map already describes {', '.join(taken)}."
+            "\nPass replace=True to put this one in its place, or give the class another name."
+        )
+    for name in model_map.classes:
+        _MAPS[name] = model_map
+
+
+def known_classes() -> tuple[str, ...]:
+    """Names of all model classes that have a map, sorted."""
+    return tuple(sorted(_MAPS))
+
+
+def component_site(model_map: ModelMap, component: str) -> Site:
+    """The site to hook for a component, which for views and derived components is the one they are made from.
+
+    Raises:
+        UnknownNameError: no component is called so.
+        AbsentComponentError: the architecture has no such component.
+
+    Example:
+        >>> component_site(find_map(["GPT2Model"]), "head_query_output").path
+        'attn.c_attn'
+    """
+    where = f"in the map of {model_map.classes[0]}"
+    if component not in COMPONENTS:
+        raise UnknownNameError("component", component, model_map.components(), where)
+    site = model_map.site(component)
+    if site is not None:
+        return site
+    raise AbsentComponentError(
+        f"{model_map.classes[0]} has no {component!r}: {model_map.reason(component)}."
+        f"\nIt has: {', '.join(sorted(model_map.components()))}."
+    )
+
+
+_MAPS: dict[str, ModelMap] = {}
+for _row in DECODERS:
+    register_map(_row)

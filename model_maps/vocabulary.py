@@ -1,0 +1,96 @@
+"""The component names users write, and what each of them is.
+
+One table for all architectures: a `ModelMap` says where a component lives in one of them, this table says what
+the word means everywhere. Symbols: `b` batch, `s` positions, `D` hidden size, `H` query heads, `K` key-value heads,
+`dh` width of a head, `M` width of the MLP, `V` vocabulary, `E` experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Scope = Literal["block", "model"]
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """What a component name means, whatever the architecture."""
+
+    shape: str
+    """Shape of the tensor a user gets, in the symbols of this module."""
+
+    meaning: str
+    """Where in the computation it is, in one line."""
+
+    scope: Scope = "block"
+    """Whether there is one in each block (`layer` says which) or one in the model (no `layer`)."""
+
+    heads_of: str | None = None
+    """The component of which this is the view by heads (`head_query_output` of `query_output`)."""
+
+    derived_from: str | None = None
+    """The component from whose module this one is computed, where no module hands it over as it is."""
+
+    fallback: str | None = None
+    """The component that this one equals in architectures whose map does not place it apart."""
+
+
+COMPONENTS: Mapping[str, Component] = {
+    "embedding_output": Component("[b, s, D]", "output of the token embedding", scope="model"),
+    "block_input": Component("[b, s, D]", "residual stream entering the block"),
+    "block_mid": Component("[b, s, D]", "residual stream after attention is added (sequential blocks)"),
+    "block_output": Component("[b, s, D]", "residual stream leaving the block"),
+    "attention_input": Component("[b, s, D]", "input of the attention module, after its norm"),
+    "query_output": Component("[b, s, H*dh]", "query projection, before query norm and rotary"),
+    "key_output": Component("[b, s, K*dh]", "key projection, before key norm and rotary"),
+    "value_output": Component("[b, s, K*dh]", "value projection"),
+    "attention_value_output": Component(
+        "[b, s, H*dh]", "pattern times values: input of the output projection"
+    ),
+    "attention_output": Component("[b, s, D]", "output of the attention module, before any post-norm"),
+    "attention_contribution": Component(
+        "[b, s, D]", "what attention adds to the residual stream", fallback="attention_output"
+    ),
+    "head_query_output": Component("[b, H, s, dh]", "query projection by heads", heads_of="query_output"),
+    "head_key_output": Component("[b, K, s, dh]", "key projection by key-value heads", heads_of="key_output"),
+    "head_value_output": Component(
+        "[b, K, s, dh]", "value projection by key-value heads", heads_of="value_output"
+    ),
+    "head_attention_value_output": Component(
+        "[b, H, s, dh]", "pattern times values by heads", heads_of="attention_value_output"
+    ),
+    "head_attention_output": Component(
+        "[b, H, s, D]",
+        "what each head adds to the attention output, without bias",
+        derived_from="attention_value_output",
+    ),
+    "mlp_input": Component("[b, s, D]", "input of the MLP, after its norm"),
+    "mlp_pre_activation": Component("[b, s, M]", "input of the nonlinearity (gate projection if gated)"),
+    "mlp_activation": Component("[b, s, M]", "output of the nonlinearity alone"),
+    "mlp_hidden": Component("[b, s, M]", "input of the down projection (gate times up if gated)"),
+    "mlp_output": Component("[b, s, D]", "output of the MLP, before any post-norm"),
+    "mlp_contribution": Component(
+        "[b, s, D]", "what the MLP adds to the residual stream", fallback="mlp_output"
+    ),
+    "router_input": Component("[b, s, D]", "input of the router of a mixture of experts"),
+    "router_output": Component("[b, s, E]", "router logits"),
+    "expert_input": Component("[b, s, D]", "input of the experts"),
+    "expert_output": Component("[b, s, D]", "weighted sum of the experts' outputs"),
+    "final_norm_input": Component("[b, s, D]", "input of the last norm", scope="model"),
+    "final_norm_output": Component("[b, s, D]", "output of the last norm", scope="model"),
+    "final_norm_scale": Component(
+        "[b, s, 1]",
+        "divisor of the last norm, its epsilon inside the root",
+        scope="model",
+        derived_from="final_norm_output",
+    ),
+    "logits": Component("[b, s, V]", "output of the head (before a final soft-cap, if any)", scope="model"),
+}
+
+
+def is_head_component(name: str) -> bool:
+    """Whether `name` carries a head axis, so that its units are `h` and `h.pos`."""
+    component = COMPONENTS[name]
+    return component.heads_of is not None or name == "head_attention_output"
