@@ -1,0 +1,82 @@
+# Everything runs from here on a machine that has Python >= 3.11 and make:
+#
+#   make demo        install into .venv, swap one activation, print and draw what happened
+#   make test        the whole test suite with the doctests
+#   make help        the rest
+
+PYTHON ?= python3
+VENV := .venv
+PEERS_VENV := .venv-peers
+BENCH ?=
+
+# Small tensors: one thread a process is fastest, and two processes then never wait for each other.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+REQUIREMENTS := pyproject.toml constraints.txt
+
+.PHONY: help demo test lint format types smollm2 test-smollm2 peers bench tutorials clean
+
+help:
+	@echo "make demo          run the main job on the language model that ships with the library"
+	@echo "make test          tests and doctests (2 processes)"
+	@echo "make lint          ruff check and ruff format --check;  make format repairs"
+	@echo "make types         mypy --strict on the three packages"
+	@echo "make test-smollm2  fetch SmolLM2-135M once, run the tests that need it"
+	@echo "make peers         install the pinned peers, run the comparisons with them"
+	@echo "make bench         what a swap costs, against the peers (BENCH=--quick, BENCH=--help)"
+	@echo "make tutorials     run every notebook from top to bottom"
+	@echo "make clean         remove the environments, caches and outputs"
+	@echo "make PYTHON=python3.12 ... chooses the interpreter of new environments"
+
+# An environment is stamped with what was installed, so that a second `make` starts at once.
+$(VENV)/.demo: $(REQUIREMENTS)
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python $(INSTALL) --editable ".[plots]"
+	@touch $@
+
+$(VENV)/.dev: $(REQUIREMENTS)
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python $(INSTALL) --editable ".[dev]"
+	@touch $(VENV)/.demo $@
+
+$(PEERS_VENV)/.peers: $(REQUIREMENTS) benchmarks/peers.txt
+	$(PYTHON) -m venv $(PEERS_VENV)
+	$(PEERS_VENV)/bin/python $(INSTALL) --editable ".[plots,train,bench]" pytest hypothesis
+	$(PEERS_VENV)/bin/python $(INSTALL) --no-deps --requirement benchmarks/peers.txt
+	@touch $@
+
+demo: $(VENV)/.demo
+	$(VENV)/bin/python -m intervenable demo
+
+test: $(VENV)/.dev
+	$(ONE_THREAD) $(VENV)/bin/python -m pytest -n 2
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
+
+format: $(VENV)/.dev
+	$(VENV)/bin/python -m ruff check --fix .
+	$(VENV)/bin/python -m ruff format .
+
+types: $(VENV)/.dev
+	$(VENV)/bin/python -m mypy
+
+smollm2: $(VENV)/.dev
+	$(VENV)/bin/python scripts/fetch_smollm2.py
+
+test-smollm2: smollm2
+	$(VENV)/bin/python -m pytest -m smollm2 tests
+
+peers: $(PEERS_VENV)/.peers
+	$(ONE_THREAD) $(PEERS_VENV)/bin/python -m pytest -m peers tests
+
+bench: $(PEERS_VENV)/.peers
+	$(ONE_THREAD) $(PEERS_VENV)/bin/python benchmarks/overhead.py $(BENCH)
+
+tutorials: $(VENV)/.dev
+	$(ONE_THREAD) $(VENV)/bin/python scripts/run_tutorials.py
+
+clean:
+	rm -rf $(VENV) $(PEERS_VENV) out dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
