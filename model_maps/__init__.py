@@ -1,6 +1,6 @@
 """Where the parts of a model are: data about architectures, without any framework."""
 
-from model_maps.families import Head, family
+from model_maps.families import Head, family, lacking
 from model_maps.lookup import (
     AbsentComponentError,
     UnknownNameError,
@@ -36,6 +36,7 @@ __all__ = [
     "find_map",
     "is_head_component",
     "known_classes",
+    "lacking",
     "register_map",
     "sizes_of",
 ]

@@ -8,84 +8,99 @@ from dataclasses import dataclass, replace
 from model_maps.schema import ModelMap, Site, Variant, Width
 from model_maps.vocabulary import COMPONENTS
 
-DENSE: Mapping[str, str] = {
-    "router_input": "its MLP is dense, so nothing is routed",
-    "router_output": "its MLP is dense, so nothing is routed",
-    "expert_input": "its MLP is dense, so there are no experts",
-    "expert_output": "its MLP is dense, so there are no experts",
-}
-"""Why an architecture without a mixture of experts lacks its components."""
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Head:
-    """Model classes that put the same head on the stack of blocks."""
+    """Model classes that put the same head on a stack of blocks."""
 
-    path: str
-    """Path of the module whose output is the logits."""
+    path: str | None
+    """Path of the module whose output is the logits; None for classes without a head."""
 
     classes: tuple[str, ...]
     """Names of the classes."""
 
+    prefix: str
+    """Path of the stack inside these classes, with a dot at its end; "" if they are the stack."""
+
     width: Width = "any"
     """Size of the logits' last axis."""
 
-    prefix: str | None = None
-    """Where the stack is in these classes, if not where the family usually has it."""
+
+def lacking(*components: str, why: str) -> dict[str, str]:
+    """One reason for several absent components.
+
+    Example:
+        >>> lacking("router_input", "router_output", why="its MLP is dense")
+        {'router_input': 'its MLP is dense', 'router_output': 'its MLP is dense'}
+    """
+    return dict.fromkeys(components, why)
+
+
+NO_EXPERTS = lacking(
+    "router_input",
+    "router_output",
+    "expert_input",
+    "expert_output",
+    why="its MLP is dense: it has no router and no experts",
+)
+"""What architectures without a mixture of experts lack."""
+
+FUSED_EXPERTS = lacking(
+    "mlp_pre_activation",
+    "mlp_activation",
+    "mlp_hidden",
+    why="the weights of all its experts are fused, so no module hands over the inside of one",
+)
+"""What architectures lack whose experts are three-dimensional parameters."""
 
 
 def family(
     *,
-    stack: tuple[str, ...],
-    prefix: str,
     heads: Iterable[Head],
     blocks: str,
     sites: Mapping[str, Site],
-    absent: Mapping[str, str] = DENSE,
+    absent: Mapping[str, str] = NO_EXPERTS,
     sequential: bool = True,
     variants: tuple[Variant, ...] = (),
     positions_derived_from_mask: bool | None = None,
 ) -> tuple[ModelMap, ...]:
-    """The maps of a family: one for the classes of the bare stack and one for each kind of head.
+    """The maps of a family, one for each kind of head, from a table that starts at its stack of blocks.
 
     Args:
-        stack: Classes of the bare stack of blocks, without a head.
-        prefix: Path, ending in a dot, of the stack inside the classes with a head.
-        heads: The kinds of head, each with its classes.
+        heads: The kinds of head, each with its classes and with where the stack is in them.
         blocks: Path of the list of blocks, from the stack.
-        sites: Component -> site; paths of model-wide components are from the stack.
+        sites: Component -> site; the paths of components of the whole model are from the stack.
         absent: Component -> why the family has none.
         sequential: Whether the MLP reads the stream after attention was added.
         variants: Differences that depend on the config; paths as in `sites`.
         positions_derived_from_mask: Whether positions are derived from the attention mask.
 
     Example:
-        >>> bare, lm = family(stack=("TinyModel",), prefix="model.", heads=[Head("lm_head", ("TinyForCausalLM",))],
-        ...                   blocks="layers", sites={"block_output": Site(""), "final_norm_output": Site("norm")})
+        >>> heads = [Head(None, ("Tiny",), ""), Head("lm_head", ("TinyForCausalLM",), "model.")]
+        >>> sites = {"block_output": Site(""), "final_norm_output": Site("norm")}
+        >>> bare, lm = family(heads=heads, blocks="layers", sites=sites)
         >>> bare.sites["final_norm_output"].path, lm.sites["final_norm_output"].path, lm.blocks
         ('norm', 'model.norm', 'model.layers')
     """
-    headless = {"logits": f"{stack[0]} is the bare stack of blocks, without a head"} if stack else {}
-    bare = ModelMap(
-        classes=stack,
-        blocks=blocks,
-        sites=sites,
-        absent={**absent, **headless},
-        sequential=sequential,
-        variants=variants,
-        positions_derived_from_mask=positions_derived_from_mask,
-    )
-    maps = [bare] if stack else []
+    maps = []
     for head in heads:
-        at = prefix if head.prefix is None else head.prefix
+        placed = _below(head.prefix, sites)
+        missing = dict(absent)
+        if head.path is None:
+            missing["logits"] = "it is the bare stack of blocks, without a head"
+        else:
+            placed["logits"] = Site(head.path, width=head.width)
         maps.append(
-            replace(
-                bare,
+            ModelMap(
                 classes=head.classes,
-                blocks=at + blocks,
-                sites={**_below(at, sites), "logits": Site(head.path, width=head.width)},
-                absent=absent,
-                variants=tuple(replace(variant, sites=_below(at, variant.sites)) for variant in variants),
+                blocks=head.prefix + blocks,
+                sites=placed,
+                absent=missing,
+                sequential=sequential,
+                variants=tuple(
+                    replace(variant, sites=_below(head.prefix, variant.sites)) for variant in variants
+                ),
+                positions_derived_from_mask=positions_derived_from_mask,
             )
         )
     return tuple(maps)

@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 from model_maps.decoders import DECODERS
+from model_maps.encoders import ENCODERS
+from model_maps.perceptrons import PERCEPTRONS
+from model_maps.recurrent import RECURRENT
 from model_maps.schema import ModelMap, Site
 from model_maps.vocabulary import COMPONENTS
 
@@ -51,8 +54,8 @@ def find_map(class_names: Iterable[str], config: object | None = None) -> ModelM
     hint = f" The nearest class that has one is {near[0]!r}." if near else ""
     raise UnmappedModelError(
         f"No map describes {name}.{hint}"
-        "\nWrite a ModelMap and register_map() it (classes with the same layout can share one),"
-        " or name the place by its module path, such as 'model.layers[3].mlp.output', in place of a component."
+        "\nWrite a ModelMap and register_map() it (classes with the same layout can share one), or name"
+        " the place by its module path, such as 'model.layers[3].mlp.output', instead of a component."
     )
 
 
@@ -105,5 +108,5 @@ def component_site(model_map: ModelMap, component: str) -> Site:
 
 
 _MAPS: dict[str, ModelMap] = {}
-for _row in DECODERS:
+for _row in (*DECODERS, *ENCODERS, *RECURRENT, *PERCEPTRONS):
     register_map(_row)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -15,7 +15,7 @@ Layout = Literal["concatenated", "grouped"]
 Width = Literal["hidden", "query", "key_value", "mlp", "vocabulary", "experts", "embedding", "any"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class HeadColumns:
     """Where the heads lie in the last axis of a tensor.
 
@@ -53,7 +53,7 @@ class HeadColumns:
         return all(self.first_column(head) == self.start + head * self.width for head in range(self.heads))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Site:
     """The place of one component: a side of a module, and how to read what is there."""
 
@@ -64,8 +64,8 @@ class Site:
     """Whether the tensor goes into the module or comes out of it."""
 
     slot: str | int | None = None
-    """Keyword or index of the tensor among the inputs or outputs; None is the usual place: the first positional
-    input or else `hidden_states`, the output itself or else its first item."""
+    """Keyword or index of the tensor among the inputs or outputs; None is the usual place: the first
+    positional input or else `hidden_states`, the output itself or else its first item."""
 
     width: Width = "hidden"
     """Which size the component's last axis has."""
@@ -77,7 +77,8 @@ class Site:
     """Which part of a fused query-key-value projection this is."""
 
     layout: Layout = "concatenated"
-    """How a fused projection lies: all queries, all keys, all values; or per key-value head its queries, key, value."""
+    """How a fused projection lies: all queries, all keys, all values; or for each key-value head its queries,
+    its key, its value."""
 
     columns: HeadColumns | None = None
     """Explicit columns, which win over `heads`, `part` and `layout`."""
@@ -86,11 +87,11 @@ class Site:
     """Whether batch and positions are one axis here: `[b*s, ...]`."""
 
     plus: str | None = None
-    """A component of the same block to be added to read this one; a write then goes to this site alone, as the
-    change. (`block_mid` is the attention's contribution plus the block's input.)"""
+    """A component of the same block to be added to read this one; a write then goes to this site alone, as
+    the change. (`block_mid` is the attention's contribution plus the block's input.)"""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Variant:
     """What is different where a config field has a certain value."""
 
@@ -100,17 +101,17 @@ class Variant:
     value: object
     """The value that makes the difference."""
 
-    sites: Mapping[str, Site] = field(default_factory=dict)
+    sites: Mapping[str, Site] = dataclasses.field(default_factory=dict)
     """Components that lie elsewhere then."""
 
-    absent: Mapping[str, str] = field(default_factory=dict)
+    absent: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Components that do not exist then, each with the reason."""
 
     sequential: bool | None = None
     """Whether the MLP reads the stream after attention was added then; None: as without the variant."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class ModelMap:
     """Where the components of one architecture are: all that the library knows about it."""
 
@@ -118,12 +119,12 @@ class ModelMap:
     """Names of the model classes it describes."""
 
     blocks: str | None
-    """Path of the module list of blocks; "" if the model is itself its only block; None if it has no blocks."""
+    """Path of the list of blocks; "" if the model is itself its only block; None if it has no blocks."""
 
     sites: Mapping[str, Site]
-    """Component -> where it is. Views by heads and derived components follow from these and are not listed."""
+    """Component -> where it is. Views by heads and derived components follow and are not listed."""
 
-    absent: Mapping[str, str] = field(default_factory=dict)
+    absent: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Component -> why this architecture has none, for the error message."""
 
     sequential: bool = True
@@ -133,7 +134,7 @@ class ModelMap:
     """Differences that depend on the config."""
 
     positions_derived_from_mask: bool | None = None
-    """Whether the model derives positions from the attention mask; None: not known, to be found out by a run."""
+    """Whether the model derives positions from the attention mask; None: to be found out by a run."""
 
     def __post_init__(self) -> None:
         for name in (*self.sites, *self.absent):
@@ -145,6 +146,11 @@ class ModelMap:
         object.__setattr__(self, "sites", MappingProxyType(dict(self.sites)))
         object.__setattr__(self, "absent", MappingProxyType(dict(self.absent)))
 
+    def __reduce__(self) -> tuple[type[ModelMap], tuple[object, ...]]:
+        # A read-only view of a dict can be neither copied nor pickled; models that hold a map should be both.
+        values = (getattr(self, entry.name) for entry in dataclasses.fields(self))
+        return ModelMap, tuple(dict(value) if isinstance(value, Mapping) else value for value in values)
+
     def for_config(self, config: object) -> ModelMap:
         """The map with the variants that this config calls for applied."""
         result = self
@@ -152,13 +158,13 @@ class ModelMap:
             if getattr(config, variant.field, None) == variant.value:
                 sites = {k: v for k, v in result.sites.items() if k not in variant.absent}
                 absent = {k: v for k, v in result.absent.items() if k not in variant.sites}
-                result = replace(
+                result = dataclasses.replace(
                     result,
                     sites={**sites, **variant.sites},
                     absent={**absent, **variant.absent},
                     sequential=result.sequential if variant.sequential is None else variant.sequential,
                 )
-        return replace(result, variants=())
+        return dataclasses.replace(result, variants=())
 
     def site(self, component: str) -> Site | None:
         """The site to hook for a component, or None if this architecture has no such thing.
@@ -174,7 +180,7 @@ class ModelMap:
             return self.site(known.heads_of or known.derived_from or "")
         if component == "block_mid":
             added = self.site("attention_contribution")
-            return replace(added, plus="block_input") if self.sequential and added else None
+            return dataclasses.replace(added, plus="block_input") if self.sequential and added else None
         return self.site(known.fallback) if known.fallback else None
 
     def reason(self, component: str) -> str:

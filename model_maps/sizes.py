@@ -97,9 +97,9 @@ def sizes_of(config: object | None) -> Sizes:
 
     Example:
         >>> from types import SimpleNamespace
-        >>> sizes_of(SimpleNamespace(n_embd=16, n_head=4, n_layer=2, n_inner=None, vocab_size=64))
-        Sizes(hidden=16, layers=2, query_heads=4, key_value_heads=4, head_dim=4, mlp=64, vocabulary=64, experts=None, \
-embedding=16)
+        >>> sizes = sizes_of(SimpleNamespace(n_embd=16, n_head=4, n_layer=2, n_inner=None, vocab_size=99))
+        >>> sizes.hidden, sizes.key_value_heads, sizes.head_dim, sizes.mlp, sizes.experts
+        (16, 4, 4, 64, None)
     """
     config = _text_tower(config)
     if config is None:
@@ -122,13 +122,13 @@ embedding=16)
 def columns_of(site: Site, sizes: Sizes, *, width: int | None = None) -> HeadColumns | None:
     """Where the heads of a site lie in the last axis of its tensor; None if no heads lie there.
 
-    Columns that the site states win. Else they follow from its `heads`, `part` and `layout` and from the sizes.
-    For a part of a fused projection, all its heads together are the part.
+    Columns that the site states win. Else they follow from its `heads`, `part` and `layout` and the sizes.
+    All heads of a part of a fused projection, side by side, are that part.
 
     Args:
         site: The place whose tensor is to be cut.
         sizes: The sizes of the model.
-        width: Size of the live tensor's last axis, if known: it then decides the width of a head, not the config.
+        width: Size of the live tensor's last axis, if known; then it, not the config, decides how wide a head is.
 
     Raises:
         ValueError: `width` is not a whole number of heads.
@@ -136,8 +136,9 @@ def columns_of(site: Site, sizes: Sizes, *, width: int | None = None) -> HeadCol
     Example:
         >>> sizes = Sizes(query_heads=4, key_value_heads=2, head_dim=6)
         >>> key = Site("qkv_proj", width="key_value", heads="key_value", part="key")
-        >>> [columns_of(key, sizes).first_column(head) for head in (0, 1)]  # after the 24 columns of the queries
-        [24, 30]
+        >>> columns = columns_of(key, sizes)
+        >>> columns.first_column(0), columns.first_column(1)  # after the 24 columns of the queries
+        (24, 30)
     """
     if site.columns is not None:
         return site.columns
@@ -211,7 +212,7 @@ def _key_value_heads(config: object, query_heads: int | None) -> int | None:
         return stated or query_heads
     if grouped:
         return stated or query_heads
-    # Falcon's older blocks and GPT-BigCode: one key-value head or as many as queries, whatever else is stated.
+    # Falcon's older blocks and GPT-BigCode: one key-value head, or one for each query head.
     return 1 if multi_query else query_heads
 
 
@@ -243,7 +244,7 @@ def _width_of_a_head(site: Site, heads: int, width: int | None) -> int | None:
         return None
     if width % heads:
         raise ValueError(
-            f"The tensor at {site.path!r} has {width} columns, which is not a whole number for each of {heads} heads."
+            f"The tensor at {site.path!r} has {width} columns, which {heads} heads cannot share equally."
             "\nGive the site explicit columns, or correct its heads, part or layout."
         )
     return width // heads

@@ -1,8 +1,8 @@
 """The component names users write, and what each of them is.
 
-One table for all architectures: a `ModelMap` says where a component lives in one of them, this table says what
-the word means everywhere. Symbols: `b` batch, `s` positions, `D` hidden size, `H` query heads, `K` key-value heads,
-`dh` width of a head, `M` width of the MLP, `V` vocabulary, `E` experts.
+One table for all architectures: a `ModelMap` says where a component lives in one of them, this table says
+what the word means everywhere. Symbols: `b` batch, `s` positions, `D` hidden size, `H` query heads,
+`K` key-value heads, `dh` width of a head, `M` width of the MLP, `V` vocabulary, `E` experts.
 """
 
 from __future__ import annotations

@@ -1,0 +1,30 @@
+"""Maps of plain multi-layer perceptrons."""
+
+from __future__ import annotations
+
+from model_maps.families import lacking
+from model_maps.schema import ModelMap, Site
+from model_maps.vocabulary import COMPONENTS
+
+_PLACED = {
+    # The first block reads the input features, the others the hidden layer below.
+    "block_input": Site("", "input", width="any"),
+    "block_output": Site(""),
+    "mlp_pre_activation": Site("act", "input"),
+    "mlp_activation": Site("act"),
+    "logits": Site("score", width="any"),
+}
+
+MLP_CLASSIFIER = ModelMap(
+    classes=("MLPClassifier",),
+    blocks="layers",
+    sites=_PLACED,
+    absent=lacking(
+        *COMPONENTS.keys() - _PLACED, why="its blocks are a linear map and a nonlinearity, nothing else"
+    ),
+    sequential=False,
+    positions_derived_from_mask=False,
+)
+
+PERCEPTRONS: tuple[ModelMap, ...] = (MLP_CLASSIFIER,)
+"""The maps of all perceptron classes."""
