@@ -1,8 +1,9 @@
 """Run the notebooks in tutorials/ from top to bottom; the first cell that raises ends the script.
 
-    python scripts/run_tutorials.py                      # every notebook, nothing is written
-    python scripts/run_tutorials.py --write              # store the new outputs in the notebooks
-    python scripts/run_tutorials.py tutorials/swap.ipynb # only this one
+Example:
+    python scripts/run_tutorials.py                       # every notebook, nothing is written
+    python scripts/run_tutorials.py --write               # store the new outputs in the notebooks
+    python scripts/run_tutorials.py tutorials/swap.ipynb  # only this one
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("There is no notebook in tutorials/.", file=sys.stderr)
         return 1
 
-    # The kernel inherits both: the checkout is imported also when it is not installed, and nothing is downloaded.
+    # The kernel inherits both: a checkout that is not installed is imported too, and nothing is downloaded.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     for path in notebooks:
