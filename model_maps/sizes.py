@@ -128,7 +128,7 @@ def columns_of(site: Site, sizes: Sizes, *, width: int | None = None) -> HeadCol
     Args:
         site: The place whose tensor is to be cut.
         sizes: The sizes of the model.
-        width: Size of the live tensor's last axis, if known; then it, not the config, decides how wide a head is.
+        width: Size of the live tensor's last axis, if known; then it decides how wide a head is.
 
     Raises:
         ValueError: `width` is not a whole number of heads.
