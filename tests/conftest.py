@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 
+# Before transformers is imported anywhere, which reads them once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import torch  # noqa: E402  the variables must be set before transformers is imported anywhere
+import torch
 
 torch.set_num_threads(1)

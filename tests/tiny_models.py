@@ -1,8 +1,8 @@
 """Tiny random models of every mapped family, to test with: built from a config, nothing is downloaded.
 
-Their sizes all differ, so that no wrong width passes by luck: hidden 16, query heads 4, key-value heads 2, width of a
-head 6 (4 where the architecture ties it to hidden / heads), MLP 40, vocabulary 64, layers 3. Windows are 4 positions,
-shorter than the inputs. Weights are spread out, biases are not zero.
+Their sizes all differ, so that no wrong width passes by luck: hidden 16, query heads 4, key-value heads 2, width of
+a head 6 (4 where the architecture ties it to hidden / heads), MLP 40 (64 where it is tied to 4 * hidden), vocabulary
+72, layers 3. Windows are 4 positions, shorter than the inputs. Weights are spread out, biases are not zero.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 Padding = Literal["left", "right"]
 
-HIDDEN, LAYERS, HEADS, KEY_VALUE_HEADS, HEAD_DIM, MLP, VOCABULARY, LABELS = 16, 3, 4, 2, 6, 40, 64, 5
+HIDDEN, LAYERS, HEADS, KEY_VALUE_HEADS, HEAD_DIM, MLP, VOCABULARY, LABELS = 16, 3, 4, 2, 6, 40, 72, 5
 FEATURES = 10
 """Width of the input of the models that do not read tokens."""
 
@@ -162,8 +162,10 @@ _FAMILIES: Mapping[str, Family] = {
 
 _RECURRENT: Mapping[str, Callable[..., nn.Module]] = {"gru": nn.GRU, "lstm": nn.LSTM}
 
+MULTIMODAL = "gemma3_multimodal"
+"""A family with a config for each tower, used with text alone and not among `FAMILIES`."""
 ENCODERS = ("bert",)
-DECODERS = tuple(name for name in _FAMILIES if name not in (*ENCODERS, "gemma3_multimodal"))
+DECODERS = tuple(name for name in _FAMILIES if name not in (*ENCODERS, MULTIMODAL))
 """Families of causal language models."""
 LANGUAGE_MODELS = (*DECODERS, *ENCODERS)
 """Families that read tokens."""
@@ -198,6 +200,7 @@ def tiny(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        model: nn.Module
         if family in _RECURRENT:
             model = _RECURRENT[family](FEATURES, HIDDEN, batch_first=True)
         else:
@@ -205,7 +208,7 @@ def tiny(
             options = {**_TOKENS, **row.options, **(row.variants[variant] if variant else {})}
             config = getattr(transformers, row.config or f"{row.name}Config")(**options)
             ending = row.heads.get(head) or _ENDINGS.get(head)
-            cls = getattr(transformers, row.name + ending if ending else head)
+            cls = getattr(transformers, head if ending is None else row.name + ending)
             model = cls._from_config(config, **({"attn_implementation": attention} if attention else {}))
         _spread(model)
     return model.to(dtype).eval()
@@ -216,7 +219,7 @@ def _spread(model: nn.Module) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms stay near one, biases near zero
-                parameter += 0.2 * torch.randn_like(parameter)
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
             else:
                 parameter.normal_(std=0.3)
 
