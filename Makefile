@@ -72,7 +72,7 @@ peers: $(PEERS_VENV)/.peers
 	$(ONE_THREAD) $(PEERS_VENV)/bin/python -m pytest -m peers tests
 
 bench: $(PEERS_VENV)/.peers
-	$(ONE_THREAD) $(PEERS_VENV)/bin/python benchmarks/overhead.py $(BENCH)
+	$(ONE_THREAD) $(PEERS_VENV)/bin/python -m benchmarks.overhead $(BENCH)
 
 tutorials: $(VENV)/.dev
 	$(ONE_THREAD) $(VENV)/bin/python scripts/run_tutorials.py
