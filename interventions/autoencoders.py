@@ -15,11 +15,11 @@ from interventions.subspaces import Subspaces
 
 
 class LatentIntervention(Intervention):
-    """Encode base and source, swap latents, decode: `D(a')` with `a' = E(b)`, but `E(s)` on the chosen latents.
+    """Encode base and source, swap latents, decode: `D(a')` with `a'` of the source on the chosen latents.
 
-    With `error="drop"` the result is that reconstruction; with `error="keep"` what the autoencoder cannot express of
-    the base stays: `b + D(a') - D(E(b))`, so that swapping nothing changes nothing. Not for direct use: a subclass
-    writes `encode`, and keeps its decoder where `decoder_parts` finds it.
+    With `error="drop"` the result is that reconstruction; with `error="keep"` what the autoencoder cannot
+    express of the base stays: `b + D(a') - D(E(b))`, so that swapping nothing changes nothing. Not for direct
+    use: a subclass writes `encode`, and keeps its decoder where `decoder_parts` finds it.
     """
 
     sees: Sees = "concatenated"
@@ -65,8 +65,8 @@ class AutoencoderIntervention(LatentIntervention):
     Args:
         embed_dim: Size of the last axis; with concatenated units, of all units together.
         latent_dim: Number of latents.
-        error: `"drop"` (as in pyvene): the result is the reconstruction; `"keep"`: the base's reconstruction error is
-            added back.
+        error: `"drop"` (as in pyvene): the result is the reconstruction; `"keep"`: the base's reconstruction
+            error is added back.
         subspace_partition, source_representation, sees: See `Intervention`; parts are of the latents.
 
     Shape:
@@ -96,7 +96,7 @@ class AutoencoderIntervention(LatentIntervention):
         super().__init__(embed_dim=embed_dim, source_representation=source_representation, sees=sees)
         check_count("latent_dim", latent_dim)
         self.latent_dim = latent_dim
-        self.subspace_partition = subspace_partition  # type: ignore[assignment]  # the setter parses it
+        self.subspace_partition = subspace_partition
         self._set_error(error)
         self.encoder = nn.Linear(embed_dim, latent_dim)
         self.decoder = nn.Linear(latent_dim, embed_dim)
@@ -120,18 +120,19 @@ class AutoencoderIntervention(LatentIntervention):
 class JumpReLUAutoencoderIntervention(LatentIntervention):
     """Swap latents of a sparse autoencoder with a threshold for each latent.
 
-    `E(x) = z * [z > threshold] * [z > 0]` with `z = x W_enc + b_enc`, and `D(a) = a W_dec + b_dec`. The tensors are
-    those of a trained autoencoder, under the names in which they are published; they are buffers and are not trained.
-    Those left out start as a random dictionary with zero biases and thresholds, to be overwritten or loaded.
+    `E(x) = z * [z > threshold] * [z > 0]` with `z = x W_enc + b_enc`, and `D(a) = a W_dec + b_dec`. The
+    tensors are those of a trained autoencoder, under the names in which they are published; they are buffers
+    and are not trained. Those left out start as a random dictionary with zero biases and thresholds, to be
+    overwritten or loaded.
 
-    Rajamanoharan et al. (2024), "Jumping Ahead: Improving Reconstruction Fidelity with JumpReLU Sparse Autoencoders",
-    https://arxiv.org/abs/2407.14435.
+    Rajamanoharan et al. (2024), "Jumping Ahead: Improving Reconstruction Fidelity with JumpReLU Sparse
+    Autoencoders", https://arxiv.org/abs/2407.14435.
 
     Args:
         embed_dim: Size of the last axis; with concatenated units, of all units together.
         low_rank_dimension: Number of latents.
-        error: `"drop"` (as in pyvene): the result is the reconstruction; `"keep"`: the base's reconstruction error is
-            added back.
+        error: `"drop"` (as in pyvene): the result is the reconstruction; `"keep"`: the base's reconstruction
+            error is added back.
         W_enc, b_enc, threshold, W_dec, b_dec: `[embed_dim, latents]`, `[latents]`, `[latents]`,
             `[latents, embed_dim]`, `[embed_dim]`.
         subspace_partition, source_representation, sees: See `Intervention`; parts are of the latents.
@@ -181,7 +182,7 @@ class JumpReLUAutoencoderIntervention(LatentIntervention):
         super().__init__(embed_dim=embed_dim, source_representation=source_representation, sees=sees)
         check_count("low_rank_dimension", low_rank_dimension)
         self.low_rank_dimension = low_rank_dimension
-        self.subspace_partition = subspace_partition  # type: ignore[assignment]  # the setter parses it
+        self.subspace_partition = subspace_partition
         self._set_error(error)
         dictionary = nn.functional.normalize(torch.randn(low_rank_dimension, embed_dim), dim=-1)
         starts = {

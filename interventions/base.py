@@ -22,14 +22,14 @@ from interventions.subspaces import (
     HasToList,
     Part,
     Partition,
-    Subspaces,
     SubspacePerPosition,
+    Subspaces,
     parse_partition,
     partition_to_config,
     select,
 )
 
-Json: TypeAlias = "None | bool | int | float | str | list[Json] | dict[str, Json]"
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 Sees: TypeAlias = Literal["per_unit", "concatenated", "raw"]
 Parts: TypeAlias = Iterable[Part] | HasToList | None
 
@@ -37,16 +37,18 @@ Parts: TypeAlias = Iterable[Part] | HasToList | None
 class Intervention(nn.Module):
     """A rule that makes a new activation out of the activation(s) it is given.
 
-    It knows tensors and nothing else: no model, layer, hook or position. To make your own, subclass it and write
-    `forward(base, source, subspaces)`, leaving out what you do not use; no `__init__` is needed. Parameters make it
-    trainable. Arguments of an `__init__` of your own are kept under their own names, so that it can be saved.
+    It knows tensors and nothing else: no model, layer, hook or position. To make your own, subclass it and
+    write `forward(base, source, subspaces)`, leaving out what you do not use; no `__init__` is needed.
+    Parameters make it trainable. Keep the arguments of an `__init__` of your own under their own names, so
+    that it can be saved.
 
     Args:
         embed_dim: Size of the last axis it is given; None if it does not care.
-        subspace_partition: Groups of coordinates that `subspaces` then addresses by number (`parse_partition`).
+        subspace_partition: Groups of coordinates that `subspaces` then addresses by number
+            (`parse_partition`).
         source_representation: A constant source, used when a call brings none. An `nn.Parameter` is trained.
-        sees: `"per_unit"` (the class default): it is given one vector for each unit; `"concatenated"`: the vectors of
-            all units of an example as one; `"raw"`: the whole activation as the model has it.
+        sees: `"per_unit"` (the class default): it is given one vector for each unit; `"concatenated"`: the
+            vectors of all units of an example as one; `"raw"`: the whole activation as the model has it.
 
     Raises:
         InterventionArgumentError: An argument that cannot work.
@@ -102,7 +104,7 @@ class Intervention(nn.Module):
                     f"sees={sees!r} is unknown; allowed: {', '.join(get_args(Sees))}."
                 )
             self.sees = sees
-        self.subspace_partition = subspace_partition  # type: ignore[assignment]  # the setter parses it
+        self.subspace_partition = subspace_partition
         self.register_buffer("source_representation", None)
         if source_representation is not None:
             self.set_source_representation(source_representation)
@@ -119,7 +121,7 @@ class Intervention(nn.Module):
 
     @property
     def subspace_partition(self) -> Partition | None:
-        """The parts that ids address, parsed to tuples of coordinates; None if ids are coordinates themselves."""
+        """The parts that ids address, as tuples of coordinates; None if ids are coordinates themselves."""
         return self._subspace_partition
 
     @subspace_partition.setter
@@ -171,7 +173,8 @@ class Intervention(nn.Module):
             >>> from interventions import VanillaIntervention
             >>> VanillaIntervention(embed_dim=4).check_subspaces([1, 4])
             Traceback (most recent call last):
-            interventions.errors.SubspaceIndexError: Subspace id 4 is out of range: the ids of its 4 dimensions are 0 to 3.
+            interventions.errors.SubspaceIndexError: Subspace id 4 is out of range: the ids of its 4
+            dimensions are 0 to 3.
         """
         if subspaces is None:
             return
@@ -179,16 +182,16 @@ class Intervention(nn.Module):
             raise self._no_subspaces(subspaces)
         if isinstance(subspaces, SubspacePerPosition) and self.sees == "concatenated":
             raise SubspaceError(
-                f"{type(self).__name__} is given the units of an example as one vector, so there is no axis of"
-                f" positions for SubspacePerPosition. Make it with sees='per_unit'."
+                f"{type(self).__name__} is given the units of an example as one vector, so there is no axis"
+                f" of positions for SubspacePerPosition. Make it with sees='per_unit'."
             )
         select(subspaces, size=self.subspace_size, partition=self.subspace_partition, batch=batch)
 
     def set_source_representation(self, source: Tensor | Mapping[str, Json] | None) -> None:
         """Set, replace or (with None) remove the constant source.
 
-        A tensor is copied; an `nn.Parameter` is kept as it is and becomes a parameter of the intervention. A mapping
-        as `to_config` writes it makes room for one that a state dict brings.
+        A tensor is copied; an `nn.Parameter` is kept as it is and becomes a parameter of the intervention. A
+        mapping as `to_config` writes it makes room for one that a state dict brings.
 
         Raises:
             UnusedSourceError: The formula has no source.
@@ -200,7 +203,8 @@ class Intervention(nn.Module):
             return
         if not self.accepts_source:
             raise UnusedSourceError(
-                f"{type(self).__name__} uses no source, so source_representation would be ignored. Leave it out."
+                f"{type(self).__name__} uses no source, so source_representation would be ignored."
+                f" Leave it out."
             )
         if isinstance(source, Mapping):
             source = _placeholder(source)
@@ -223,8 +227,8 @@ class Intervention(nn.Module):
     def to_config(self) -> dict[str, Json]:
         """Return constructor arguments as JSON, so that `type(self)(**to_config())` has the same shape.
 
-        Tensors are left to the state dict. Arguments are read from attributes of the same names; a class that keeps
-        them otherwise overrides this.
+        Tensors are left to the state dict. Arguments are read from attributes of the same names; a class that
+        keeps them otherwise overrides this.
 
         Raises:
             InterventionError: An argument that is not kept, or is no JSON.
@@ -279,18 +283,15 @@ class Intervention(nn.Module):
         while source.dim() > base.dim() and source.shape[0] == 1:
             source = source[0]
         try:
-            shape = torch.broadcast_shapes(base.shape, source.shape)
-        except RuntimeError:
-            shape = None
-        if shape is None or shape[-1:] != base.shape[-1:]:
-            raise InterventionShapeError(
-                f"{type(self).__name__}: a source of shape {tuple(source.shape)} does not broadcast to a base of shape"
-                f" {tuple(base.shape)}. The last axes must be equal, the others equal or 1."
-            )
-        return base.expand(shape), source.expand(shape)
+            wide_base, wide_source = torch.broadcast_tensors(base, source)
+        except RuntimeError as error:
+            raise self._no_broadcast(base, source) from error
+        if wide_base.shape[-1] != base.shape[-1]:
+            raise self._no_broadcast(base, source)
+        return wide_base, wide_source
 
     def check_width(self, base: Tensor) -> None:
-        """Raise InterventionShapeError unless the last axis of `base` is what this intervention was made for."""
+        """Raise InterventionShapeError unless the last axis of `base` is `embed_dim` long."""
         if base.dim() == 0:
             raise InterventionShapeError(
                 f"{type(self).__name__} got a tensor without axes; it works on the last one."
@@ -313,6 +314,12 @@ class Intervention(nn.Module):
         selection = select(subspaces, size=size, partition=self.subspace_partition, batch=batch)
         return None if selection is None else selection.mask(size, base.shape, base.device)
 
+    def _no_broadcast(self, base: Tensor, source: Tensor) -> InterventionShapeError:
+        return InterventionShapeError(
+            f"{type(self).__name__}: a source of shape {tuple(source.shape)} does not broadcast to a base of shape"
+            f" {tuple(base.shape)}. Give each example and unit its source, or one source for all."
+        )
+
     def _no_subspaces(self, subspaces: Subspaces) -> SubspaceError:
         return SubspaceError(
             f"subspaces={subspaces!r} was given, but {type(self).__name__}.forward takes no subspaces."
@@ -323,10 +330,9 @@ class Intervention(nn.Module):
         # A constant source is the one tensor whose shape the constructor arguments need not fix.
         saved = state_dict.get(f"{prefix}source_representation")
         current = self.source_representation
-        if saved is not None and not isinstance(current, nn.Parameter):
-            if current is None or current.shape != saved.shape or current.dtype != saved.dtype:
-                device = None if current is None else current.device
-                self.source_representation = torch.empty_like(saved, device=device)
+        if isinstance(saved, Tensor) and (current is None or current.shape != saved.shape):
+            room = torch.empty_like(saved, device=None if current is None else current.device)
+            self.source_representation = nn.Parameter(room) if isinstance(current, nn.Parameter) else room
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -350,7 +356,7 @@ def check_count(name: str, value: object, most: int | None = None, of: str = "")
 
 
 def _constructor_arguments(cls: type[Intervention]) -> dict[str, object]:
-    """Return the constructor's arguments with their defaults; `**kwargs` stands for those of the next class."""
+    """Return the constructor's arguments with their defaults; `**kwargs` stands for the next class's."""
     arguments: dict[str, object] = {}
     for owner in cls.__mro__:
         if "__init__" not in owner.__dict__ or not issubclass(owner, Intervention):

@@ -17,16 +17,16 @@ from interventions.subspaces import Subspaces, select
 class CoordinatewiseIntervention(Intervention):
     """An intervention that makes each new coordinate from the same coordinate alone.
 
-    With `embed_dim` below the activation's width it concerns the first `embed_dim` coordinates only. Not for direct
-    use: a subclass writes `forward` with `edited`.
+    With `embed_dim` below the activation's width it concerns the first `embed_dim` coordinates only. Not for
+    direct use: a subclass writes `forward` with `edited`.
     """
 
     def check_width(self, base: Tensor) -> None:
         """Raise InterventionShapeError if `base` is narrower than `embed_dim`."""
         if base.dim() == 0 or (self.embed_dim is not None and base.shape[-1] < self.embed_dim):
             raise InterventionShapeError(
-                f"{type(self).__name__} was made for embed_dim={self.embed_dim}, but the activation's shape is"
-                f" {tuple(base.shape)}: its last axis is too small."
+                f"{type(self).__name__} was made for embed_dim={self.embed_dim}, but the activation's shape"
+                f" is {tuple(base.shape)}: its last axis is too small."
             )
 
     def edited(self, base: Tensor, new: Tensor, subspaces: Subspaces) -> Tensor:
@@ -37,9 +37,9 @@ class CoordinatewiseIntervention(Intervention):
         if size < width:
             inside = torch.ones(size, dtype=torch.bool, device=base.device) if mask is None else mask
             mask = torch.nn.functional.pad(inside, (0, width - size))
-        return torch.where(
-            torch.ones((), dtype=torch.bool, device=base.device) if mask is None else mask, new, base
-        )
+        if mask is None:  # still a choice between both, so that the result stays in the base's graph
+            mask = torch.ones((), dtype=torch.bool, device=base.device)
+        return torch.where(mask, new, base)
 
 
 class VanillaIntervention(CoordinatewiseIntervention):
@@ -65,8 +65,8 @@ class VanillaIntervention(CoordinatewiseIntervention):
 class SkipIntervention(VanillaIntervention):
     """Skip the module: the source is what went *into* it in the source run, and becomes its output.
 
-    The formula is Vanilla's, `b <- s`; only where the source is read differs (`source_side`). With the base as its own
-    source the module becomes the identity.
+    The formula is Vanilla's, `b <- s`; only where the source is read differs (`source_side`). With the base
+    as its own source the module becomes the identity.
 
     Example:
         >>> module_input, module_output = torch.tensor([1.0, 2.0]), torch.tensor([5.0, 6.0])
@@ -163,7 +163,8 @@ class ScaleIntervention(CoordinatewiseIntervention):
 class CollectIntervention(CoordinatewiseIntervention):
     """Read the activation and change nothing: the result is for the user.
 
-    Chosen coordinates are returned alone, in the order in which they were given. Gradients flow through the reading.
+    Chosen coordinates are returned alone, in the order in which they were given. Gradients flow through the
+    reading.
 
     Shape:
         base: `(..., width)`.
@@ -193,16 +194,17 @@ class CollectIntervention(CoordinatewiseIntervention):
 class NoiseIntervention(CoordinatewiseIntervention):
     """Add Gaussian noise: `b <- b + std * e` on the chosen coordinates, `e` standard normal.
 
-    The default `std` is that of pyvene, three times the spread of GPT-2 XL's embeddings as in Meng et al. (2022),
-    "Locating and Editing Factual Associations in GPT", https://arxiv.org/abs/2202.05262.
+    The default `std` is that of pyvene, three times the spread of GPT-2 XL's embeddings as in Meng et al.
+    (2022), "Locating and Editing Factual Associations in GPT", https://arxiv.org/abs/2202.05262.
 
     Args:
         std: Standard deviation of the noise.
         seed: Makes the noise reproducible. Without one, `"per_call"` draws from torch's global generator, and
             `"fixed"` takes a seed from there once.
-        shape: `"per_call"`: new noise in each call and for each example. `"fixed"`: one piece of noise, the same in
-            every call, for every example and on every device; it is the stream of `numpy.random.RandomState(seed)`,
-            unit by unit, so that fewer units get the beginning of the noise of more.
+        shape: `"per_call"`: new noise in each call and for each example. `"fixed"`: one piece of noise, the
+            same in every call, for every example and on every device; it is the stream of
+            `numpy.random.RandomState(seed)`, unit by unit, so that fewer units get the beginning of the noise
+            of more.
         embed_dim, subspace_partition, sees: See `Intervention`.
 
     Raises:
@@ -226,11 +228,11 @@ class NoiseIntervention(CoordinatewiseIntervention):
         sees: Sees | None = None,
     ) -> None:
         super().__init__(embed_dim=embed_dim, subspace_partition=subspace_partition, sees=sees)
-        if not (math.isfinite(std) and std >= 0):
+        if not math.isfinite(std) or std < 0:
             raise InterventionArgumentError(f"std={std!r} is no standard deviation; give a number from 0 on.")
         if shape not in ("per_call", "fixed"):
             raise InterventionArgumentError(f"shape={shape!r} is unknown; allowed: 'per_call', 'fixed'.")
-        if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**32):
+        if seed is not None and seed not in range(2**32):
             raise InterventionArgumentError(
                 f"seed={seed!r} is no seed; give a whole number from 0 to 2**32 - 1."
             )
@@ -240,6 +242,7 @@ class NoiseIntervention(CoordinatewiseIntervention):
         self.seed = seed
         self.shape = shape
         self._generators: dict[torch.device, torch.Generator] = {}
+        self._stream = torch.empty(0, dtype=torch.float64)
 
     def forward(self, base: Tensor, source: Tensor | None = None, subspaces: Subspaces = None) -> Tensor:
         """Return the base with noise on the chosen coordinates."""
@@ -257,15 +260,18 @@ class NoiseIntervention(CoordinatewiseIntervention):
 
     def _fixed_noise(self, base: Tensor) -> Tensor:
         shape = base.shape[1:] if base.dim() > 1 else base.shape
-        noise = _legacy_normal(self.seed or 0, shape.numel()).view(shape)
+        stream = self._stream
+        if len(stream) < shape.numel():
+            stream = self._stream = _legacy_normal(self.seed or 0, shape.numel())
+        noise = stream[: shape.numel()].view(shape)
         return noise.to(base.device, torch.promote_types(base.dtype, torch.float32))
 
 
 def _legacy_normal(seed: int, count: int) -> Tensor:
     """Return the first `count` normal numbers of `numpy.random.RandomState(seed)`, in float64.
 
-    Mersenne Twister, seeded as its authors do, and Marsaglia's polar method. Python's own generator is the same one
-    seeded in another way, so it is given the state.
+    Mersenne Twister, seeded as its authors do, and Marsaglia's polar method. Python's own generator is the
+    same one seeded in another way, so it is given the state.
     """
     word = seed
     state = [word]

@@ -18,14 +18,15 @@ from interventions.subspaces import Subspaces
 class CallableIntervention(Intervention):
     """Whatever a function of the activation returns: `b <- f(b)`, `f(b, s)` or `f(b, s, subspaces)`.
 
-    How the function is called is decided once, from its signature: a second parameter gets the source if it is
-    required (or is called `source`, with None as default), a third the subspaces likewise; so `torch.relu`, partials,
-    bound methods, callable objects and modules all work. It gets copies and may change them in place, but has to
-    return the result; returning None leaves the activation as it is. A source it can take may still be None.
+    How the function is called is decided once, from its signature: a second parameter gets the source if it
+    is required (or is called `source`, with None as default), a third the subspaces likewise; so
+    `torch.relu`, partials, bound methods, callable objects and modules all work. It gets copies and may
+    change them in place, but has to return the result; returning None leaves the activation as it is. A
+    source it can take may still be None.
 
     Args:
-        function: The callable, or the name under which `register_callable` knows it. Only registered ones can be
-            saved. A module's parameters become the intervention's.
+        function: The callable, or the name under which `register_callable` knows it. Only registered ones can
+            be saved. A module's parameters become the intervention's.
         embed_dim, subspace_partition, source_representation, sees: See `Intervention`.
 
     Raises:
@@ -83,8 +84,8 @@ class CallableIntervention(Intervention):
         if result is None:
             if version is not None and copy._version != version:
                 raise InterventionError(
-                    f"{self.function!r} changed its argument in place and returned None, so the change would be lost."
-                    f" Return the new activation."
+                    f"{self.function!r} changed its argument in place and returned None, so the change would"
+                    f" be lost. Return the new activation."
                 )
             return base
         if not isinstance(result, Tensor) or result.shape != base.shape or result.dtype != base.dtype:

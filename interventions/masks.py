@@ -102,7 +102,7 @@ class SigmoidMaskRotatedSpaceIntervention(Tempered, Intervention):
 
     sees: Sees = "concatenated"
     mask: nn.Parameter
-    """`[embed_dim]`, before temperature and sigmoid; starts at 100, a share of 0.88 at the first temperature."""
+    """`[embed_dim]`, before temperature and sigmoid; starts at 100, a share of 0.88 at temperature 50."""
 
     def __init__(
         self,

@@ -17,13 +17,13 @@ from interventions.subspaces import Subspaces
 class PCARotatedSpaceIntervention(Intervention):
     """Swap coordinates along given principal components.
 
-    Activations are standardised, `z = (x - mean) / std`, and projected on the rows of `C`, `y = z C^T`. The result is
-    `b + ((y_s - y_b)_S C) * std`. What fewer components than dimensions do not describe stays the base's. Nothing is
-    trained.
+    Activations are standardised, `z = (x - mean) / std`, and projected on the rows of `C`, `y = z C^T`. The
+    result is `b + ((y_s - y_b)_S C) * std`. What fewer components than dimensions do not describe stays the
+    base's. Nothing is trained.
 
     Args:
-        components: `[k, embed_dim]`, orthonormal rows. Without them `embed_dim` and `low_rank_dimension` make room for
-            a state dict, and calling before it is loaded is an error.
+        components: `[k, embed_dim]`, orthonormal rows. Without them `embed_dim` and `low_rank_dimension` make
+            room for a state dict, and calling before it is loaded is an error.
         mean: `[embed_dim]`; zeros if left out.
         std: `[embed_dim]` or a number; ones if left out.
         embed_dim, low_rank_dimension: The sizes, if there are no components yet.
@@ -74,18 +74,19 @@ class PCARotatedSpaceIntervention(Intervention):
                 want is not None and want != have for want, have in zip(given, components.shape, strict=True)
             ):
                 raise InterventionShapeError(
-                    f"components has shape {tuple(components.shape)}, but low_rank_dimension={low_rank_dimension} and"
-                    f" embed_dim={embed_dim} were given. Leave the sizes out, or make them equal."
+                    f"components has shape {tuple(components.shape)}, but [low_rank_dimension, embed_dim] ="
+                    f" {list(given)} was given. Leave the sizes out, or make them equal."
                 )
             low_rank_dimension, embed_dim = components.shape
         if embed_dim is None:
             raise InterventionArgumentError(
-                "PCARotatedSpaceIntervention needs its components ([k, embed_dim]), or embed_dim to load them later."
+                "PCARotatedSpaceIntervention needs its components ([k, embed_dim]), or embed_dim to load"
+                " them later."
             )
         super().__init__(embed_dim=embed_dim, source_representation=source_representation, sees=sees)
         self.low_rank_dimension = embed_dim if low_rank_dimension is None else low_rank_dimension
         check_count("low_rank_dimension", self.low_rank_dimension, embed_dim, f" (embed_dim={embed_dim})")
-        self.subspace_partition = subspace_partition  # type: ignore[assignment]  # the setter parses it
+        self.subspace_partition = subspace_partition
         self._ready = components is not None
         if components is None:
             components = torch.zeros(self.low_rank_dimension, embed_dim)
@@ -94,7 +95,8 @@ class PCARotatedSpaceIntervention(Intervention):
         self.register_buffer("std", _vector("std", std, 1.0, components))
         if not bool((self.std > 0).all()):
             raise InterventionArgumentError(
-                f"std has entries that are not positive (smallest {float(self.std.min())}); every one divides."
+                f"std has entries that are not positive (smallest: {float(self.std.min())}), but it divides."
+                f" Give the standard deviations, with 1 for constant dimensions."
             )
 
     @property
@@ -141,7 +143,8 @@ class PCARotatedSpaceIntervention(Intervention):
         """Return the source along the chosen components, the base along all other directions."""
         if not self._ready:
             raise InterventionError(
-                "PCARotatedSpaceIntervention has no components yet: make it with components, or load a state dict."
+                "PCARotatedSpaceIntervention has no components yet: make it with components, fit it, or load"
+                " a state dict."
             )
         base, source = self.operands(base, source)
         mask = self.chosen(subspaces, base, self.low_rank_dimension)

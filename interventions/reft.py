@@ -31,8 +31,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class ReftIntervention(Intervention):
     """A learned edit of an activation along a few directions: `h + D c(h)`.
 
-    Not for direct use: a subclass writes `change`, the coordinates `c` along the directions `D`, and says of what kind
-    its directions and its learned coordinates are.
+    Not for direct use: a subclass writes `change`, the coordinates `c` along the directions `D`, and says of
+    what kind its directions and its learned coordinates are.
 
     Args:
         embed_dim: Size of the last axis.
@@ -78,7 +78,7 @@ class ReftIntervention(Intervention):
                 f"act_fn={act_fn!r} is unknown; allowed: {', '.join(sorted(ACTIVATIONS))}, or a function."
             )
         self.low_rank_dimension = low_rank_dimension
-        self.subspace_partition = subspace_partition  # type: ignore[assignment]  # the setter parses it
+        self.subspace_partition = subspace_partition
         self.dropout = float(dropout)
         self.act_fn = act_fn
         if self.orthonormal:
@@ -146,7 +146,8 @@ class ReftIntervention(Intervention):
 class LoreftIntervention(ReftIntervention):
     """LoReFT: replace the coordinates along orthonormal directions by a linear function of the activation.
 
-    `h + R^T (W h + b - R h)`, with orthonormal rows `R`. Arguments, shapes and errors are those of `ReftIntervention`.
+    `h + R^T (W h + b - R h)`, with orthonormal rows `R`. Arguments, shapes and errors are those of
+    `ReftIntervention`.
 
     Wu et al. (2024), "ReFT: Representation Finetuning for Language Models", https://arxiv.org/abs/2404.03592.
 
@@ -169,7 +170,8 @@ class LoreftIntervention(ReftIntervention):
 class NoreftIntervention(ReftIntervention):
     """NoReFT: LoReFT without the constraint that the directions are orthonormal.
 
-    `h + W2^T (W1 h + b - W2 h)`, with free rows `W2`. Arguments, shapes and errors are those of `ReftIntervention`.
+    `h + W2^T (W1 h + b - W2 h)`, with free rows `W2`. Arguments, shapes and errors are those of
+    `ReftIntervention`.
 
     Wu et al. (2024), "ReFT: Representation Finetuning for Language Models", https://arxiv.org/abs/2404.03592.
 
@@ -189,7 +191,8 @@ class NoreftIntervention(ReftIntervention):
 class ConsreftIntervention(ReftIntervention):
     """ConsReFT: replace the coordinates along orthonormal directions by a learned constant.
 
-    `h + R^T (b - R h)`, with orthonormal rows `R`. Arguments, shapes and errors are those of `ReftIntervention`.
+    `h + R^T (b - R h)`, with orthonormal rows `R`. Arguments, shapes and errors are those of
+    `ReftIntervention`.
 
     Wu et al. (2024), "ReFT: Representation Finetuning for Language Models", https://arxiv.org/abs/2404.03592.
 
@@ -232,13 +235,15 @@ class LobireftIntervention(ReftIntervention):
 class DireftIntervention(ReftIntervention):
     """DiReFT: add a linear function of the activation along orthonormal directions.
 
-    `h + R^T (W h + b)`, with orthonormal rows `R`. Arguments, shapes and errors are those of `ReftIntervention`.
+    `h + R^T (W h + b)`, with orthonormal rows `R`. Arguments, shapes and errors are those of
+    `ReftIntervention`.
 
     Wu et al. (2024), "ReFT: Representation Finetuning for Language Models", https://arxiv.org/abs/2404.03592.
 
     Example:
         >>> edit = DireftIntervention(4, 2, act_fn="relu")
-        >>> torch.allclose(edit(torch.zeros(4)), edit.directions() @ edit.learned_source.bias.relu(), atol=1e-6)
+        >>> at_zero = edit.directions() @ edit.learned_source.bias.relu()
+        >>> torch.allclose(edit(torch.zeros(4)), at_zero, atol=1e-6)
         True
     """
 

@@ -42,7 +42,8 @@ def register_intervention(cls: C | None = None, *, name: str | None = None) -> C
     """
     if cls is None:
         return lambda decorated: register_intervention(decorated, name=name)
-    if not (isinstance(cls, type) and issubclass(cls, Intervention)):
+    given: object = cls
+    if not (isinstance(given, type) and issubclass(given, Intervention)):
         raise InterventionArgumentError(
             f"{cls!r} is no subclass of Intervention; register functions with register_callable."
         )
@@ -123,7 +124,7 @@ def name_of_callable(function: Callable[..., Any]) -> str:
         UnknownInterventionError: The function is not registered.
     """
     for name, registered in _callables.items():
-        if registered is function or registered == function:
+        if registered == function:  # equal bound methods need not be identical
             return name
     raise UnknownInterventionError(
         "function",
@@ -134,13 +135,13 @@ def name_of_callable(function: Callable[..., Any]) -> str:
 
 
 def _register(table: dict[str, Any], kind: str, name: str, value: object) -> None:
-    if not isinstance(name, str) or not name:
-        raise InterventionArgumentError(f"name={name!r} is no name for an {kind}; give a string.")
-    if table.get(name, value) is not value:
+    if not name:
+        raise InterventionArgumentError(f"name={name!r} is no name for {value!r}; give one to find it by.")
+    if table.get(name, value) != value:
         raise DuplicateInterventionError(
             f"The {kind} name {name!r} is taken by {table[name]!r}. Register {value!r} under another name."
         )
-    others = [other for other, registered in table.items() if registered is value and other != name]
+    others = [other for other, registered in table.items() if registered == value and other != name]
     if others:
         raise DuplicateInterventionError(f"{value!r} is already registered as {others[0]!r}; use that name.")
     table[name] = value

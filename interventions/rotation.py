@@ -16,9 +16,9 @@ from interventions.temperature import Tempered
 class OrthogonalWeight(nn.Module):
     """Orthonormal columns made from an unconstrained `weight` by a QR decomposition.
 
-    The columns are those of Q in `weight = Q R` with a positive diagonal of R, which makes them unique: a weight whose
-    columns are orthonormal already is its own Q. So any weight can be assigned, trained or loaded, and what comes out
-    is orthonormal. In float64 for a float64 request, else in float32.
+    The columns are those of Q in `weight = Q R` with a positive diagonal of R, which makes them unique: a
+    weight whose columns are orthonormal already is its own Q. So any weight can be assigned, trained or
+    loaded, and what comes out is orthonormal. In float64 for a float64 request, else in float32.
 
     Args:
         rows: Size of the space.
@@ -51,8 +51,8 @@ class OrthogonalWeight(nn.Module):
         """
         if torch.is_grad_enabled() and self.weight.requires_grad:
             return _orthonormal(self.weight.to(dtype))
-        # Without gradients the same columns serve until the weight changes. Comparing is exact whoever changed it and
-        # costs a hundredth of the decomposition.
+        # Without gradients the same columns serve until the weight changes. Comparing costs a hundredth of
+        # the decomposition and, unlike version counters, also notices changes made through `.data`.
         last = self._last
         if last is None or last[1].dtype != dtype or not _same(last[0], self.weight):
             with torch.inference_mode(False), torch.no_grad():
@@ -73,8 +73,8 @@ def _orthonormal(weight: Tensor) -> Tensor:
 
 
 def _same(copy: Tensor, weight: Tensor) -> bool:
-    fits = copy.device == weight.device and copy.dtype == weight.dtype and copy.shape == weight.shape
-    return fits and torch.equal(copy, weight)
+    alike = copy.device == weight.device and copy.dtype == weight.dtype and copy.shape == weight.shape
+    return bool(alike and torch.equal(copy, weight))
 
 
 @without_autocast
@@ -84,7 +84,8 @@ def swap_in_basis(base: Tensor, difference: Tensor, basis: Tensor, weights: Tens
     Written with the difference of source and base, so that equal ones leave the base exactly as it is.
 
     Shape:
-        base, difference: `(..., width)`; basis: `(width, rank)`; weights: broadcasts to `(..., rank)`; result as base.
+        base, difference: `(..., width)`; basis: `(width, rank)`; weights: broadcasts to `(..., rank)`; result
+            as base.
     """
     coordinates = difference @ basis
     if weights is not None:
@@ -101,8 +102,8 @@ def difference_of(base: Tensor, source: Tensor) -> Tensor:
 class RotatedSpaceIntervention(Intervention):
     """Swap coordinates in a learned rotated basis of the whole space.
 
-    With an orthogonal matrix `R`, the result is `b + ((s - b) R)_S R^T`: the source along the chosen columns, the base
-    along the others. Without subspaces that is the source itself.
+    With an orthogonal matrix `R`, the result is `b + ((s - b) R)_S R^T`: the source along the chosen columns,
+    the base along the others. Without subspaces that is the source itself.
 
     Geiger et al. (2023), "Finding Alignments Between Interpretable Causal Variables and Distributed Neural
     Representations", https://arxiv.org/abs/2303.02536.
@@ -153,8 +154,8 @@ class RotatedSpaceIntervention(Intervention):
 class LowRankRotatedSpaceIntervention(Intervention):
     """Swap coordinates along a few learned orthonormal directions.
 
-    With `R` of `low_rank_dimension` orthonormal columns, the result is `b + ((s - b) R)_S R^T`: the source inside their
-    span, the base in its complement.
+    With `R` of `low_rank_dimension` orthonormal columns, the result is `b + ((s - b) R)_S R^T`: the source
+    inside their span, the base in its complement.
 
     Wu et al. (2024), "pyvene: A Library for Understanding and Improving PyTorch Models via Interventions",
     https://arxiv.org/abs/2403.07809.
@@ -192,7 +193,7 @@ class LowRankRotatedSpaceIntervention(Intervention):
         super().__init__(embed_dim=embed_dim, source_representation=source_representation, sees=sees)
         self.rotation = OrthogonalWeight(embed_dim, low_rank_dimension)
         self.low_rank_dimension = low_rank_dimension
-        self.subspace_partition = subspace_partition  # type: ignore[assignment]  # the setter parses it
+        self.subspace_partition = subspace_partition
 
     @property
     def subspace_size(self) -> int | None:
@@ -209,9 +210,10 @@ class LowRankRotatedSpaceIntervention(Intervention):
 class BoundlessRotatedSpaceIntervention(Tempered, Intervention):
     """Swap in a learned basis, and learn how many of its coordinates to swap.
 
-    Coordinate i of the rotated space is swapped by the share `sigmoid((i + 1/2) / T) * sigmoid((k - i - 1/2) / T)` with
-    the learned boundary `k = beta * embed_dim`; the result is `b + ((s - b) R * share) R^T`. The half makes the first
-    and the last coordinate count in full as the temperature falls; pyvene's shares, without it, stay at one half there.
+    The result is `b + ((s - b) R * m) R^T`, where `m_i = sigmoid((i + 1/2) / T) * sigmoid((k - i - 1/2) / T)`
+    is the share by which coordinate i of the rotated space is swapped, and `k = beta * embed_dim` the learned
+    boundary. The half makes coordinates count in full or not at all as the temperature falls; pyvene's
+    shares, without it, stay at one half for the first coordinate and at the boundary.
 
     Wu et al. (2023), "Interpretability at Scale: Identifying Causal Mechanisms in Alpaca",
     https://arxiv.org/abs/2305.08809.

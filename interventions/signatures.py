@@ -1,6 +1,7 @@
 """How a function wants to be called: `(base)`, `(base, source)` or `(base, source, subspaces)`.
 
-Looked at once, when an intervention class or a `CallableIntervention` is made; never again while a model runs.
+Looked at once, when an intervention class or a `CallableIntervention` is made; never again while a model
+runs.
 """
 
 from __future__ import annotations
@@ -51,8 +52,9 @@ def pattern_of_method(method: Callable[..., object]) -> CallPattern:
 def pattern_of_function(function: Callable[..., object]) -> CallPattern:
     """Return how to call a plain function of tensors.
 
-    A second parameter gets the source if it is required, or is called `source` with None as default; a third gets the
-    subspaces likewise. So `torch.relu`, `nn.GELU()` and `functional.dropout(input, p=0.5)` are functions of the base.
+    A second parameter gets the source if it is required, or is called `source` with None as default; a third
+    gets the subspaces likewise. So `torch.relu`, `nn.GELU()` and `functional.dropout(input, p=0.5)` are
+    functions of the base.
 
     Raises:
         InterventionArgumentError: The function takes no argument, or requires others than these three.
@@ -81,8 +83,8 @@ def pattern_of_function(function: Callable[..., object]) -> CallPattern:
     ]
     if others:
         raise InterventionArgumentError(
-            f"{function!r} also requires {', '.join(map(repr, others))}. Give a function of (base), (base, source) or"
-            f" (base, source, subspaces); fix the rest with functools.partial."
+            f"{function!r} also requires {', '.join(map(repr, others))}. Give a function of (base),"
+            f" (base, source) or (base, source, subspaces); fix the rest with functools.partial."
         )
     return pattern
 

@@ -1,8 +1,8 @@
 """Which coordinates an intervention may touch: partitions, ids, and the masks made of them.
 
 The one home of this question. A **partition** names groups of coordinates once, when an intervention is made;
-**ids** choose, call by call, dimensions, or parts where there is a partition. Ids always belong to *examples* (the
-first axis); `SubspacePerPosition` gives them to units (the axis before the last) instead.
+**ids** choose, call by call, dimensions, or parts where there is a partition. Ids always belong to *examples*
+(the first axis); `SubspacePerPosition` gives them to units (the axis before the last) instead.
 """
 
 from __future__ import annotations
@@ -138,8 +138,9 @@ class Selection:
 def parse_partition(parts: Iterable[Part] | HasToList | None, size: int | None = None) -> Partition | None:
     """Turn what a user writes as a partition into tuples of dimensions.
 
-    A list of exactly two ints `[a, b]` is the half-open range from a to b; other lists hold the dimensions themselves;
-    `slice` and `range` mean what they mean in Python; `IndexSet([1, 3])` is a set of two. Parts may share dimensions.
+    A list of exactly two ints `[a, b]` is the half-open range from a to b; other lists hold the dimensions
+    themselves; `slice` and `range` mean what they mean in Python; `IndexSet([1, 3])` is a set of two. Parts
+    may share dimensions.
 
     Args:
         parts: The parts; None for no partition.
@@ -187,8 +188,8 @@ def select(
     """Check `subspaces` and return the coordinates they choose; None means all of them.
 
     Args:
-        subspaces: None (all), an int or a flat list of ints (the same for every example), one list for each example
-            (lengths may differ; None for all), or `SubspacePerPosition`.
+        subspaces: None (all), an int or a flat list of ints (the same for every example), one list for each
+            example (lengths may differ; None for all), or `SubspacePerPosition`.
         size: How many coordinates there are; None if that is not known yet.
         partition: Parsed parts; if given, ids are indices into it and choose the union of their parts.
         batch: How many examples there are; None if that is not known yet.
@@ -260,7 +261,7 @@ def _resolve(row: Sequence[object], size: int | None, partition: Partition | Non
     outside = [dim for dim in dimensions if size is not None and dim >= size]
     if outside:
         raise SubspaceIndexError(
-            f"The partition names dimension {outside[0]}{where}, but there are only dimensions 0 to {(size or 0) - 1}."
+            f"The partition names dimension {outside[0]}{where}; dimensions are 0 to {(size or 0) - 1}."
         )
     return dimensions
 
