@@ -283,7 +283,8 @@ class Intervention(nn.Module):
         while source.dim() > base.dim() and source.shape[0] == 1:
             source = source[0]
         try:
-            wide_base, wide_source = torch.broadcast_tensors(base, source)
+            # torch leaves this function untyped
+            wide_base, wide_source = torch.broadcast_tensors(base, source)  # type: ignore[no-untyped-call]
         except RuntimeError as error:
             raise self._no_broadcast(base, source) from error
         if wide_base.shape[-1] != base.shape[-1]:
@@ -316,8 +317,8 @@ class Intervention(nn.Module):
 
     def _no_broadcast(self, base: Tensor, source: Tensor) -> InterventionShapeError:
         return InterventionShapeError(
-            f"{type(self).__name__}: a source of shape {tuple(source.shape)} does not broadcast to a base of shape"
-            f" {tuple(base.shape)}. Give each example and unit its source, or one source for all."
+            f"{type(self).__name__}: a source of shape {tuple(source.shape)} does not broadcast to a base of"
+            f" shape {tuple(base.shape)}. Give each example and unit its source, or one source for all."
         )
 
     def _no_subspaces(self, subspaces: Subspaces) -> SubspaceError:

@@ -67,6 +67,8 @@ class OrthogonalWeight(nn.Module):
 
 
 def _orthonormal(weight: Tensor) -> Tensor:
+    columns: Tensor
+    upper: Tensor
     with torch.autocast(weight.device.type, enabled=False):
         columns, upper = torch.linalg.qr(weight)
     return columns * torch.where(upper.diagonal() < 0, -1.0, 1.0).to(columns.dtype)
