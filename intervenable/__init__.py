@@ -1,0 +1,150 @@
+"""Causal interventions on PyTorch models: declare what to change inside, run, and see what follows.
+
+    import intervenable as iv
+
+    config = iv.IntervenableConfig(
+        [iv.RepresentationConfig(3, "block_output", "pos", 1)], iv.VanillaIntervention
+    )
+    model = iv.IntervenableModel(config, language_model, tokenizer=tokenizer)
+    original, intervened = model(base, [source], {"sources->base": 4})
+
+Everything public is here; the submodules may change.
+"""
+
+import warnings as _warnings
+from typing import Any as _Any
+
+from intervenable._version import __version__
+from intervenable.config import IntervenableConfig, RepresentationConfig
+from intervenable.errors import (
+    ConfigError,
+    EditError,
+    InputError,
+    IntervenableError,
+    IntervenableWarning,
+    LayerRangeError,
+    LocationError,
+    LocationRangeError,
+    ModelMismatchError,
+    NotAvailableError,
+    NotFiredError,
+    RenamedWarning,
+    SourceError,
+    SubspaceError,
+    SubspaceRangeError,
+    UnknownNameError,
+    UnsupportedModelError,
+)
+from intervenable.locations import get_loc
+from intervenable.model import IntervenableModel
+from intervenable.output import IntervenableOutput
+from intervenable.receipt import Explanation, Receipt, ReceiptLine
+from intervenable.small_lm import load_small_lm
+from intervenable.tokens import embed_to_distrib, format_token, top_vals
+from intervenable.toy_models import MLPClassifier
+from interventions import (
+    AdditionIntervention,
+    AutoencoderIntervention,
+    BoundlessRotatedSpaceIntervention,
+    CallableIntervention,
+    CollectIntervention,
+    ConsreftIntervention,
+    DireftIntervention,
+    IndexSet,
+    Intervention,
+    JumpReLUAutoencoderIntervention,
+    LobireftIntervention,
+    LoreftIntervention,
+    LowRankRotatedSpaceIntervention,
+    NodireftIntervention,
+    NoiseIntervention,
+    NoreftIntervention,
+    PCARotatedSpaceIntervention,
+    RotatedSpaceIntervention,
+    ScaleIntervention,
+    SigmoidMaskIntervention,
+    SigmoidMaskRotatedSpaceIntervention,
+    SkipIntervention,
+    SubspacePerPosition,
+    SubtractionIntervention,
+    VanillaIntervention,
+    ZeroIntervention,
+    register_callable,
+    register_intervention,
+)
+from model_maps import ModelMap, Site, register_map
+
+__all__ = [
+    "AdditionIntervention",
+    "AutoencoderIntervention",
+    "BoundlessRotatedSpaceIntervention",
+    "CallableIntervention",
+    "CollectIntervention",
+    "ConfigError",
+    "ConsreftIntervention",
+    "DireftIntervention",
+    "EditError",
+    "Explanation",
+    "IndexSet",
+    "InputError",
+    "IntervenableConfig",
+    "IntervenableError",
+    "IntervenableModel",
+    "IntervenableOutput",
+    "IntervenableWarning",
+    "Intervention",
+    "JumpReLUAutoencoderIntervention",
+    "LayerRangeError",
+    "LobireftIntervention",
+    "LocationError",
+    "LocationRangeError",
+    "LoreftIntervention",
+    "LowRankRotatedSpaceIntervention",
+    "MLPClassifier",
+    "ModelMap",
+    "ModelMismatchError",
+    "NodireftIntervention",
+    "NoiseIntervention",
+    "NoreftIntervention",
+    "NotAvailableError",
+    "NotFiredError",
+    "PCARotatedSpaceIntervention",
+    "Receipt",
+    "ReceiptLine",
+    "RenamedWarning",
+    "RepresentationConfig",
+    "RotatedSpaceIntervention",
+    "ScaleIntervention",
+    "SigmoidMaskIntervention",
+    "SigmoidMaskRotatedSpaceIntervention",
+    "Site",
+    "SkipIntervention",
+    "SourceError",
+    "SubspaceError",
+    "SubspacePerPosition",
+    "SubspaceRangeError",
+    "SubtractionIntervention",
+    "UnknownNameError",
+    "UnsupportedModelError",
+    "VanillaIntervention",
+    "ZeroIntervention",
+    "__version__",
+    "embed_to_distrib",
+    "format_token",
+    "get_loc",
+    "load_small_lm",
+    "register_callable",
+    "register_intervention",
+    "register_map",
+    "top_vals",
+]
+
+_RENAMED = {"IntervenableRepresentationConfig": "RepresentationConfig", "GET_LOC": "get_loc"}
+
+
+def __getattr__(name: str) -> _Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module 'intervenable' has no attribute {name!r}")
+    new = _RENAMED[name]
+    _warnings.warn(f"{name!r} is now called {new!r}.", RenamedWarning, stacklevel=2)
+    return globals()[new]

@@ -1,0 +1,338 @@
+"""A configuration bound to one model: every representation with its place and its intervention.
+
+Everything that can be known without a run is checked here, and all faults are reported at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from intervenable.config import IntervenableConfig, RepresentationConfig, is_module_path
+from intervenable.errors import (
+    ConfigError,
+    LayerRangeError,
+    ModelMismatchError,
+    UnsupportedModelError,
+    raise_all,
+)
+from intervenable.sites import BoundSite, bind_path, bind_site, module_at
+from interventions import CallableIntervention, Intervention, InterventionError
+from interventions.fixed import CoordinatewiseIntervention
+from model_maps import (
+    COMPONENTS,
+    AbsentComponentError,
+    ModelMap,
+    Sizes,
+    UnmappedModelError,
+    component_site,
+    find_map,
+    sizes_of,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class BoundRepresentation:
+    """One declared representation in one model."""
+
+    index: int
+    """Its place in the configuration."""
+
+    name: str
+    """Its unique name."""
+
+    config: RepresentationConfig
+    """What was declared."""
+
+    site: BoundSite
+    """Where it is."""
+
+    intervention: Intervention
+    """What is done to it; linked representations have the same."""
+
+    constant: Tensor | None
+    """Its constant source, if one was declared."""
+
+    group: int
+    """Which source it takes its value from, counted in the order in which groups first appear."""
+
+    @property
+    def source_site(self) -> BoundSite:
+        """Where its value is read in a source run."""
+        return self.site if self.intervention.source_side == "site" else self.site.input_of_module()
+
+
+def bind(config: IntervenableConfig, model: nn.Module) -> tuple[BoundRepresentation, ...]:
+    """Resolve every representation of a configuration in a model.
+
+    Raises:
+        ConfigError: a declaration that does not fit this model; several are listed together.
+        UnsupportedModelError: no map for the model, or no such component in it.
+    """
+    _check_model_type(config, model)
+    faults: list[ConfigError | UnsupportedModelError] = []
+    sites: list[BoundSite | None] = []
+    places = _Places(model)
+    for index, entry in enumerate(config.representations):
+        try:
+            sites.append(places.site(entry))
+        except (ConfigError, UnsupportedModelError) as error:
+            sites.append(None)
+            faults.append(_named(error, index))
+    names = _names(config.representations, sites)
+    groups = _groups(config.representations)
+    made: list[Intervention | None] = []
+    for index, site in enumerate(sites):
+        try:
+            made.append(None if site is None else _intervention(config, index, site, made))
+        except ConfigError as error:
+            made.append(None)
+            faults.append(_named(error, index))
+    raise_all(faults)
+    return tuple(
+        BoundRepresentation(
+            index, names[index], entry, site, intervention, _constant(config, index, intervention), groups[index]
+        )
+        for index, (entry, site, intervention) in enumerate(zip(config.representations, sites, made, strict=True))
+        if site is not None and intervention is not None
+    )
+
+
+def _named(error: ConfigError | UnsupportedModelError, index: int) -> ConfigError | UnsupportedModelError:
+    """The same error with the entry it is about in front."""
+    named = type(error)(f"representation {index}: {error}")
+    named.__cause__ = error.__cause__
+    return named
+
+
+def _check_model_type(config: IntervenableConfig, model: nn.Module) -> None:
+    names = [cls.__name__ for cls in type(model).__mro__]
+    if config.model_type is not None and config.model_type not in names:
+        raise ModelMismatchError(
+            f"The configuration is for {config.model_type}, and the model is a {type(model).__name__}."
+            " Give a model of that class, or leave model_type out."
+        )
+
+
+# --- where ------------------------------------------------------------------------------------------------
+
+
+class _Places:
+    """Finds sites in one model; what they share is looked up once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._map: ModelMap | None = None
+        config = getattr(model, "config", None)
+        self.sizes = sizes_of(config) if config is not None else Sizes()
+
+    def site(self, entry: RepresentationConfig) -> BoundSite:
+        if entry.moe_key is not None:
+            raise ConfigError(
+                f"moe_key={entry.moe_key}: no mapped architecture has its experts as modules of their own."
+                " Leave it out, or name the expert by its module path."
+            )
+        if is_module_path(entry.component):
+            return bind_path(self.model, entry.component)
+        layer = None if COMPONENTS[entry.component].scope == "model" else self._layer(entry.layer or 0)
+        return self._component(entry.component, layer)
+
+    def _component(self, component: str, layer: int | None) -> BoundSite:
+        try:
+            site = component_site(self.map, component)
+        except AbsentComponentError as error:
+            raise UnsupportedModelError(str(error)) from error
+        plus = None if site.plus is None else self._component(site.plus, layer)
+        prefix = "" if layer is None else self._block(layer)
+        return bind_site(self.model, component, site, layer, prefix, self.sizes, plus)
+
+    @property
+    def map(self) -> ModelMap:
+        if self._map is None:
+            try:
+                names = [cls.__name__ for cls in type(self.model).__mro__]
+                self._map = find_map(names, getattr(self.model, "config", None))
+            except UnmappedModelError as error:
+                raise UnsupportedModelError(str(error)) from error
+        return self._map
+
+    def _blocks(self) -> nn.Module:
+        if self.map.blocks is None:
+            raise UnsupportedModelError(f"{type(self.model).__name__} has no blocks.")
+        return module_at(self.model, self.map.blocks, "the list of blocks")
+
+    def _layer(self, layer: int) -> int:
+        count = len(self._blocks()) if self.map.blocks else 1  # type: ignore[arg-type]  # a ModuleList
+        if not -count <= layer < count:
+            raise LayerRangeError(
+                f"Layer {layer} is out of range: {type(self.model).__name__} has layers 0 to {count - 1}."
+            )
+        return layer % count
+
+    def _block(self, layer: int) -> str:
+        return f"{self.map.blocks}.{layer}" if self.map.blocks else ""
+
+
+# --- names and groups -------------------------------------------------------------------------------------
+
+
+def _names(entries: Sequence[RepresentationConfig], sites: Sequence[BoundSite | None]) -> list[str]:
+    """The given names; for the others one made of layer, component and unit, numbered where several are alike."""
+    keys = []
+    for entry, site in zip(entries, sites, strict=True):
+        layer = None if site is None else site.layer
+        parts = [] if layer is None else [f"layer_{layer}"]
+        keys.append(".".join([*parts, entry.component, entry.unit]))
+    names = []
+    for index, (entry, key) in enumerate(zip(entries, keys, strict=True)):
+        alike = [other for other, at in enumerate(keys) if at == key and entries[other].name is None]
+        names.append(entry.name or (key if len(alike) == 1 else f"{key}#{alike.index(index)}"))
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"The name {twice[0]!r} is also the default name of another representation; choose another.")
+    return names
+
+
+def _groups(entries: Sequence[RepresentationConfig]) -> list[int]:
+    """For each representation the number of its group; one without a key is a group of its own."""
+    numbers: dict[object, int] = {}
+    for index, entry in enumerate(entries):
+        key: object = ("key", entry.group_key) if entry.group_key is not None else ("alone", index)
+        numbers.setdefault(key, len(numbers))
+    return [
+        numbers[("key", entry.group_key) if entry.group_key is not None else ("alone", index)]
+        for index, entry in enumerate(entries)
+    ]
+
+
+# --- what -------------------------------------------------------------------------------------------------
+
+
+def _intervention(
+    config: IntervenableConfig, index: int, site: BoundSite, made: Sequence[Intervention | None]
+) -> Intervention:
+    """The intervention of one representation: shared if it is linked, given, or newly made."""
+    entry = config.representations[index]
+    link = entry.intervention_link_key
+    if link is not None:
+        for earlier, other in enumerate(config.representations[:index]):
+            shared = made[earlier]
+            if other.intervention_link_key == link and shared is not None:
+                _check_link(config, index, earlier, site, shared)
+                return shared
+    if isinstance(entry.intervention, Intervention):
+        _check_width(entry.intervention, entry, site)
+        return entry.intervention
+    if entry.intervention is not None:
+        return CallableIntervention(entry.intervention)
+    cls = config.type_of(index)
+    if cls is None:
+        raise ConfigError("it has no intervention.")
+    return _make(cls, entry, site)
+
+
+def _make(cls: type[Intervention], entry: RepresentationConfig, site: BoundSite) -> Intervention:
+    """An intervention of a class, with the declared settings that its constructor takes."""
+    width = _seen_width(cls.sees, entry, site)
+    declared = {
+        "low_rank_dimension": entry.low_rank_dimension,
+        "latent_dim": entry.latent_dim,
+        "subspace_partition": entry.subspace_partition,
+    }
+    settings = {name: value for name, value in declared.items() if value is not None}
+    parameters = inspect.signature(cls.__init__).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    refused = [name for name in settings if name not in parameters and not open_ended]
+    if refused:
+        raise ConfigError(f"{cls.__name__} takes no {', '.join(refused)}.")
+    if "embed_dim" in parameters or open_ended:
+        settings["embed_dim"] = width
+    required = [
+        name
+        for name, p in parameters.items()
+        if p.default is p.empty
+        and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        and name != "self"
+        and settings.get(name) is None
+    ]
+    if required:
+        raise ConfigError(
+            f"{cls.__name__} needs {', '.join(required)}, which the representation does not give"
+            f"{_why_no_width(width, site) if 'embed_dim' in required else ''}."
+            " Give it there, or pass an instance as `intervention`."
+        )
+    try:
+        intervention = cls(**settings)
+    except (InterventionError, TypeError) as error:
+        raise ConfigError(f"{cls.__name__}: {error}") from error
+    device = next((p.device for p in site.module.parameters()), None)
+    return intervention if device in (None, torch.device("meta")) else intervention.to(device)
+
+
+def _why_no_width(width: int | None, site: BoundSite) -> str:
+    return f" (the width of {site.label} cannot be told without a run)" if width is None else ""
+
+
+def _seen_width(sees: str, entry: RepresentationConfig, site: BoundSite) -> int | None:
+    """Size of the last axis an intervention is given at a site."""
+    if sees == "raw" or site.width is None:
+        return None
+    return site.width * entry.max_number_of_units if sees == "concatenated" else site.width
+
+
+def _check_width(intervention: Intervention, entry: RepresentationConfig, site: BoundSite) -> None:
+    width = _seen_width(intervention.sees, entry, site)
+    made_for = intervention.embed_dim
+    if width is None or made_for is None or made_for == width:
+        return
+    if isinstance(intervention, CoordinatewiseIntervention) and made_for < width:
+        return
+    units = ""
+    if intervention.sees == "concatenated":
+        units = f" ({entry.max_number_of_units} unit(s) of {site.width}, concatenated)"
+    raise ModelMismatchError(
+        f"{type(intervention).__name__} was made for embed_dim={made_for}, and {site.label} is {width} wide here"
+        f"{units}. Was it declared for a model of another size?"
+    )
+
+
+def _check_link(
+    config: IntervenableConfig, index: int, earlier: int, site: BoundSite, shared: Intervention
+) -> None:
+    """That a linked representation asks for nothing else than what it shares."""
+    entry, first = config.representations[index], config.representations[earlier]
+    link = f"linked to representation {earlier} by the key {entry.intervention_link_key!r}"
+    cls, other = config.type_of(index), config.type_of(earlier)
+    if entry.intervention is not first.intervention and entry.intervention is not None:
+        raise ConfigError(f"it is {link}, and brings an intervention of its own. Give one of the two.")
+    if cls is not None and cls is not other and other is not None:
+        raise ConfigError(f"it is {link}, which is a {other.__name__}, and asks for a {cls.__name__}.")
+    for field in ("low_rank_dimension", "latent_dim", "subspace_partition"):
+        own, shares = getattr(entry, field), getattr(first, field)
+        if own is not None and own != shares:
+            raise ConfigError(f"it is {link}, whose {field} is {shares!r}, and asks for {own!r}.")
+    width = _seen_width(shared.sees, entry, site)
+    if shared.embed_dim is not None and width is not None and width != shared.embed_dim:
+        raise ConfigError(
+            f"it is {link}, which is made for {shared.embed_dim} columns, and {site.label} gives it {width}."
+            " Linked representations must have one shape."
+        )
+
+
+def _constant(config: IntervenableConfig, index: int, intervention: Intervention) -> Tensor | None:
+    constant = config.constant_of(index)
+    if constant is not None and not intervention.accepts_source:
+        raise ConfigError(
+            f"representation {index}: {type(intervention).__name__} uses no source, so its source_representation"
+            " would be ignored. Leave it out."
+        )
+    return constant
+
+
+def modules_by_name(bound: Sequence[BoundRepresentation]) -> Mapping[str, Intervention]:
+    """The interventions by the name of their representation."""
+    return {entry.name: entry.intervention for entry in bound}

@@ -1,0 +1,116 @@
+"""Everything that this library raises, as one tree.
+
+    IntervenableError
+    ├── ConfigError (ValueError)              what was declared cannot be
+    │   ├── UnknownNameError (LookupError)    a component, unit, type or name that no table has
+    │   ├── LayerRangeError (IndexError)      a layer that the model does not have
+    │   └── ModelMismatchError                declared for another model, or another size of it
+    ├── UnsupportedModelError (LookupError)   no map, or no such component in this architecture
+    ├── InputError (ValueError)               the base or a source is not what the model takes
+    │   └── SourceError                       wrong number, batch size or shape of sources
+    ├── LocationError (ValueError)            unit locations that say nothing sensible
+    │   └── LocationRangeError (IndexError)   a position or head that does not exist
+    ├── SubspaceError (ValueError)            subspaces that say nothing sensible
+    │   └── SubspaceRangeError (IndexError)   a coordinate or part that does not exist
+    ├── EditError (ValueError)                an intervention gave back something unusable
+    ├── NotFiredError (RuntimeError)          an intervention ran another number of times than planned
+    └── NotAvailableError (NotImplementedError)   known, and not there yet
+
+Warnings: `IntervenableWarning`, and for old names `RenamedWarning`, which is also a `DeprecationWarning`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+
+class IntervenableError(Exception):
+    """Root of every error that this library raises on purpose."""
+
+
+class ConfigError(IntervenableError, ValueError):
+    """What was declared cannot be; the message lists every fault found."""
+
+    def __init__(self, message: str, faults: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.faults = tuple(faults) or (message,)
+
+
+class UnknownNameError(ConfigError, LookupError):
+    """A name that no table has; the message lists the names it does have."""
+
+
+class LayerRangeError(ConfigError, IndexError):
+    """A layer that the model does not have."""
+
+
+class ModelMismatchError(ConfigError):
+    """The declaration is for another model, or for another size of it."""
+
+
+class UnsupportedModelError(IntervenableError, LookupError):
+    """The architecture has no map, or has no such component."""
+
+
+class InputError(IntervenableError, ValueError):
+    """The base or a source is not what the model takes."""
+
+
+class SourceError(InputError):
+    """Sources of a wrong number, batch size or shape."""
+
+
+class LocationError(IntervenableError, ValueError):
+    """Unit locations that cannot be read or do not fit."""
+
+
+class LocationRangeError(LocationError, IndexError):
+    """A position or a head that does not exist."""
+
+
+class SubspaceError(IntervenableError, ValueError):
+    """Subspaces that cannot be read or do not fit."""
+
+
+class SubspaceRangeError(SubspaceError, IndexError):
+    """A coordinate or a part of a partition that does not exist."""
+
+
+class EditError(IntervenableError, ValueError):
+    """An intervention gave back something that cannot be written where it belongs."""
+
+
+class NotFiredError(IntervenableError, RuntimeError):
+    """An intervention ran another number of times than its plan says."""
+
+
+class NotAvailableError(IntervenableError, NotImplementedError):
+    """Something that is known and not there yet."""
+
+
+class IntervenableWarning(UserWarning):
+    """Root of every warning of this library."""
+
+
+class RenamedWarning(IntervenableWarning, DeprecationWarning):
+    """An old name was used; the message says the new one."""
+
+
+def unknown_name(kind: str, name: object, allowed: Iterable[str], where: str = "") -> str:
+    """The message for a name that a table does not have: the name, the nearest match, the names it has."""
+    names = sorted(allowed)
+    near = get_close_matches(str(name), names, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    place = f" {where}" if where else ""
+    return f"Unknown {kind} {name!r}{place}.{hint}\nAllowed: {', '.join(names)}."
+
+
+def raise_all(faults: Sequence[ConfigError | UnsupportedModelError]) -> None:
+    """Raise what was found: the one fault as it is, several as one `ConfigError` that lists them."""
+    if len(faults) == 1:
+        raise faults[0]
+    if faults:
+        texts = [str(fault) for fault in faults]
+        listed = "\n".join(f"- {text}" for text in texts)
+        raise ConfigError(f"{len(texts)} faults in the configuration:\n{listed}", texts)

@@ -1,0 +1,243 @@
+"""What a run is given: its batch, its real tokens, and the position ids that padding calls for."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intervenable.errors import InputError
+
+TOKENS = ("input_ids", "inputs_embeds")
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """The inputs of one run, checked against the model, and what locations need to know of them."""
+
+    args: tuple[Any, ...]
+    """Positional inputs of the model."""
+
+    kwargs: Mapping[str, Any]
+    """Keyword inputs of the model."""
+
+    given: object
+    """What the caller gave, to tell whether two runs are the same."""
+
+    batch: int
+    """Number of examples."""
+
+    length: int
+    """Positions of the longest example, padding included."""
+
+    attention_mask: Tensor | None
+    """`[batch, length]`, nonzero at real tokens; None if every position is one."""
+
+    input_ids: Tensor | None
+    """`[batch, length]` token ids, if the model was given any."""
+
+    time_first: bool = False
+    """Whether the position axis of its tensors comes first (a torch recurrent net without `batch_first`)."""
+
+    @cached_property
+    def real_positions(self) -> list[list[int]] | None:
+        """For each example the tensor indices of its real tokens, in order; None if all positions are real."""
+        if self.attention_mask is None or bool(self.attention_mask.all()):
+            return None
+        return [row.nonzero().flatten().tolist() for row in self.attention_mask]
+
+    @property
+    def padded_left(self) -> bool:
+        """Whether any example begins with padding."""
+        real = self.real_positions
+        return real is not None and any(row and row[0] > 0 for row in real)
+
+    def count(self, example: int) -> int:
+        """How many real tokens an example has."""
+        return self.length if self.real_positions is None else len(self.real_positions[example])
+
+    def same_as(self, other: RunInputs) -> bool:
+        """Whether both runs would compute the same, so that one of them will do."""
+        if self.given is other.given:
+            return True
+        if len(self.args) != len(other.args) or self.kwargs.keys() != other.kwargs.keys():
+            return False
+        pairs = [*zip(self.args, other.args, strict=True), *((v, other.kwargs[k]) for k, v in self.kwargs.items())]
+        return all(_equal(left, right) for left, right in pairs)
+
+
+def _equal(left: object, right: object) -> bool:
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return left is right or (
+            left.shape == right.shape
+            and left.dtype == right.dtype
+            and left.device == right.device
+            and not left.requires_grad
+            and not right.requires_grad
+            and torch.equal(left, right)
+        )
+    return left is right or (isinstance(left, (bool, int, float, str)) and left == right)
+
+
+def read_inputs(given: object, model: nn.Module, name: str) -> RunInputs:
+    """Check what a run is given against what the model takes, and find its batch and its real tokens.
+
+    Args:
+        given: Keyword inputs as a mapping (a tokenizer's output), a tensor (the first input), or a tuple of inputs.
+        model: The wrapped model.
+        name: What to call it in messages: `base`, `source 0`.
+
+    Raises:
+        InputError: not a form of inputs, names the model does not take, or no input to read the batch from.
+    """
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(given, Mapping):
+        kwargs = dict(given)
+    elif isinstance(given, Tensor):
+        args = (given,)
+    elif isinstance(given, tuple):
+        args = given
+    else:
+        raise InputError(
+            f"{name} is a {type(given).__name__}. Give a mapping of the model's inputs (what the tokenizer returns"
+            " with return_tensors='pt'), a tensor, or a tuple of tensors."
+        )
+    signature = inspect.signature(model.forward)
+    _check_names(args, kwargs, signature, model, name)
+    main = _main_input(args, kwargs, signature, model, name)
+    time_first = isinstance(model, nn.RNNBase) and not model.batch_first and main.dim() == 3
+    batch, length = _batch_and_length(main, time_first, name)
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        if mask.shape != (batch, length):
+            raise InputError(
+                f"The attention_mask of {name} has shape {tuple(mask.shape)}, and its tokens {(batch, length)}."
+            )
+    else:
+        mask = None
+    ids = kwargs.get("input_ids")
+    if ids is None and args and not args[0].is_floating_point() and args[0].dim() == 2:
+        ids = args[0]
+    return RunInputs(args, kwargs, given, batch, length, mask, ids, time_first)
+
+
+def _check_names(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], signature: inspect.Signature, model: nn.Module, name: str
+) -> None:
+    for key, value in kwargs.items():
+        if key in TOKENS and not isinstance(value, Tensor):
+            raise InputError(
+                f"{key} of {name} is a {type(value).__name__}, not a tensor: tokenize with return_tensors='pt'."
+            )
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        taken = ", ".join(p.name for p in parameters)
+        raise InputError(
+            f"{name} does not fit {type(model).__name__}, which takes: {taken}. ({str(error).capitalize()}.)"
+        ) from error
+
+
+def _main_input(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], signature: inspect.Signature, model: nn.Module, name: str
+) -> Tensor:
+    names = [getattr(model, "main_input_name", None), *TOKENS, next(iter(signature.parameters), None)]
+    candidates = [kwargs[key] for key in names if key in kwargs] + list(args[:1])
+    for value in candidates:
+        if isinstance(value, Tensor) and value.dim() >= 1:
+            return value
+    expected = " or ".join(dict.fromkeys(str(key) for key in names if key and key in signature.parameters))
+    given = ", ".join(kwargs) or "nothing"
+    raise InputError(f"{name} has no {expected}, which {type(model).__name__} needs. Given: {given}.")
+
+
+def _batch_and_length(main: Tensor, time_first: bool, name: str) -> tuple[int, int]:
+    if main.is_floating_point() and main.dim() == 2:  # [batch, features]: one position
+        return main.shape[0], 1
+    if main.dim() < 2:
+        raise InputError(
+            f"The input of {name} has shape {tuple(main.shape)}; a batch axis is needed (for one example, [1, ...])."
+        )
+    return (main.shape[1], main.shape[0]) if time_first else (main.shape[0], main.shape[1])
+
+
+# --- positions under left padding -------------------------------------------------------------------------
+
+_fills_positions: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+def with_position_ids(inputs: RunInputs, model: nn.Module) -> Mapping[str, Any]:
+    """The keyword inputs of a run, with `position_ids` that count real tokens where they are called for.
+
+    They are filled in only for left-padded input, when the caller gave none, and when the model does not itself
+    derive positions from the mask. Whether it does is found out once per model, by comparing a padded with an
+    unpadded prompt of three tokens.
+
+    Raises:
+        InputError: the model gives other results under left padding with and without position ids.
+    """
+    kwargs = inputs.kwargs
+    if (
+        not inputs.padded_left
+        or "position_ids" in kwargs
+        or inputs.attention_mask is None
+        or "position_ids" not in inspect.signature(model.forward).parameters
+    ):
+        return kwargs
+    if model not in _fills_positions:
+        _fills_positions[model] = _needs_position_ids(model, inputs)
+    if not _fills_positions[model]:
+        return kwargs
+    return {**kwargs, "position_ids": _counted(inputs.attention_mask)}
+
+
+def _counted(mask: Tensor) -> Tensor:
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def _needs_position_ids(model: nn.Module, inputs: RunInputs) -> bool:
+    key = "input_ids" if inputs.input_ids is not None else "inputs_embeds"
+    tokens = inputs.kwargs.get(key)
+    if tokens is None or not isinstance(inputs.attention_mask, Tensor):
+        return True
+    # Three real tokens that differ, alone and behind two of padding.
+    example = max(range(inputs.batch), key=inputs.count)
+    real = [] if inputs.real_positions is None else inputs.real_positions[example][-3:]
+    alone = tokens[example : example + 1, real]
+    padding = tokens[example : example + 1, real[:1]].repeat_interleave(2, dim=1)
+    padded = torch.cat([padding, alone], dim=1)
+    ones = inputs.attention_mask.new_ones(1, alone.shape[1])
+    mask = torch.cat([ones.new_zeros(1, 2), ones], dim=1)
+    training = model.training
+    try:
+        if training:
+            model.eval()
+        with torch.no_grad():
+            truth = _first_tensor(model(**{key: alone, "attention_mask": ones}))
+            bare = _first_tensor(model(**{key: padded, "attention_mask": mask}))
+            filled = _first_tensor(
+                model(**{key: padded, "attention_mask": mask, "position_ids": _counted(mask)})
+            )
+    finally:
+        if training:
+            model.train()
+    if truth.dim() < 3:
+        return True
+    scale = truth.abs().max().clamp(min=1e-6)
+    errors = [float((tensor[:, 2:] - truth).abs().max() / scale) for tensor in (bare, filled)]
+    return errors[1] < errors[0]
+
+
+def _first_tensor(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if isinstance(output, Mapping) else output
+    return next(value for value in values if isinstance(value, Tensor))

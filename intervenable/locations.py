@@ -1,0 +1,368 @@
+"""What users write for positions and heads -> index tensors. The only file that reads unit locations.
+
+The full form is a pair `(source locations, base locations)`, each `[interventions][batch][units]` (for `h.pos`:
+`[interventions][2 levels][batch][units]`, heads first). Short forms: an int is one position in source and base,
+a **tuple** `(source, base)` is a pair, a **list** of ints is a set of positions. None in the place of an
+intervention skips it; None for all of a side means whole tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from intervenable.errors import LocationError, LocationRangeError
+from intervenable.inputs import RunInputs
+
+RelativeTo = Literal["tokens", "tensor"]
+LEVELS = {"pos": ("positions",), "h": ("heads",), "h.pos": ("heads", "positions")}
+
+
+@dataclass(frozen=True)
+class Whole:
+    """All units of a tensor: no locations were given."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An intervention that this call leaves out."""
+
+
+@dataclass(frozen=True)
+class Units:
+    """The units of one intervention in one run, for each example; checked, and counted from 0."""
+
+    positions: tuple[tuple[int, ...], ...] | None
+    """Tensor indices along the position axis, for each example; None means every position (unit `h`)."""
+
+    heads: tuple[tuple[int, ...], ...] | None = None
+    """Heads, for each example; None if the unit has no heads."""
+
+    def __len__(self) -> int:
+        return len(self.positions or self.heads or ())
+
+    @property
+    def counts(self) -> tuple[tuple[int, ...], ...]:
+        """For each example the number of its units, level by level."""
+        levels = [level for level in (self.heads, self.positions) if level is not None]
+        return tuple(tuple(len(level[example]) for level in levels) for example in range(len(self)))
+
+    @cached_property
+    def ragged(self) -> bool:
+        """Whether examples have different numbers of units."""
+        return len(set(self.counts)) > 1
+
+    @cached_property
+    def position_index(self) -> Tensor | None:
+        """`[batch, positions]`, shorter examples filled up with their last position."""
+        return None if self.positions is None else torch.tensor(_filled(self.positions))
+
+    @cached_property
+    def head_index(self) -> Tensor | None:
+        """`[batch, heads]`, shorter examples filled up with their last head."""
+        return None if self.heads is None else torch.tensor(_filled(self.heads))
+
+    @cached_property
+    def real(self) -> Tensor | None:
+        """Which entries are units and which fill up: `[batch, n]` or `[batch, heads, n]`; None if all are units."""
+        if not self.ragged:
+            return None
+        masks = []
+        for level in (self.heads, self.positions):
+            if level is not None:
+                width = max(map(len, level))
+                masks.append(torch.tensor([[i < len(row) for i in range(width)] for row in level]))
+        if len(masks) == 1:
+            return masks[0]
+        return masks[0][:, :, None] & masks[1][:, None, :]
+
+
+def _filled(rows: Sequence[tuple[int, ...]]) -> list[list[int]]:
+    width = max(map(len, rows))
+    return [[*row, *[row[-1]] * (width - len(row))] for row in rows]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the locations of one intervention are about; enough to read and to check them."""
+
+    name: str
+    unit: str
+    heads: int | None
+    writes: bool
+
+
+Slot = Whole | Skipped | Units
+
+
+def get_loc(location: int | tuple[Any, ...], batch_size: int = 1) -> list[Any]:
+    """The base locations of one intervention in the full form, from one location for every example.
+
+    Args:
+        location: A position or a list of them; for `h.pos` a pair `(heads, positions)`, each an int or a list.
+        batch_size: Number of examples.
+
+    Example:
+        >>> get_loc(4), get_loc((2, [0, 3]), batch_size=2)
+        ([[[4]]], [[[[2], [2]], [[0, 3], [0, 3]]]])
+    """
+    levels = location if isinstance(location, tuple) else (location,)
+    rows = [[list(level) if isinstance(level, (list, range)) else [level]] * batch_size for level in levels]
+    return [rows if isinstance(location, tuple) else rows[0]]
+
+
+def read_locations(
+    unit_locations: object,
+    subjects: Sequence[Subject],
+    base: RunInputs,
+    sources: Sequence[RunInputs | None],
+    relative_to: RelativeTo = "tokens",
+) -> tuple[list[Slot], list[Slot]]:
+    """Turn what a user wrote into checked units: for each intervention those of its source, and those of the base.
+
+    Args:
+        unit_locations: None, or a mapping with one of the keys `"sources->base"` and `"base"`.
+        subjects: The interventions, in declared order.
+        base: Inputs of the base run.
+        sources: For each intervention the inputs of its source run, None if it has none.
+        relative_to: `tokens` counts the real tokens of each example, `tensor` counts padding too.
+
+    Raises:
+        LocationError: a form that says nothing sensible, or a number of examples other than the batch.
+        LocationRangeError: a position or head that does not exist.
+    """
+    if relative_to not in ("tokens", "tensor"):
+        raise LocationError(f"relative_to={relative_to!r} is unknown. Allowed: 'tokens', 'tensor'.")
+    source_side, base_side = _sides(unit_locations)
+    faults: list[LocationError] = []
+    found: tuple[list[Slot], list[Slot]] = ([], [])
+    spread = [_spread(side, subjects, name) for side, name in ((source_side, "source"), (base_side, "base"))]
+    for index, subject in enumerate(subjects):
+        for side, (slots, inputs) in enumerate(zip(spread, (sources[index], base), strict=True)):
+            slot: Slot = Skipped() if inputs is None else Whole()
+            try:
+                if slots[index] is None:
+                    slot = Skipped()
+                elif inputs is not None and not isinstance(slots[index], Whole):
+                    where = f"{('source', 'base')[side]} locations of {subject.name!r}"
+                    slot = _units(slots[index], subject, inputs, where, relative_to, writes=side == 1)
+            except LocationError as error:
+                faults.append(error)
+            found[side].append(slot)
+    if len(faults) > 1:
+        raise LocationError("\n".join([f"{len(faults)} faults in the locations:", *(f"- {f}" for f in faults)]))
+    if faults:
+        raise faults[0]
+    return found
+
+
+def lists_each_intervention(unit_locations: object) -> bool:
+    """Whether base locations were given for each intervention by itself, so that None there skips one."""
+    base = _sides(unit_locations)[1]
+    return isinstance(base, (list, tuple)) and any(item is None or _depth(_plain(item)) > 1 for item in base)
+
+
+_NOT_GIVEN = Whole()
+
+
+def _sides(unit_locations: object) -> tuple[Any, Any]:
+    """The source side and the base side of what was given, still as the user wrote them."""
+    if unit_locations is None:
+        return _NOT_GIVEN, _NOT_GIVEN
+    if not isinstance(unit_locations, Mapping):
+        raise LocationError(
+            f"unit_locations is a {type(unit_locations).__name__}. Give a mapping with the key 'sources->base'"
+            " (a position, or a pair of source and base locations) or 'base' (base locations alone)."
+        )
+    keys = set(unit_locations)
+    if keys == {"base"}:
+        value = unit_locations["base"]
+        if isinstance(value, tuple):
+            raise LocationError(
+                f"{{'base': {value!r}}} is a tuple, which means a (source, base) pair, but 'base' has no source"
+                f" side. Write a list for a set of positions: {list(value)!r}."
+            )
+        return _NOT_GIVEN, _NOT_GIVEN if value is None else value
+    if keys == {"sources->base"}:
+        value = unit_locations["sources->base"]
+        if value is None:
+            return _NOT_GIVEN, _NOT_GIVEN
+        if isinstance(value, tuple):
+            if len(value) != 2:
+                raise LocationError(
+                    f"{value!r} is a tuple of {len(value)}, and a tuple is a (source, base) pair."
+                    " Write a list for a set of positions."
+                )
+            return tuple(_NOT_GIVEN if side is None else side for side in value)  # type: ignore[return-value]
+        return value, value
+    named = ", ".join(sorted(map(repr, keys))) or "none"
+    serial = " Arrow keys between sources belong to the serial mode." if any("->" in str(k) for k in keys) else ""
+    raise LocationError(f"unit_locations has the keys {named}. Allowed: 'sources->base' or 'base', one of them.{serial}")
+
+
+def _plain(value: Any) -> Any:
+    """Tensors, arrays and ranges as lists of ints; everything else as it is."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return value.tolist()
+    if isinstance(value, np.integer):
+        return int(value)
+    if isinstance(value, range):
+        return list(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _depth(value: Any) -> int:
+    """How many lists are nested in each other; entries that are None do not count."""
+    if not isinstance(value, list):
+        return 0
+    return 1 + max((_depth(item) for item in value if item is not None), default=0)
+
+
+def _spread(side: Any, subjects: Sequence[Subject], name: str) -> list[Any]:
+    """One side, as one entry for each intervention: None skips, Whole is everything, a list is as deep as its unit."""
+    if isinstance(side, Whole):
+        return [side] * len(subjects)
+    if _is_mask(side):
+        return [side] * len(subjects)
+    value = _plain(side)
+    depth = _depth(value)
+    if depth <= 1 and not (isinstance(value, list) and value and all(item is None for item in value)):
+        return [_short(value, subject, name) for subject in subjects]
+    if depth == 2:
+        raise LocationError(
+            f"The {name} locations {value!r} are lists in a list, which could mean interventions, examples or"
+            f" positions. Write positions for all as a flat list, or the full form"
+            f" [interventions][examples][positions], here {[value]!r}."
+        )
+    if len(value) != len(subjects):
+        raise LocationError(
+            f"The {name} locations have {len(value)} entries for {len(subjects)} interventions"
+            f" ({', '.join(subject.name for subject in subjects)}). Give one for each, None to skip."
+        )
+    return list(value)
+
+
+def _is_mask(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return bool(value.dtype == np.bool_)
+    return isinstance(value, Tensor) and value.dtype == torch.bool
+
+
+def _short(value: Any, subject: Subject, name: str) -> Any:
+    """A short form: the same units for every example."""
+    if subject.unit == "h.pos":
+        raise LocationError(
+            f"The {name} locations {value!r} do not say heads and positions, which {subject.name!r} (unit 'h.pos')"
+            f" needs. Write the full form, which get_loc((heads, positions), batch_size) makes."
+        )
+    items = value if isinstance(value, list) else [value]
+    for item in items:
+        if isinstance(item, bool) or not isinstance(item, (int, slice)):
+            raise LocationError(f"{item!r} among the {name} locations is not a position: give ints or slices.")
+    if not items:
+        raise LocationError(f"The {name} locations are an empty list. Give at least one position, or None to skip.")
+    return _Everywhere(tuple(items))
+
+
+@dataclass(frozen=True)
+class _Everywhere:
+    """A short form: the same entries for every example."""
+
+    entries: tuple[int | slice, ...]
+
+
+def _units(
+    slot: Any, subject: Subject, inputs: RunInputs, where: str, relative_to: RelativeTo, *, writes: bool
+) -> Units:
+    """The units of one intervention in one run: every example, normalised and checked."""
+    names = LEVELS[subject.unit]
+    if _is_mask(slot):
+        return _masked(slot, subject, inputs, where)
+    if isinstance(slot, _Everywhere):
+        levels = [[list(slot.entries)] * inputs.batch]
+    elif len(names) == 2:
+        if not isinstance(slot, list) or len(slot) != 2:
+            raise LocationError(
+                f"The {where} must be two lists, heads and positions (unit 'h.pos'), not {slot!r}."
+            )
+        levels = slot
+    else:
+        levels = [slot]
+    found: dict[str, tuple[tuple[int, ...], ...]] = {}
+    for name, level in zip(names, levels, strict=True):
+        found[name] = _level(level, name, subject, inputs, where, relative_to)
+    if writes and subject.writes:
+        for name, rows in found.items():
+            for example, row in enumerate(rows):
+                twice = sorted({unit for unit in row if row.count(unit) > 1})
+                if twice:
+                    raise LocationError(
+                        f"The {where} name {name} {', '.join(map(str, twice))} more than once for example {example}."
+                        " Each can be written once."
+                    )
+    return Units(found.get("positions"), found.get("heads"))
+
+
+def _level(
+    level: Any, name: str, subject: Subject, inputs: RunInputs, where: str, relative_to: RelativeTo
+) -> tuple[tuple[int, ...], ...]:
+    if not isinstance(level, list) or not all(isinstance(row, list) for row in level):
+        raise LocationError(f"The {where} must list the {name} of each example, [[...], ...], not {level!r}.")
+    if len(level) != inputs.batch:
+        raise LocationError(
+            f"The {where} list {name} for {len(level)} examples, and the batch has {inputs.batch}."
+        )
+    rows = []
+    for example, row in enumerate(level):
+        size = subject.heads if name == "heads" else inputs.count(example)
+        if relative_to == "tensor" and name == "positions":
+            size = inputs.length
+        units = _counted(row, size or 0, name, example, where)
+        real = inputs.real_positions
+        if name == "positions" and relative_to == "tokens" and real is not None:
+            units = tuple(real[example][unit] for unit in units)
+        rows.append(units)
+    return tuple(rows)
+
+
+def _counted(row: list[Any], size: int, name: str, example: int, where: str) -> tuple[int, ...]:
+    """One example's entries as indices from 0 on, slices spelled out, negatives from the end."""
+    units: list[int] = []
+    for entry in row:
+        if isinstance(entry, slice):
+            units.extend(range(size)[entry])
+            continue
+        if isinstance(entry, bool) or not isinstance(entry, int):
+            raise LocationError(f"{entry!r} in the {where} is not an index: give ints or slices.")
+        if not -size <= entry < size:
+            kind = "Head" if name == "heads" else "Position"
+            raise LocationRangeError(
+                f"{kind} {entry} in the {where} is out of range for example {example}, which has {name}"
+                f" 0 to {size - 1} (or -{size} to -1)."
+            )
+        units.append(entry % size)
+    if not units:
+        raise LocationError(f"The {where} name no {name} for example {example}. Give at least one.")
+    return tuple(units)
+
+
+def _masked(mask: Any, subject: Subject, inputs: RunInputs, where: str) -> Units:
+    rows = torch.as_tensor(mask)
+    if subject.unit != "pos" or tuple(rows.shape) != (inputs.batch, inputs.length):
+        raise LocationError(
+            f"The {where} are a mask of shape {tuple(rows.shape)}; a mask is for unit 'pos' and has the shape"
+            f" {(inputs.batch, inputs.length)} of the tokens."
+        )
+    positions = tuple(tuple(row.nonzero().flatten().tolist()) for row in rows)
+    empty = [example for example, row in enumerate(positions) if not row]
+    if empty:
+        raise LocationError(f"The {where} are a mask that names no position for example {empty[0]}.")
+    return Units(positions)

@@ -1,0 +1,179 @@
+"""`IntervenableModel`: a configuration bound to a model, ready to be called."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Self, TextIO
+
+import torch
+from torch import Tensor, nn
+
+from intervenable.binding import bind
+from intervenable.config import config_from
+from intervenable.locations import RelativeTo, Units
+from intervenable.output import IntervenableOutput
+from intervenable.plan import Plan, make_plan
+from intervenable.receipt import Decodes, Explanation, Receipt
+from intervenable.runs import Fired, plain_run, run_base, run_source
+from interventions import Intervention
+
+
+class IntervenableModel(nn.Module):
+    """A model together with the interventions declared on it.
+
+    The model is held by reference and nothing about it changes: its hooks, mode and gradients are its owner's.
+    Parameters and state of this module are those of the interventions alone.
+
+    Args:
+        config: An `IntervenableConfig`, or what one can be made of. It is read now, and not again.
+        model: Any model whose class has a map, or any `nn.Module` if all components are module paths.
+        tokenizer: Used to show tokens in receipts and explanations.
+
+    Raises:
+        ConfigError: the configuration does not fit this model.
+        UnsupportedModelError: no map for the model, or no such component in it.
+
+    Example:
+        >>> from intervenable import IntervenableConfig, MLPClassifier, RepresentationConfig, ZeroIntervention
+        >>> mlp = MLPClassifier(width=4, layers=2, classes=3)
+        >>> model = IntervenableModel(
+        ...     IntervenableConfig(RepresentationConfig(0, "block_output"), ZeroIntervention), mlp)
+        >>> original, intervened = model(torch.ones(1, 4), unit_locations={"base": 0}, output_original_output=True)
+        >>> model.names
+        ('layer_0.block_output.pos',)
+    """
+
+    def __init__(self, config: object, model: nn.Module, tokenizer: Decodes | None = None) -> None:
+        super().__init__()
+        # In __dict__, so that torch does not take the model for a part of this module.
+        self.__dict__["model"] = model
+        self.config = config_from(config).model_copy(deep=False)
+        self.tokenizer = tokenizer
+        self._bound = bind(self.config, model)
+        self._kept = nn.ModuleDict()
+        for entry in self._bound:
+            if entry.intervention not in self._kept.values():
+                self._kept[entry.name.replace(".", "/")] = entry.intervention
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the representations, in declared order."""
+        return tuple(entry.name for entry in self._bound)
+
+    @property
+    def interventions(self) -> Mapping[str, Intervention]:
+        """The intervention of each representation by its name; linked ones are the same module. Read-only."""
+        return MappingProxyType({entry.name: entry.intervention for entry in self._bound})
+
+    def forward(
+        self,
+        base: Any,
+        sources: Any = None,
+        unit_locations: Mapping[str, Any] | None = None,
+        source_representations: Any = None,
+        subspaces: Any = None,
+        *,
+        output_original_output: bool = False,
+        return_dict: bool | None = None,
+        relative_to: RelativeTo = "tokens",
+        **model_options: Any,
+    ) -> IntervenableOutput:
+        """Run the sources, then the base with all interventions applied in one pass.
+
+        Args:
+            base: Inputs of the model, as a mapping (what a tokenizer returns), a tensor or a tuple.
+            sources: Inputs for each group of representations (None for a group without a source), or a single source
+                for all. Groups count in the order in which they first appear in the configuration.
+            unit_locations: Where: `{"sources->base": ...}` or `{"base": ...}`; see `intervenable.locations`. None for
+                whole activations. Positions count the real tokens of each example.
+            source_representations: Constant values instead of source runs: a tensor for all, a list with one (or
+                None) for each representation, or a mapping from names.
+            subspaces: Which coordinates: an id or a flat list for all, or `[representations][batch][ids]`.
+            output_original_output: Also run the base without interventions.
+            return_dict: Accepted as in pyvene; the output has both forms.
+            relative_to: `"tokens"`: positions count real tokens. `"tensor"`: they count padding too.
+            model_options: Anything else that the model takes (`labels`, `use_cache`, `logits_to_keep`, ...), for the
+                runs of the base.
+
+        Returns:
+            `IntervenableOutput`, which unpacks as `original, intervened`.
+
+        Raises:
+            InputError, SourceError, LocationError, SubspaceError: something is wrong with the call; no model was run.
+            EditError: an intervention gave back something that does not fit.
+            NotFiredError: an intervention was not applied exactly once.
+        """
+        plan = self._plan(
+            base, sources, unit_locations, source_representations, subspaces, relative_to=relative_to
+        )
+        captured: dict[int, Tensor] = {}
+        for run in plan.source_runs:
+            captured |= run_source(self.model, run.inputs, run.captures)
+        original = plain_run(self.model, plan.base, model_options) if output_original_output else None
+        run = run_base(self.model, plan, captured, model_options)
+        collected, masks = _readings(plan, run.fired)
+        return IntervenableOutput(
+            original, run.output, Receipt(plan, run.fired, self.tokenizer), collected, masks
+        )
+
+    def explain(
+        self,
+        base: Any,
+        sources: Any = None,
+        unit_locations: Mapping[str, Any] | None = None,
+        source_representations: Any = None,
+        subspaces: Any = None,
+        *,
+        relative_to: RelativeTo = "tokens",
+        file: TextIO | None = None,
+    ) -> Explanation:
+        """Print what a call with these arguments would do, as a table, without running the model.
+
+        Args:
+            file: Where to print; standard output if None.
+
+        Returns:
+            The same rows, to look at or to print again.
+
+        Raises:
+            InputError, SourceError, LocationError, SubspaceError: as the call would.
+        """
+        plan = self._plan(
+            base, sources, unit_locations, source_representations, subspaces, relative_to=relative_to
+        )
+        explanation = Explanation(plan, self.tokenizer)
+        (file or sys.stdout).write(f"{explanation}\n")
+        return explanation
+
+    def _plan(self, *call: Any, relative_to: RelativeTo) -> Plan:
+        return make_plan(self._bound, self.model, *call, relative_to)
+
+    def _apply(self, function: Any, recurse: bool = True) -> Self:
+        # `.to()` and its kin move both; all else speaks of the interventions alone.
+        super()._apply(function, recurse)
+        self.model._apply(function, recurse)
+        return self
+
+    def extra_repr(self) -> str:
+        """Name the wrapped model, which is no submodule."""
+        return f"model={type(self.model).__name__}"
+
+
+def _readings(plan: Plan, fired: list[Fired]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What was collected, by name, and for ragged readings which entries are units."""
+    collected: dict[str, Tensor] = {}
+    masks: dict[str, Tensor] = {}
+    for edit, record in zip(plan.edits, fired, strict=True):
+        values = record.collected
+        if values is None:
+            continue
+        if isinstance(edit.units, Units) and edit.units.real is not None:
+            mask = edit.units.real.to(values.device)
+            if mask.dim() < values.dim() - 1:  # unit `h`: all positions of each head
+                mask = mask[..., None].expand(values.shape[:-1])
+            values = torch.where(mask[..., None], values, torch.zeros_like(values))
+            masks[edit.bound.name] = mask
+        collected[edit.bound.name] = values
+    return collected, masks

@@ -1,0 +1,240 @@
+"""What a call did to a model, and what it is going to do: one line for each intervention and example."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, overload
+
+import torch
+
+from intervenable.binding import BoundRepresentation
+from intervenable.inputs import RunInputs
+from intervenable.locations import Units, Whole
+from intervenable.plan import Plan
+from intervenable.runs import Fired
+
+
+class Decodes(Protocol):
+    """What is needed of a tokenizer."""
+
+    def decode(self, token_ids: Any) -> str:
+        """Text of token ids."""
+
+
+@dataclass(frozen=True)
+class ReceiptLine:
+    """One intervention in one example."""
+
+    name: str
+    """Name of the representation."""
+
+    intervention: str
+    """Class of the intervention."""
+
+    example: int
+    """Which example of the batch."""
+
+    site: str
+    """Path of the module, and whether its input or its output was touched."""
+
+    positions: tuple[int, ...] | None
+    """Positions, counted in real tokens; None for all of them."""
+
+    heads: tuple[int, ...] | None
+    """Heads; None if the component has none, or for all of them."""
+
+    tokens: tuple[str, ...] | None
+    """The tokens at these positions; None if no tokenizer is known."""
+
+    fired: int
+    """How often the intervention was applied."""
+
+    change: float
+    """Euclidean norm of what it changed, all units of the example together."""
+
+
+class Receipt(Sequence[ReceiptLine]):
+    """What was touched, how often and by how much; prints as a table.
+
+    The lines are made when they are first looked at.
+    """
+
+    def __init__(self, plan: Plan, fired: Sequence[Fired], tokenizer: Decodes | None) -> None:
+        self._plan = plan
+        self._fired = tuple(fired)
+        self._tokenizer = tokenizer
+        self._lines: tuple[ReceiptLine, ...] | None = None
+
+    @property
+    def lines(self) -> tuple[ReceiptLine, ...]:
+        """All lines: interventions in declared order, and the examples of each."""
+        if self._lines is None:
+            self._lines = tuple(self._made())
+        return self._lines
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Names of the interventions that the call left out."""
+        return tuple(entry.name for entry in self._plan.skipped)
+
+    def _made(self) -> Iterator[ReceiptLine]:
+        base = self._plan.base
+        for edit, record in zip(self._plan.edits, self._fired, strict=True):
+            changes = torch.zeros(base.batch) if record.change is None else record.change
+            for example, change in enumerate(changes.tolist()):
+                yield ReceiptLine(
+                    name=edit.bound.name,
+                    intervention=type(edit.bound.intervention).__name__,
+                    example=example,
+                    site=site_text(edit.bound),
+                    positions=token_positions(edit.units, base, example),
+                    heads=edit.units.heads[example] if isinstance(edit.units, Units) and edit.units.heads else None,
+                    tokens=tokens_at(edit.units, base, example, self._tokenizer),
+                    fired=record.times,
+                    change=change,
+                )
+
+    @overload
+    def __getitem__(self, index: int) -> ReceiptLine: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[ReceiptLine]: ...
+    def __getitem__(self, index: int | slice) -> ReceiptLine | Sequence[ReceiptLine]:
+        return self.lines[index]
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __str__(self) -> str:
+        rows = [("intervention", "example", "site", "units", "tokens", "fired", "change")]
+        rows += [
+            (
+                line.name,
+                str(line.example),
+                line.site,
+                units_text(line.heads, line.positions),
+                tokens_text(line.tokens),
+                str(line.fired),
+                f"{line.change:.4g}",
+            )
+            for line in self
+        ]
+        skipped = f"\nskipped: {', '.join(self.skipped)}" if self.skipped else ""
+        return table(rows) + skipped
+
+    __repr__ = __str__
+
+
+class Explanation(Sequence[dict[str, str]]):
+    """The plan of a call as rows; prints as a table."""
+
+    COLUMNS = ("name", "intervention", "layer", "component", "module", "unit", "touches", "fed by")
+
+    def __init__(self, plan: Plan, tokenizer: Decodes | None) -> None:
+        self.rows = [*_planned(plan, tokenizer), *map(_left_out, plan.skipped)]
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, str]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[dict[str, str]]: ...
+    def __getitem__(self, index: int | slice) -> dict[str, str] | Sequence[dict[str, str]]:
+        return self.rows[index]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        return table([self.COLUMNS, *(tuple(row[column] for column in self.COLUMNS) for row in self.rows)])
+
+    def __repr__(self) -> str:
+        return f"<Explanation of {len(self)} interventions>"
+
+
+def _planned(plan: Plan, tokenizer: Decodes | None) -> Iterator[dict[str, str]]:
+    feeds = {capture.bound.index: (run, capture) for run in plan.source_runs for capture in run.captures}
+    for edit in plan.edits:
+        fed = "constant" if edit.constant is not None else "nothing"
+        if edit.bound.intervention.source_representation is not None and edit.constant is None:
+            fed = "its own constant"
+        if edit.bound.index in feeds:
+            run, capture = feeds[edit.bound.index]
+            fed = f"{run.label}: {_touches(capture.units, run.inputs, tokenizer)}"
+        yield {**_place(edit.bound), "touches": _touches(edit.units, plan.base, tokenizer), "fed by": fed}
+
+
+def _left_out(bound: BoundRepresentation) -> dict[str, str]:
+    return {**_place(bound), "touches": "(skipped)", "fed by": "-"}
+
+
+def _place(bound: BoundRepresentation) -> dict[str, str]:
+    return {
+        "name": bound.name,
+        "intervention": type(bound.intervention).__name__,
+        "layer": "-" if bound.site.layer is None else str(bound.site.layer),
+        "component": bound.site.component,
+        "module": site_text(bound),
+        "unit": bound.config.unit,
+    }
+
+
+def _touches(units: Units | Whole, inputs: RunInputs, tokenizer: Decodes | None) -> str:
+    """The units of every example: one text if they are all alike."""
+    texts = []
+    examples = len(units) if isinstance(units, Units) else inputs.batch
+    for example in range(examples):
+        heads = units.heads[example] if isinstance(units, Units) and units.heads else None
+        text = units_text(heads, token_positions(units, inputs, example))
+        tokens = tokens_at(units, inputs, example, tokenizer) if isinstance(units, Units) else None
+        texts.append(f"{text} {tokens_text(tokens)}" if tokens else text)
+    if len(set(texts)) == 1:
+        return texts[0]
+    return "; ".join(f"[{example}] {text}" for example, text in enumerate(texts))
+
+
+def site_text(bound: BoundRepresentation) -> str:
+    """A site as module path and side."""
+    return f"{bound.site.path or '(the model)'}.{bound.site.side}"
+
+
+def token_positions(units: Units | Whole, inputs: RunInputs, example: int) -> tuple[int, ...] | None:
+    """Positions of one example counted in real tokens (padding counts from -1 down); None for all."""
+    if isinstance(units, Whole) or units.positions is None:
+        return None
+    real = inputs.real_positions
+    if real is None:
+        return units.positions[example]
+    counted = {index: position for position, index in enumerate(real[example])}
+    return tuple(counted.get(index, -1) for index in units.positions[example])
+
+
+def tokens_at(
+    units: Units | Whole, inputs: RunInputs, example: int, tokenizer: Decodes | None
+) -> tuple[str, ...] | None:
+    """The text of each token that one example's units are at; None where there are no tokens or no tokenizer."""
+    if tokenizer is None or inputs.input_ids is None:
+        return None
+    row = inputs.input_ids[example]
+    if isinstance(units, Units) and units.positions is not None:
+        indices: Sequence[int] = units.positions[example]
+    else:
+        indices = range(inputs.length) if inputs.real_positions is None else inputs.real_positions[example]
+    return tuple(tokenizer.decode([int(row[index])]) for index in indices)
+
+
+def units_text(heads: tuple[int, ...] | None, positions: tuple[int, ...] | None) -> str:
+    """Units as text: `heads 1,2 x positions 4`."""
+    parts = [] if heads is None else [f"heads {','.join(map(str, heads))}"]
+    parts.append("all positions" if positions is None else f"positions {','.join(map(str, positions))}")
+    return " x ".join(parts)
+
+
+def tokens_text(tokens: Sequence[str] | None) -> str:
+    """Tokens as text, quoted so that spaces show."""
+    return "-" if tokens is None else " ".join(map(repr, tokens))
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as text in aligned columns, the first as the heading."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

@@ -1,0 +1,218 @@
+"""The forward passes: source runs, which stop as soon as they have what they are for, and the base run."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intervenable.errors import EditError, NotFiredError
+from intervenable.hooks import EarlyStop, Hook, hooked
+from intervenable.inputs import RunInputs, with_position_ids
+from intervenable.locations import Units
+from intervenable.plan import Capture, Edit, Plan, error_of
+from intervenable.sites import BoundSite, Passage, UnitIndex
+from interventions import InterventionError
+
+
+@dataclass
+class Fired:
+    """What became of one edit in a base run."""
+
+    times: int = 0
+    """How often it was applied."""
+
+    change: Tensor | None = None
+    """`[batch]` norm of what it changed, all units together; zero for a reading."""
+
+    collected: Tensor | None = None
+    """What it read, if it collects."""
+
+
+@dataclass
+class BaseRun:
+    """The outcome of a base run."""
+
+    output: Any
+    fired: list[Fired] = field(default_factory=list)
+
+
+def plain_run(model: nn.Module, inputs: RunInputs, options: Mapping[str, Any]) -> Any:
+    """The wrapped model on these inputs, with nothing of ours but the position ids that padding calls for."""
+    return model(*inputs.args, **with_position_ids(inputs, model), **options)
+
+
+# --- source runs ------------------------------------------------------------------------------------------
+
+
+def run_source(model: nn.Module, inputs: RunInputs, captures: Sequence[Capture]) -> dict[int, Tensor]:
+    """Run one source as far as its captures lie, and keep their units alone.
+
+    Returns:
+        The captured units by the index of their representation.
+
+    Raises:
+        NotFiredError: a site was not reached.
+    """
+    found: dict[int, Tensor] = {}
+    sites = [what.bound.source_site for what in captures]
+    stop = EarlyStop(model, [site.path for site in sites])
+
+    def capture(what: Capture) -> Callable[[Passage], None]:
+        site = what.bound.source_site
+
+        def act(passage: Passage) -> None:
+            if what.bound.index in found:
+                return
+            index = site.index(what.units, inputs, _device(passage, site))
+            units = site.read(passage, index, inputs, added.get(id(site)))
+            # A slice would change with the stream, which some models edit in place later on.
+            found[what.bound.index] = units if isinstance(what.units, Units) else units.clone()
+            if len(found) == len(captures):
+                stop.request(site.path)
+
+        return act
+
+    hooks = [Hook(site.module, site.side, capture(what)) for site, what in zip(sites, captures, strict=True)]
+    added, gathering = _gather_added(sites, inputs)
+    with stop, hooked([*gathering, *hooks, *stop.hooks]):
+        model(*inputs.args, **with_position_ids(inputs, model), **_without_cache(model, inputs))
+    missing = [what.bound.name for what in captures if what.bound.index not in found]
+    if missing:
+        raise NotFiredError(f"The source run did not reach the place of {', '.join(map(repr, missing))}.")
+    return found
+
+
+def _without_cache(model: nn.Module, inputs: RunInputs) -> dict[str, Any]:
+    """Options that keep a run which only reads from filling a key-value cache."""
+    takes = "use_cache" in inspect.signature(model.forward).parameters
+    return {"use_cache": False} if takes and "use_cache" not in inputs.kwargs else {}
+
+
+def _gather_added(sites: Sequence[BoundSite], inputs: RunInputs) -> tuple[dict[int, Tensor], list[Hook]]:
+    """Hooks that keep, for each site read as a sum, the stream to add, and where they keep it."""
+    streams: dict[int, Tensor] = {}
+
+    def keep(site: BoundSite, plus: BoundSite) -> Callable[[Passage], None]:
+        def act(passage: Passage) -> None:
+            streams[id(site)] = plus.stream(passage, inputs)
+
+        return act
+
+    hooks = [Hook(site.plus.module, site.plus.side, keep(site, site.plus)) for site in sites if site.plus]
+    return streams, hooks
+
+
+def _device(passage: Passage, site: BoundSite) -> torch.device:
+    return passage.take(site.side, site.slot).device
+
+
+# --- the base run -----------------------------------------------------------------------------------------
+
+
+def run_base(model: nn.Module, plan: Plan, sources: Mapping[int, Tensor], options: Mapping[str, Any]) -> BaseRun:
+    """Run the base with all edits of the plan, in declared order where several meet.
+
+    Raises:
+        NotFiredError: an edit was not applied exactly once.
+        EditError: an intervention gave back something that does not fit.
+    """
+    inputs = plan.base
+    fired = [Fired() for _ in plan.edits]
+    sites = [edit.bound.site for edit in plan.edits]
+    added, gathering = _gather_added(sites, inputs)
+
+    def edit_hook(edit: Edit, record: Fired) -> Callable[[Passage], None]:
+        site = edit.bound.site
+        source = sources.get(edit.bound.index) if edit.from_source else edit.constant
+
+        def act(passage: Passage) -> None:
+            index = site.index(edit.units, inputs, _device(passage, site))
+            old = site.read(passage, index, inputs, added.get(id(site)))
+            new = applied(edit, old, source)
+            record.times += 1
+            if edit.bound.intervention.collects:
+                record.collected = new
+                record.change = old.new_zeros(inputs.batch)
+                return
+            record.change = _norm_of_change(old, new, index)
+            site.write(passage, index, inputs, old, new)
+
+        return act
+
+    hooks = [
+        Hook(site.module, site.side, edit_hook(edit, record))
+        for site, edit, record in zip(sites, plan.edits, fired, strict=True)
+    ]
+    # What is added is read after the edits at its own place, which are hooked first.
+    with hooked([*hooks, *gathering], model) as recomputation:
+        output = plain_run(model, inputs, options)
+        output = recomputation.until_freed(output)
+    wrong = [
+        f"{edit.bound.name!r} ({edit.bound.site.path or type(model).__name__}) was applied {record.times} times"
+        for edit, record in zip(plan.edits, fired, strict=True)
+        if record.times != 1
+    ]
+    if wrong:
+        raise NotFiredError(f"Each intervention is to be applied once in a run; {'; '.join(wrong)}.")
+    return BaseRun(output, [replace(record) for record in fired])  # a recomputation counts on in the others
+
+
+def applied(edit: Edit, units: Tensor, source: Tensor | None) -> Tensor:
+    """What an intervention makes of its units, in their own layout.
+
+    Shape:
+        units, result: `[b, n, d]`, by heads `[b, heads, n, dh]` (a reading may have another last axis).
+
+    Raises:
+        EditError: the result does not fit where it belongs.
+    """
+    intervention = edit.bound.intervention
+    given = units
+    if source is not None:
+        source = source.to(units.device)
+        if edit.from_source and source.dim() == units.dim():
+            source = source.expand([u if s == 1 else s for u, s in zip(units.shape, source.shape, strict=True)])
+    if intervention.sees == "concatenated":
+        given = _concatenated(units)
+        source = _concatenated(source) if edit.from_source and source is not None else source
+    try:
+        new: Any = intervention(given, source, edit.subspaces)
+    except InterventionError as error:
+        raise error_of(error, edit.bound) from error
+    if intervention.collects:
+        return new  # type: ignore[no-any-return]
+    if not isinstance(new, Tensor) or new.shape != given.shape:
+        got = f"shape {tuple(new.shape)}" if isinstance(new, Tensor) else f"a {type(new).__name__}"
+        raise EditError(
+            f"{edit.bound.name!r}: {type(intervention).__name__} returned {got} for units of shape"
+            f" {tuple(given.shape)}. Return a tensor of that shape."
+        )
+    if new.dtype != given.dtype:
+        new = new.to(given.dtype)
+    return _separated(new, units.shape) if intervention.sees == "concatenated" else new
+
+
+def _concatenated(units: Tensor) -> Tensor:
+    """`[b, n, d]` as `[b, n*d]`; by heads `[b, h, n, dh]` as `[b, n, h*dh]`."""
+    return units.flatten(1) if units.dim() == 3 else units.transpose(1, 2).flatten(2)
+
+
+def _separated(joined: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `_concatenated`."""
+    if len(shape) == 3:
+        return joined.reshape(shape)
+    batch, heads, positions, width = shape
+    return joined.reshape(batch, positions, heads, width).transpose(1, 2)
+
+
+def _norm_of_change(old: Tensor, new: Tensor, index: UnitIndex) -> Tensor:
+    with torch.no_grad():
+        change = (new - old).float()
+        if index.real is not None:
+            change = change * index.real[..., None]
+        return change.flatten(1).norm(dim=1) if change.dim() > 1 else change.abs()

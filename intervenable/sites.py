@@ -1,0 +1,439 @@
+"""Read an activation where it passes, and put a new one in its place. The only file that does either.
+
+A *stream* is the tensor at a site in one layout for all architectures, `[batch, positions, columns]`. Reading picks
+units out of it; writing returns a new stream with other values in those units, everything else bit for bit as
+it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from intervenable.errors import LocationError, UnsupportedModelError
+from intervenable.inputs import RunInputs
+from intervenable.locations import Units, Whole
+from model_maps import COMPONENTS, HeadColumns, Side, Site, Sizes, columns_of, is_head_component
+
+Index = tuple[Any, ...]
+
+
+# --- one passage through a module -------------------------------------------------------------------------
+
+
+class Passage:
+    """One call of a module: what goes in, what comes out, and what our edits make of it."""
+
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
+        self.module = module
+        self.args = args
+        self.kwargs = kwargs
+        self.output = output
+        self.changed = False
+
+    def take(self, side: Side, slot: str | int | None) -> Tensor:
+        """The tensor in a slot of the inputs or of the output."""
+        found = self._input(slot) if side == "input" else _item(self.output, slot)
+        if not isinstance(found, Tensor):
+            where = "first" if slot is None else repr(slot)
+            raise UnsupportedModelError(
+                f"{type(self.module).__name__} has no tensor in the {where} {side} slot, but {type(found).__name__}."
+            )
+        return found
+
+    def put(self, side: Side, slot: str | int | None, value: Tensor) -> None:
+        """Let the call go on with another tensor in a slot; nothing of the caller's is changed."""
+        self.changed = True
+        if side == "output":
+            self.output = _with_item(self.output, slot, value)
+            return
+        key = self._input_key(slot)
+        if isinstance(key, int):
+            self.args = (*self.args[:key], value, *self.args[key + 1 :])
+        else:
+            self.kwargs = {**self.kwargs, key: value}
+
+    def _input_key(self, slot: str | int | None) -> str | int:
+        if slot is not None:
+            return slot
+        if self.args:
+            return 0
+        return "hidden_states" if "hidden_states" in self.kwargs else next(iter(self.kwargs), 0)
+
+    def _input(self, slot: str | int | None) -> Any:
+        key = self._input_key(slot)
+        if isinstance(key, int):
+            return self.args[key] if key < len(self.args) else None
+        return self.kwargs.get(key)
+
+
+def _item(output: Any, slot: str | int | None) -> Any:
+    if slot is None:
+        if isinstance(output, Tensor):
+            return output
+        if isinstance(output, Mapping):
+            return next(iter(output.values()), None)
+        return output[0] if isinstance(output, Sequence) and output else None
+    if isinstance(slot, str) and not isinstance(output, Mapping):
+        return getattr(output, slot, None)
+    return output[slot]
+
+
+def _with_item(output: Any, slot: str | int | None, value: Tensor) -> Any:
+    if isinstance(output, Tensor):
+        return value
+    if isinstance(output, Mapping):
+        key = next(iter(output)) if slot is None else slot
+        return type(output)(**{**output, str(key): value})
+    position = 0 if slot is None else int(slot)
+    items = [*output[:position], value, *output[position + 1 :]]
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return type(output)(*items)
+    return type(output)(items)
+
+
+# --- units -> index ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class UnitIndex:
+    """Where units are in a stream, as an index that reads them and that writes them."""
+
+    index: Index
+    """`stream[index]` is `[b, n, d]`, or `[b, heads, n, dh]` by heads."""
+
+    real: Tensor | None = None
+    """Which entries are units where examples differ in number; None if all are."""
+
+    heads: Tensor | None = None
+    """`[b, heads]`, for sites that need the heads themselves; None for all of them."""
+
+    def read(self, stream: Tensor) -> Tensor:
+        """The units."""
+        return stream[self.index]
+
+    def write(self, stream: Tensor, units: Tensor) -> Tensor:
+        """A copy of the stream with other units in it."""
+        result = stream.clone()
+        if self.real is None:
+            result[self.index] = units
+        else:
+            result[self._of_real()] = units[self.real]
+        return result
+
+    def add(self, stream: Tensor, change: Tensor) -> Tensor:
+        """A copy of the stream with a change added to its units; places that fill up get nothing."""
+        if self.real is not None:
+            change = torch.where(self.real[..., None], change, torch.zeros_like(change))
+            return stream.index_put(self._tensors(stream), change, accumulate=True)
+        return self.write(stream, stream[self.index] + change)
+
+    def _of_real(self) -> Index:
+        assert self.real is not None
+        tensors = [part for part in self.index if isinstance(part, Tensor)]
+        if tensors[0].dim() == self.real.dim():  # indices of units: a slice takes the columns
+            picked: list[Any] = [part.expand(self.real.shape)[self.real] for part in tensors]
+        else:  # the last axis of the indices runs over columns
+            picked = [part.expand(*self.real.shape, part.shape[-1])[self.real] for part in tensors]
+        return (*picked, *(part for part in self.index if isinstance(part, slice)))
+
+    def _tensors(self, stream: Tensor) -> tuple[Tensor, ...]:
+        """The index with tensors alone, which `index_put` wants."""
+        parts = list(self.index)
+        if isinstance(parts[-1], slice):
+            columns = torch.arange(stream.shape[-1], device=stream.device)[parts[-1]]
+            parts = [part[..., None] for part in parts[:-1]] + [columns]
+        return tuple(parts)
+
+
+# --- a component in a model -------------------------------------------------------------------------------
+
+Kind = Literal["stored", "sum", "per_head", "norm_scale"]
+
+
+@dataclass(frozen=True, eq=False)
+class BoundSite:
+    """A component of one model at one layer: the module to hook, and how its tensor is laid out."""
+
+    component: str
+    """The component's name, or the module path the user gave."""
+
+    layer: int | None
+    """The block, counted from 0; None outside the blocks."""
+
+    module: nn.Module
+    """The module it passes."""
+
+    path: str
+    """That module's path in the model."""
+
+    side: Side
+    """Whether it goes in or comes out."""
+
+    slot: str | int | None = None
+    """Which input or output it is."""
+
+    kind: Kind = "stored"
+    """Whether the tensor is there as it is, or has to be made from what is there."""
+
+    width: int | None = None
+    """Size of one unit's last axis, if it can be known without a run."""
+
+    columns: HeadColumns | None = None
+    """The columns it has of the tensor; None means all."""
+
+    by_heads: bool = False
+    """Whether units are heads."""
+
+    flat: bool = False
+    """Whether batch and positions are one axis of the tensor."""
+
+    plus: BoundSite | None = None
+    """For a `sum`: what is added to this site's tensor."""
+
+    @property
+    def heads(self) -> int | None:
+        """How many heads its units can name; None if it has none."""
+        return self.columns.heads if self.by_heads and self.columns else None
+
+    @property
+    def label(self) -> str:
+        """The component with its layer, for messages."""
+        return self.component if self.layer is None else f"{self.component} of layer {self.layer}"
+
+    def input_of_module(self) -> BoundSite:
+        """The same place on the other side of the module: what goes into it."""
+        return replace(self, side="input", slot=None, plus=None, kind="stored")
+
+    # -- layout
+
+    def stream(self, passage: Passage, inputs: RunInputs) -> Tensor:
+        """The tensor as `[batch, positions, columns]`."""
+        return self._as_stream(passage.take(self.side, self.slot), inputs)
+
+    def _as_stream(self, tensor: Tensor, inputs: RunInputs) -> Tensor:
+        if self.flat:
+            return tensor.reshape(inputs.batch, -1, tensor.shape[-1])
+        if tensor.dim() == 2:
+            return tensor[:, None]
+        return tensor.transpose(0, 1) if inputs.time_first else tensor
+
+    def _from_stream(self, stream: Tensor, like: Tensor, inputs: RunInputs) -> Tensor:
+        if inputs.time_first and like.dim() == 3:
+            return stream.transpose(0, 1)
+        return stream.reshape(like.shape)
+
+    def index(self, units: Units | Whole, inputs: RunInputs, device: torch.device) -> UnitIndex:
+        """The units of one run as an index into this site's stream, on its device."""
+        located = isinstance(units, Units)
+        if not self.by_heads:
+            columns = self._column_index(device)
+            if not located:
+                return UnitIndex((slice(None), slice(None), columns))
+            positions = _on(units.position_index, device)
+            rows = torch.arange(len(units), device=device)[:, None]
+            real = _on(units.real, device)
+            if isinstance(columns, slice):
+                return UnitIndex((rows, positions, columns), real)
+            return UnitIndex((rows[..., None], positions[..., None], columns), real)
+        assert self.columns is not None
+        head_columns = torch.tensor(
+            [self.columns.first_column(head) for head in range(self.columns.heads)], device=device
+        )
+        within = torch.arange(self.columns.width, device=device)
+        batch = len(units) if located else inputs.batch
+        heads = _on(units.head_index, device) if located else None
+        first = head_columns[heads] if heads is not None else head_columns[None].expand(batch, -1)
+        columns = (first[..., None] + within)[:, :, None]  # [b, heads, 1, dh]
+        positions = _on(units.position_index, device) if located else None
+        if positions is None:
+            positions = torch.arange(inputs.length, device=device)[None].expand(batch, -1)
+        rows = torch.arange(batch, device=device)[:, None, None, None]
+        real = _on(units.real, device) if located else None
+        if real is not None and real.dim() == 2:  # unit `h`: all positions of each head
+            real = real[..., None].expand(-1, -1, positions.shape[1])
+        return UnitIndex((rows, positions[:, None, :, None], columns), real, heads)
+
+    def _column_index(self, device: torch.device) -> Any:
+        columns = self.columns
+        if columns is None:
+            return slice(None)
+        if columns.contiguous:
+            return slice(columns.start, columns.start + columns.heads * columns.width)
+        return torch.tensor(
+            [columns.first_column(head) + offset for head in range(columns.heads) for offset in range(columns.width)],
+            device=device,
+        )
+
+    # -- reading and writing
+
+    def read(self, passage: Passage, index: UnitIndex, inputs: RunInputs, added: Tensor | None = None) -> Tensor:
+        """The units `index` names, as the model has them now.
+
+        Shape: `[b, n, d]`; by heads `[b, heads, n, dh]` (`head_attention_output`: `[b, heads, n, D]`).
+        """
+        if self.kind == "per_head":
+            values = self._as_stream(passage.take("input", None), inputs)
+            return index.read(values) @ self._output_weights(index.heads)
+        if self.kind == "norm_scale":
+            return index.read(norm_scale(passage.module, self._as_stream(passage.take("input", None), inputs)))
+        stream = self.stream(passage, inputs)
+        if stream.dim() != 3 and any(part != slice(None) for part in index.index if isinstance(part, slice)):
+            raise LocationError(f"{self.label} has shape {tuple(stream.shape)}, which has no [batch, positions] axes.")
+        if stream.dim() != 3 and isinstance(index.index[0], Tensor):
+            raise LocationError(
+                f"{self.label} has shape {tuple(stream.shape)}, so that no position can be named in it: leave its"
+                " locations out to have it whole."
+            )
+        units = stream if stream.dim() != 3 else index.read(stream)
+        return units if added is None else units + index.read(added)
+
+    def write(self, passage: Passage, index: UnitIndex, inputs: RunInputs, old: Tensor, new: Tensor) -> None:
+        """Let the model go on with `new` where it had `old` (as `read` gave it)."""
+        tensor = passage.take(self.side, self.slot)
+        stream = self._as_stream(tensor, inputs)
+        if self.kind == "per_head":
+            change = new - old
+            if index.real is not None:
+                change = torch.where(index.real[..., None], change, torch.zeros_like(change))
+            rows, positions = index.index[0][:, 0, :, 0], index.index[1][:, 0, :, 0]
+            result = stream.index_put((rows, positions), change.sum(1), accumulate=True)
+        elif self.kind == "norm_scale":
+            result = self._rescaled(passage.module, stream, index, old, new)
+        elif self.kind == "sum":
+            result = index.add(stream, new - old)
+        elif stream.dim() != 3:
+            result = new
+        else:
+            result = index.write(stream, new)
+        passage.put(self.side, self.slot, self._from_stream(result, tensor, inputs))
+
+    def _output_weights(self, heads: Tensor | None) -> Tensor:
+        """The output projection by heads: `[b or 1, heads, dh, D]`."""
+        assert self.columns is not None
+        weight: Any = getattr(self.module, "weight", None)
+        if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point() or weight.is_meta:
+            raise UnsupportedModelError(
+                f"{self.component} needs the weight of {self.path} as a matrix, and {type(self.module).__name__} has"
+                " none that can be read."
+            )
+        if not _is_conv1d(self.module):
+            weight = weight.T
+        columns = [self.columns.first_column(head) for head in range(self.columns.heads)]
+        by_heads = torch.stack([weight[start : start + self.columns.width] for start in columns])
+        return by_heads[None] if heads is None else by_heads[heads]
+
+    def _rescaled(self, module: nn.Module, stream: Tensor, index: UnitIndex, old: Tensor, new: Tensor) -> Tensor:
+        """A norm's output as if its divisor had been another; exact where it is the same."""
+        bias: Any = getattr(module, "bias", None)
+        output = index.read(stream)
+        scaled = output if bias is None else output - bias
+        return index.add(stream, (scaled.float() * (old.float() / new.float() - 1)).to(output.dtype))
+
+
+def norm_scale(module: nn.Module, stream: Tensor) -> Tensor:
+    """What a norm divides by: the root of the variance (LayerNorm) or mean square (RMSNorm), plus epsilon.
+
+    Shape: `[b, s, D]` to `[b, s, 1]`, in float32.
+    """
+    values = stream.float()
+    if isinstance(module, nn.LayerNorm):
+        values = values - values.mean(-1, keepdim=True)
+    epsilon = getattr(module, "eps", None)
+    if epsilon is None:
+        epsilon = getattr(module, "variance_epsilon", 0.0)
+    return (values.pow(2).mean(-1, keepdim=True) + epsilon).sqrt()
+
+
+def _on(tensor: Tensor | None, device: torch.device) -> Any:
+    return None if tensor is None else tensor.to(device)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether a projection keeps its weight as `[in, out]`, as GPT-2's do."""
+    return type(module).__name__ == "Conv1D"
+
+
+# --- binding ----------------------------------------------------------------------------------------------
+
+
+def bind_site(
+    model: nn.Module, component: str, site: Site, layer: int | None, prefix: str, sizes: Sizes, plus: BoundSite | None
+) -> BoundSite:
+    """A map's site in a model: the module found, widths taken from its live weight where it has one.
+
+    Args:
+        model: The wrapped model.
+        component: The component's name.
+        site: Where the map puts it.
+        layer: The block, or None.
+        prefix: Path of the block, "" outside the blocks.
+        sizes: Sizes of the model.
+        plus: The bound site of `site.plus`, if it has one.
+    """
+    path = ".".join(part for part in (prefix, site.path) if part)
+    module = module_at(model, path, component)
+    live = live_width(module, site.side)
+    columns = columns_of(site, sizes, width=live)
+    by_heads = is_head_component(component)
+    kind: Kind = "sum" if plus is not None else "stored"
+    side, slot = site.side, site.slot
+    derived = COMPONENTS[component].derived_from
+    width = live if live is not None and site.part is None else sizes.width(site.width)
+    if columns is not None:
+        width = columns.width if by_heads else columns.heads * columns.width
+    if by_heads and columns is None:
+        raise UnsupportedModelError(f"{component}: the number of heads in {type(model).__name__} is not known.")
+    if component == "head_attention_output":
+        kind, side, slot, width = "per_head", "output", None, live_width(module, "output")
+    elif derived is not None:
+        kind, side, slot, width = "norm_scale", "output", None, 1
+    return BoundSite(
+        component, layer, module, path, side, slot, kind, width, columns, by_heads, site.flat, plus
+    )
+
+
+def bind_path(model: nn.Module, component: str) -> BoundSite:
+    """A component given as a module path, such as `model.layers[3].mlp.output`."""
+    written, _, side = component.rpartition(".")
+    path = written.replace("[", ".").replace("]", "")
+    module = module_at(model, path, component)
+    known: Side = "input" if side == "input" else "output"
+    return BoundSite(component, None, module, path, known, width=live_width(module, known))
+
+
+def module_at(model: nn.Module, path: str, component: str) -> nn.Module:
+    """The module at a path; an error that shows how far the path goes and what is there."""
+    module = model
+    done: list[str] = []
+    for name in path.split(".") if path else ():
+        children = dict(module.named_children())
+        if name.startswith("-") and name[1:].isdigit() and isinstance(module, nn.ModuleList):
+            name = str(len(module) + int(name))
+        if name not in children:
+            at = ".".join(done) or type(model).__name__
+            raise UnsupportedModelError(
+                f"{component!r} names no module: {at} has no part {name!r}."
+                f"\nIt has: {', '.join(children) or 'no parts'}."
+            )
+        module = children[name]
+        done.append(name)
+    return module
+
+
+def live_width(module: nn.Module, side: Side) -> int | None:
+    """The last axis of what goes into or comes out of a module, where its weight tells."""
+    weight: Any = getattr(module, "weight", None)
+    if isinstance(module, nn.Linear):
+        return module.in_features if side == "input" else module.out_features
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim if side == "output" else None
+    if not isinstance(weight, Tensor):
+        return None
+    if _is_conv1d(module):
+        return int(weight.shape[0 if side == "input" else 1])
+    return int(weight.shape[0]) if weight.dim() == 1 and "Norm" in type(module).__name__ else None
