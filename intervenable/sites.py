@@ -118,7 +118,7 @@ class UnitIndex:
 
     def write(self, stream: Tensor, units: Tensor) -> Tensor:
         """A copy of the stream with other units in it."""
-        result = stream.clone()
+        result = _copy(stream)
         if self.real is None:
             result[self.index] = units
         else:
@@ -148,6 +148,14 @@ class UnitIndex:
             columns = torch.arange(stream.shape[-1], device=stream.device)[parts[-1]]
             parts = [part[..., None] for part in parts[:-1]] + [columns]
         return tuple(parts)
+
+
+def _copy(stream: Tensor) -> Tensor:
+    """A copy laid out in memory as the original is, since kernels round differently for other layouts."""
+    copy = stream.clone()
+    if copy.stride() == stream.stride() or 0 in stream.stride():
+        return copy
+    return torch.empty_strided(stream.shape, stream.stride(), dtype=stream.dtype, device=stream.device).copy_(stream)
 
 
 # --- a component in a model -------------------------------------------------------------------------------
