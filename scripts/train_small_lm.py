@@ -1,0 +1,313 @@
+"""Train the small language model that ships in `intervenable/small_lm`, from a seed, on two CPU cores.
+
+    python scripts/train_small_lm.py --seed 0 --out intervenable/small_lm
+
+The text comes from `intervenable.small_lm.tasks`. The model is an ordinary Llama with grouped-query
+attention whose widths all differ, with a word-level tokenizer whose words carry their leading space. The
+script ends by measuring the held-out accuracy of each task and writing it, with everything else, into the
+model card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import random
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from intervenable.small_lm import tasks
+from intervenable.small_lm.tasks import Prompt
+
+PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+WORDS = r"'s| ?\p{L}+| ?\d| ?[^\s\p{L}\d]|\s"
+"""A word, a digit or a mark, with the space before it: joined again, the pieces are the text."""
+
+ANSWER_WEIGHT = 10.0
+"""How much more the loss of the answer counts than that of any other token."""
+
+BATCH_SIZES = {"facts": 32, "indirect objects": 32, "prices": 32}
+"""Documents of each task in one training step."""
+
+DOCUMENTS = {
+    "facts": "texts of one to three facts",
+    "indirect objects": "indirect-object sentences",
+    "prices": "price rules with four questions each",
+}
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer for the words of the three tasks; any other word becomes `<unk>`."""
+    split = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
+    words = {piece for text in tasks.every_word() for piece, _ in split.pre_tokenize_str(text)}
+    vocabulary = [PAD, EOS, UNKNOWN, *sorted(words | {" ", "\n"})]
+    tokenizer = Tokenizer(
+        models.WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token=UNKNOWN)
+    )
+    tokenizer.pre_tokenizer = split
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """An untrained model, whose hidden, query, key-value and inner widths all differ."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=120,
+            intermediate_size=336,
+            num_hidden_layers=6,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            head_dim=24,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def fact_documents(seed: int) -> Iterator[list[Prompt]]:
+    """Endless texts of one to three facts, so that facts are also known in the middle of a text."""
+    rng = random.Random(seed)
+    known = tasks.fact_prompts(held_out=False)
+    facts = itertools.chain.from_iterable(iter(lambda: rng.sample(known, len(known)), []))
+    while True:
+        yield list(itertools.islice(facts, rng.choices((1, 2, 3), weights=(8, 1, 1))[0]))
+
+
+def indirect_object_documents(seed: int) -> Iterator[list[Prompt]]:
+    """Endless texts of one indirect-object sentence each."""
+    for chunk in itertools.count():
+        for prompt in tasks.indirect_object_prompts(1000, seed * 1_000_003 + chunk, held_out=False):
+            yield [prompt]
+
+
+def price_documents(seed: int, questions: int = 4) -> Iterator[list[Prompt]]:
+    """Endless texts with one bracket and `questions` amounts, since reading the rule is what costs most."""
+    for chunk in itertools.count():
+        yield from tasks.price_series(1000, questions, seed * 1_000_003 + chunk, held_out=False)
+
+
+def batch_of(texts: Sequence[Sequence[Prompt]], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
+    """Token ids `[batch, position]` and the weight of each token's loss, 0 where there is padding."""
+    rows, weights = [], []
+    for document in texts:
+        row: list[int] = []
+        weight: list[float] = []
+        for index, prompt in enumerate(document):
+            text = tokenizer(prompt.text if index == 0 else f" {prompt.text}")["input_ids"]
+            answer = tokenizer(prompt.answer + ".")["input_ids"]
+            row += text + answer
+            weight += [1.0] * len(text) + [ANSWER_WEIGHT] + [1.0] * (len(answer) - 1)
+        rows.append([*row, tokenizer.eos_token_id])
+        weights.append([*weight, 1.0])
+    length = max(map(len, rows))
+    ids = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows])
+    return ids, torch.tensor([weight + [0.0] * (length - len(weight)) for weight in weights])
+
+
+def loss_of(model: LlamaForCausalLM, ids: Tensor, weights: Tensor) -> Tensor:
+    # Padding is on the right, where causal attention cannot see it: no mask is needed.
+    logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    weights = weights[:, 1:].flatten()
+    return (losses * weights).sum() / weights.sum()
+
+
+@torch.inference_mode()
+def accuracy(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[Prompt],
+    batch_size: int = 256,
+) -> float:
+    """Share of prompts whose most likely next token, out of the whole vocabulary, is the answer."""
+    model.eval()
+    correct = 0
+    for start in range(0, len(prompts), batch_size):
+        chunk = prompts[start : start + batch_size]
+        batch = tokenizer(
+            [prompt.text for prompt in chunk], return_tensors="pt", padding=True, padding_side="left"
+        )
+        guesses = model(**batch, logits_to_keep=1).logits[:, -1].argmax(-1).tolist()
+        correct += sum(
+            tokenizer.decode([g]) == prompt.answer for g, prompt in zip(guesses, chunk, strict=True)
+        )
+    return correct / len(prompts)
+
+
+def held_out_accuracy(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, count: int
+) -> dict[str, float]:
+    """Accuracy of each task on prompts that training left out, `count` of each that is sampled."""
+    return {
+        "facts": accuracy(model, tokenizer, tasks.fact_prompts()),
+        "indirect objects": accuracy(model, tokenizer, tasks.indirect_object_prompts(count, seed=0)),
+        "prices": accuracy(model, tokenizer, tasks.price_prompts(count, seed=0)),
+    }
+
+
+def train(
+    tokenizer: PreTrainedTokenizerFast, *, seed: int, steps: int, learning_rate: float
+) -> LlamaForCausalLM:
+    """Train a fresh model with AdamW: linear warm-up, then a cosine down to a twentieth of that rate."""
+    torch.manual_seed(seed)
+    model = build_model(tokenizer)
+    streams = {
+        "facts": fact_documents(seed),
+        "indirect objects": indirect_object_documents(seed),
+        "prices": price_documents(seed),
+    }
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
+    warm_up = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: (
+            min(1.0, (step + 1) / warm_up)
+            * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+        ),
+    )
+    started = time.monotonic()
+    for step in range(1, steps + 1):
+        model.train()
+        losses = {}
+        # One batch a task: prompts of one task are about equally long, so little is spent on padding.
+        for task, size in BATCH_SIZES.items():
+            loss = loss_of(model, *batch_of(list(itertools.islice(streams[task], size)), tokenizer))
+            loss.backward()
+            losses[task] = loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 100 == 0 or step == steps:
+            scores = held_out_accuracy(model, tokenizer, 200)
+            report = "  ".join(
+                f"{task} loss {losses[task]:.3f} held-out {scores[task]:.3f}" for task in losses
+            )
+            print(f"step {step}/{steps}  {time.monotonic() - started:.0f} s  {report}", flush=True)
+    return model.eval()
+
+
+@torch.inference_mode()
+def swap_map(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, list[float]]:
+    """Where the fact lives: how often a swap of one block output makes the model say the source's capital.
+
+    For each country paired with the next, "The capital of A is" gets, at one layer and one position, the
+    block output of "The capital of B is". The result has, for each position, the share of pairs that flip at
+    each layer.
+    """
+    prompts = [f"The capital of {country} is" for country in tasks.CAPITALS]
+    base = tokenizer(prompts, return_tensors="pt")
+    wanted = model(**base).logits[:, -1].argmax(-1).roll(-1)
+    shares: dict[str, list[float]] = {}
+    for name, position in (("subject", 3), ("last token", 4)):
+        shares[name] = []
+        for block in model.model.layers:
+
+            def swap(
+                _module: torch.nn.Module, _args: object, output: Tensor, position: int = position
+            ) -> Tensor:
+                result = output.clone()
+                result[:, position] = output[:, position].roll(-1, dims=0)
+                return result
+
+            handle = block.register_forward_hook(swap)
+            try:
+                said = model(**base).logits[:, -1].argmax(-1)
+            finally:
+                handle.remove()
+            shares[name].append((said == wanted).float().mean().item())
+    return shares
+
+
+def write_card(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    options: argparse.Namespace,
+    count: int = 1000,
+) -> None:
+    """Measure the model and write what was found to the folder's `README.md`."""
+    config = model.config
+    scores = held_out_accuracy(model, tokenizer, count)
+    shares = swap_map(model, tokenizer)
+    example = tasks.price_prompts(1)[0]
+    rows = zip(*shares.values(), strict=True)
+    card = (
+        Path(__file__)
+        .with_name("small_lm_card.md")
+        .read_text(encoding="utf-8")
+        .format(
+            **{task.replace(" ", "_"): score for task, score in scores.items()},
+            count=count,
+            facts_count=len(tasks.fact_prompts()),
+            price_text=example.text,
+            price_answer=example.answer,
+            countries=len(tasks.CAPITALS),
+            capital_phrasings=len(tasks.CAPITAL_PHRASINGS),
+            country_phrasings=len(tasks.COUNTRY_PHRASINGS),
+            names=len(tasks.NAMES),
+            swap_rows="\n".join(f"| {layer} | {a:.2f} | {b:.2f} |" for layer, (a, b) in enumerate(rows)),
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            inner=config.intermediate_size,
+            vocabulary=config.vocab_size,
+            parameters=model.num_parameters(),
+            megabytes=(options.out / "model.safetensors").stat().st_size / 1e6,
+            seed=options.seed,
+            steps=options.steps,
+            batches=", ".join(f"{size} {DOCUMENTS[task]}" for task, size in BATCH_SIZES.items()),
+            learning_rate=options.learning_rate,
+            answer_weight=ANSWER_WEIGHT,
+        )
+    )
+    (options.out / "README.md").write_text(card, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=1400)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).resolve().parents[1] / "intervenable/small_lm"
+    )
+    options = parser.parse_args()
+
+    torch.set_num_threads(options.threads)
+    tokenizer = build_tokenizer()
+    model = train(tokenizer, seed=options.seed, steps=options.steps, learning_rate=options.learning_rate)
+    tokenizer.save_pretrained(options.out)
+    model.save_pretrained(options.out)
+    write_card(model, tokenizer, options)
+    print((options.out / "README.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
