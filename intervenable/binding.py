@@ -95,9 +95,17 @@ def bind(config: IntervenableConfig, model: nn.Module) -> tuple[BoundRepresentat
     raise_all(faults)
     return tuple(
         BoundRepresentation(
-            index, names[index], entry, site, intervention, _constant(config, index, intervention), groups[index]
+            index,
+            names[index],
+            entry,
+            site,
+            intervention,
+            _constant(config, index, intervention),
+            groups[index],
         )
-        for index, (entry, site, intervention) in enumerate(zip(config.representations, sites, made, strict=True))
+        for index, (entry, site, intervention) in enumerate(
+            zip(config.representations, sites, made, strict=True)
+        )
         if site is not None and intervention is not None
     )
 
@@ -193,7 +201,9 @@ def _names(entries: Sequence[RepresentationConfig], sites: Sequence[BoundSite | 
         names.append(entry.name or (key if len(alike) == 1 else f"{key}#{alike.index(index)}"))
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ConfigError(f"The name {twice[0]!r} is also the default name of another representation; choose another.")
+        raise ConfigError(
+            f"The name {twice[0]!r} is also the default name of another representation; choose another."
+        )
     return names
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import torch
@@ -78,7 +78,9 @@ def _intervention_from(value: object) -> object:
             return interventions.callable_named(value["function"])
         if set(value) <= {"type", "arguments"} and "type" in value:
             return interventions.intervention_named(value["type"])(**value.get("arguments", {}))
-        raise ValueError('an intervention in JSON is {"function": name} or {"type": name, "arguments": {...}}')
+        raise ValueError(
+            'an intervention in JSON is {"function": name} or {"type": name, "arguments": {...}}'
+        )
     if isinstance(value, type) and issubclass(value, Intervention):
         raise ValueError(
             f"the class {value.__name__} was given where an instance is meant; classes go into `intervention_type`"
@@ -140,7 +142,9 @@ InterventionObject = Annotated[
     Any,
     BeforeValidator(_intervention_from),
     _if_given(_intervention_json),
-    WithJsonSchema({"type": ["object", "null"], "description": "registered function, or class with arguments"}),
+    WithJsonSchema(
+        {"type": ["object", "null"], "description": "registered function, or class with arguments"}
+    ),
 ]
 Values = Annotated[
     Any,
@@ -152,7 +156,9 @@ Partition = Annotated[
     Any,
     BeforeValidator(_partition_from),
     _if_given(_partition_json),
-    WithJsonSchema({"type": ["array", "null"], "description": "[start, end) pairs, index lists or {index_set}"}),
+    WithJsonSchema(
+        {"type": ["array", "null"], "description": "[start, end) pairs, index lists or {index_set}"}
+    ),
 ]
 Key = str | int
 
@@ -211,15 +217,15 @@ class _Declared(BaseModel):
         fields = dict(data)
         for old, new in cls.RENAMED.items():
             if old in fields:
-                warnings.warn(
-                    f"{cls.__name__}: {old!r} is now called {new!r}.", RenamedWarning, stacklevel=4
-                )
+                warnings.warn(f"{cls.__name__}: {old!r} is now called {new!r}.", RenamedWarning, stacklevel=4)
                 if new in fields:
                     raise ValueError(f"both {old!r} and its new name {new!r} were given")
                 fields[new] = fields.pop(old)
         for name, reason in cls.IGNORED.items():
             if name in fields:
-                warnings.warn(f"{cls.__name__}: {name!r} has no effect: {reason}", IntervenableWarning, stacklevel=4)
+                warnings.warn(
+                    f"{cls.__name__}: {name!r} has no effect: {reason}", IntervenableWarning, stacklevel=4
+                )
                 del fields[name]
         unknown = [name for name in fields if name not in cls.model_fields]
         if unknown:
@@ -461,15 +467,18 @@ class IntervenableConfig(_Declared):
     """
 
     representations: Annotated[
-        list[RepresentationConfig], BeforeValidator(_faults_of_each, json_schema_input_type=list[RepresentationConfig])
-    ] = []  # noqa: RUF012  (pydantic copies defaults)
+        list[RepresentationConfig],
+        BeforeValidator(_faults_of_each, json_schema_input_type=list[RepresentationConfig]),
+    ] = []
     """The representations, applied in this order where several meet at one place."""
 
     intervention_types: Annotated[
         Any,
         BeforeValidator(_types_from),
         _if_given(_types_json),
-        WithJsonSchema({"type": ["string", "array"], "description": "registered class name, one or one each"}),
+        WithJsonSchema(
+            {"type": ["string", "array"], "description": "registered class name, one or one each"}
+        ),
     ] = VanillaIntervention
     """Class for the representations that name none, or a list with one for each representation."""
 

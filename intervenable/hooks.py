@@ -151,7 +151,9 @@ class Recomputation:
             if self._gate.open():
                 self._seen.setdefault(id(module), []).append((pointer, dict(kwargs)))
             elif _in_backward() and any(
-                pointer == seen and kwargs.keys() == others.keys() and all(kwargs[k] is others[k] for k in kwargs)
+                pointer == seen
+                and kwargs.keys() == others.keys()
+                and all(kwargs[k] is others[k] for k in kwargs)
                 for seen, others in self._seen.get(id(module), ())
             ):
                 self._gate.enter()

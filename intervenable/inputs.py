@@ -68,7 +68,10 @@ class RunInputs:
             return True
         if len(self.args) != len(other.args) or self.kwargs.keys() != other.kwargs.keys():
             return False
-        pairs = [*zip(self.args, other.args, strict=True), *((v, other.kwargs[k]) for k, v in self.kwargs.items())]
+        pairs = [
+            *zip(self.args, other.args, strict=True),
+            *((v, other.kwargs[k]) for k, v in self.kwargs.items()),
+        ]
         return all(_equal(left, right) for left, right in pairs)
 
 
@@ -129,7 +132,11 @@ def read_inputs(given: object, model: nn.Module, name: str) -> RunInputs:
 
 
 def _check_names(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], signature: inspect.Signature, model: nn.Module, name: str
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    signature: inspect.Signature,
+    model: nn.Module,
+    name: str,
 ) -> None:
     for key, value in kwargs.items():
         if key in TOKENS and not isinstance(value, Tensor):
@@ -147,7 +154,11 @@ def _check_names(
 
 
 def _main_input(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], signature: inspect.Signature, model: nn.Module, name: str
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    signature: inspect.Signature,
+    model: nn.Module,
+    name: str,
 ) -> Tensor:
     names = [getattr(model, "main_input_name", None), *TOKENS, next(iter(signature.parameters), None)]
     candidates = [kwargs[key] for key in names if key in kwargs] + list(args[:1])

@@ -156,7 +156,9 @@ def read_locations(
                 faults.append(error)
             found[side].append(slot)
     if len(faults) > 1:
-        raise LocationError("\n".join([f"{len(faults)} faults in the locations:", *(f"- {f}" for f in faults)]))
+        raise LocationError(
+            "\n".join([f"{len(faults)} faults in the locations:", *(f"- {f}" for f in faults)])
+        )
     if faults:
         raise faults[0]
     return found
@@ -202,8 +204,12 @@ def _sides(unit_locations: object) -> tuple[Any, Any]:
             return tuple(_NOT_GIVEN if side is None else side for side in value)  # type: ignore[return-value]
         return value, value
     named = ", ".join(sorted(map(repr, keys))) or "none"
-    serial = " Arrow keys between sources belong to the serial mode." if any("->" in str(k) for k in keys) else ""
-    raise LocationError(f"unit_locations has the keys {named}. Allowed: 'sources->base' or 'base', one of them.{serial}")
+    serial = (
+        " Arrow keys between sources belong to the serial mode." if any("->" in str(k) for k in keys) else ""
+    )
+    raise LocationError(
+        f"unit_locations has the keys {named}. Allowed: 'sources->base' or 'base', one of them.{serial}"
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -266,9 +272,13 @@ def _short(value: Any, subject: Subject, name: str) -> Any:
     items = value if isinstance(value, list) else [value]
     for item in items:
         if isinstance(item, bool) or not isinstance(item, (int, slice)):
-            raise LocationError(f"{item!r} among the {name} locations is not a position: give ints or slices.")
+            raise LocationError(
+                f"{item!r} among the {name} locations is not a position: give ints or slices."
+            )
     if not items:
-        raise LocationError(f"The {name} locations are an empty list. Give at least one position, or None to skip.")
+        raise LocationError(
+            f"The {name} locations are an empty list. Give at least one position, or None to skip."
+        )
     return _Everywhere(tuple(items))
 
 

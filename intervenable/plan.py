@@ -110,13 +110,17 @@ def make_plan(
     }
     _check_batches(base_inputs, inputs)
     feeds = [inputs.get(entry.group) if _takes_a_run(entry, constants) else None for entry in bound]
-    source_slots, base_slots = read_locations(unit_locations, _subjects(bound), base_inputs, feeds, relative_to)
+    source_slots, base_slots = read_locations(
+        unit_locations, _subjects(bound), base_inputs, feeds, relative_to
+    )
     chosen = _subspaces(bound, subspaces)
 
     edits: list[Edit] = []
     runs: list[SourceRun] = []
     skipped: list[BoundRepresentation] = []
-    for entry, feed, source_slot, slot, ids in zip(bound, feeds, source_slots, base_slots, chosen, strict=True):
+    for entry, feed, source_slot, slot, ids in zip(
+        bound, feeds, source_slots, base_slots, chosen, strict=True
+    ):
         constant = constants.get(entry.index)
         waits = entry.intervention.needs_source and _takes_a_run(entry, constants) and feed is None
         if isinstance(slot, Skipped) or (waits and sources is not None and not each):
@@ -197,7 +201,9 @@ def _takes_a_run(entry: BoundRepresentation, constants: Mapping[int, Tensor]) ->
     """Whether a source run would feed this intervention: it can take a source and has no constant one."""
     intervention = entry.intervention
     return (
-        intervention.accepts_source and entry.index not in constants and intervention.source_representation is None
+        intervention.accepts_source
+        and entry.index not in constants
+        and intervention.source_representation is None
     )
 
 

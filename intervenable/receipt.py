@@ -89,7 +89,9 @@ class Receipt(Sequence[ReceiptLine]):
                     example=example,
                     site=site_text(edit.bound),
                     positions=token_positions(edit.units, base, example),
-                    heads=edit.units.heads[example] if isinstance(edit.units, Units) and edit.units.heads else None,
+                    heads=edit.units.heads[example]
+                    if isinstance(edit.units, Units) and edit.units.heads
+                    else None,
                     tokens=tokens_at(edit.units, base, example, self._tokenizer),
                     fired=record.times,
                     change=change,
@@ -236,5 +238,7 @@ def tokens_text(tokens: Sequence[str] | None) -> str:
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Rows as text in aligned columns, the first as the heading."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

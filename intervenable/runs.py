@@ -114,7 +114,9 @@ def _device(passage: Passage, site: BoundSite) -> torch.device:
 # --- the base run -----------------------------------------------------------------------------------------
 
 
-def run_base(model: nn.Module, plan: Plan, sources: Mapping[int, Tensor], options: Mapping[str, Any]) -> BaseRun:
+def run_base(
+    model: nn.Module, plan: Plan, sources: Mapping[int, Tensor], options: Mapping[str, Any]
+) -> BaseRun:
     """Run the base with all edits of the plan, in declared order where several meet.
 
     Raises:
@@ -176,7 +178,9 @@ def applied(edit: Edit, units: Tensor, source: Tensor | None) -> Tensor:
     if source is not None:
         source = source.to(units.device)
         if edit.from_source and source.dim() == units.dim():
-            source = source.expand([u if s == 1 else s for u, s in zip(units.shape, source.shape, strict=True)])
+            source = source.expand(
+                [u if s == 1 else s for u, s in zip(units.shape, source.shape, strict=True)]
+            )
     if intervention.sees == "concatenated":
         given = _concatenated(units)
         source = _concatenated(source) if edit.from_source and source is not None else source

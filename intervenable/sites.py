@@ -28,7 +28,9 @@ Index = tuple[Any, ...]
 class Passage:
     """One call of a module: what goes in, what comes out, and what our edits make of it."""
 
-    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
+    def __init__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None
+    ) -> None:
         self.module = module
         self.args = args
         self.kwargs = kwargs
@@ -155,7 +157,9 @@ def _copy(stream: Tensor) -> Tensor:
     copy = stream.clone()
     if copy.stride() == stream.stride() or 0 in stream.stride():
         return copy
-    return torch.empty_strided(stream.shape, stream.stride(), dtype=stream.dtype, device=stream.device).copy_(stream)
+    return torch.empty_strided(stream.shape, stream.stride(), dtype=stream.dtype, device=stream.device).copy_(
+        stream
+    )
 
 
 # --- a component in a model -------------------------------------------------------------------------------
@@ -273,13 +277,19 @@ class BoundSite:
         if columns.contiguous:
             return slice(columns.start, columns.start + columns.heads * columns.width)
         return torch.tensor(
-            [columns.first_column(head) + offset for head in range(columns.heads) for offset in range(columns.width)],
+            [
+                columns.first_column(head) + offset
+                for head in range(columns.heads)
+                for offset in range(columns.width)
+            ],
             device=device,
         )
 
     # -- reading and writing
 
-    def read(self, passage: Passage, index: UnitIndex, inputs: RunInputs, added: Tensor | None = None) -> Tensor:
+    def read(
+        self, passage: Passage, index: UnitIndex, inputs: RunInputs, added: Tensor | None = None
+    ) -> Tensor:
         """The units `index` names, as the model has them now.
 
         Shape: `[b, n, d]`; by heads `[b, heads, n, dh]` (`head_attention_output`: `[b, heads, n, D]`).
@@ -288,10 +298,14 @@ class BoundSite:
             values = self._as_stream(passage.take("input", None), inputs)
             return index.read(values) @ self._output_weights(index.heads)
         if self.kind == "norm_scale":
-            return index.read(norm_scale(passage.module, self._as_stream(passage.take("input", None), inputs)))
+            return index.read(
+                norm_scale(passage.module, self._as_stream(passage.take("input", None), inputs))
+            )
         stream = self.stream(passage, inputs)
         if stream.dim() != 3 and any(part != slice(None) for part in index.index if isinstance(part, slice)):
-            raise LocationError(f"{self.label} has shape {tuple(stream.shape)}, which has no [batch, positions] axes.")
+            raise LocationError(
+                f"{self.label} has shape {tuple(stream.shape)}, which has no [batch, positions] axes."
+            )
         if stream.dim() != 3 and isinstance(index.index[0], Tensor):
             raise LocationError(
                 f"{self.label} has shape {tuple(stream.shape)}, so that no position can be named in it: leave its"
@@ -324,7 +338,12 @@ class BoundSite:
         """The output projection by heads: `[b or 1, heads, dh, D]`."""
         assert self.columns is not None
         weight: Any = getattr(self.module, "weight", None)
-        if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point() or weight.is_meta:
+        if (
+            not isinstance(weight, Tensor)
+            or weight.dim() != 2
+            or not weight.is_floating_point()
+            or weight.is_meta
+        ):
             raise UnsupportedModelError(
                 f"{self.component} needs the weight of {self.path} as a matrix, and {type(self.module).__name__} has"
                 " none that can be read."
@@ -335,7 +354,9 @@ class BoundSite:
         by_heads = torch.stack([weight[start : start + self.columns.width] for start in columns])
         return by_heads[None] if heads is None else by_heads[heads]
 
-    def _rescaled(self, module: nn.Module, stream: Tensor, index: UnitIndex, old: Tensor, new: Tensor) -> Tensor:
+    def _rescaled(
+        self, module: nn.Module, stream: Tensor, index: UnitIndex, old: Tensor, new: Tensor
+    ) -> Tensor:
         """A norm's output as if its divisor had been another; exact where it is the same."""
         bias: Any = getattr(module, "bias", None)
         output = index.read(stream)
@@ -370,7 +391,13 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def bind_site(
-    model: nn.Module, component: str, site: Site, layer: int | None, prefix: str, sizes: Sizes, plus: BoundSite | None
+    model: nn.Module,
+    component: str,
+    site: Site,
+    layer: int | None,
+    prefix: str,
+    sizes: Sizes,
+    plus: BoundSite | None,
 ) -> BoundSite:
     """A map's site in a model: the module found, widths taken from its live weight where it has one.
 
@@ -395,7 +422,9 @@ def bind_site(
     if columns is not None:
         width = columns.width if by_heads else columns.heads * columns.width
     if by_heads and columns is None:
-        raise UnsupportedModelError(f"{component}: the number of heads in {type(model).__name__} is not known.")
+        raise UnsupportedModelError(
+            f"{component}: the number of heads in {type(model).__name__} is not known."
+        )
     if component == "head_attention_output":
         kind, side, slot, width = "per_head", "output", None, live_width(module, "output")
     elif derived is not None:

@@ -97,5 +97,5 @@ def top_vals(
     ]
     if return_results:
         return results
-    print("\n".join(f"{token:<20} {value}" for token, value in results))  # noqa: T201  (it is what it is for)
+    print("\n".join(f"{token:<20} {value}" for token, value in results))
     return None
