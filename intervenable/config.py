@@ -93,7 +93,7 @@ def _intervention_from(value: object) -> object:
     )
 
 
-def _intervention_json(value: object) -> object:
+def _intervention_json(value: Any) -> object:
     if isinstance(value, Intervention):
         if value.state_dict():
             raise ValueError(
@@ -205,7 +205,7 @@ class _Declared(BaseModel):
         except ValidationError as error:
             for found in error.errors():
                 cause = found.get("ctx", {}).get("error")
-                if isinstance(cause, NotYet):
+                if isinstance(cause, NotYetError):
                     raise NotAvailableError(str(cause)) from error
             raise _all_faults(subject, error) from error
 
@@ -242,8 +242,9 @@ class _Declared(BaseModel):
 
 def _same(left: object, right: object) -> bool:
     if isinstance(left, Tensor) or isinstance(right, Tensor):
-        both = isinstance(left, Tensor) and isinstance(right, Tensor)
-        return both and left.dtype == right.dtype and torch.equal(left, right)  # type: ignore[union-attr, arg-type]
+        if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
+            return False
+        return left.dtype == right.dtype and torch.equal(left, right)
     if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
         return len(left) == len(right) and all(map(_same, left, right))
     if isinstance(left, Intervention) and isinstance(right, Intervention):
@@ -253,7 +254,7 @@ def _same(left: object, right: object) -> bool:
     return bool(left == right)
 
 
-class NotYet(ValueError):
+class NotYetError(ValueError):
     """A known value of a field that is not available yet (inside validators, where pydantic wants ValueError)."""
 
 
@@ -352,7 +353,9 @@ class RepresentationConfig(_Declared):
         if self.name is not None and (not self.name or "/" in self.name):
             faults.append(f"name {self.name!r} must not be empty and must not contain '/'")
         if self.unit == "t":
-            raise NotYet("Unit 't' (steps of a recurrent net) is not available yet. Allowed: pos, h, h.pos.")
+            raise NotYetError(
+                "Unit 't' (steps of a recurrent net) is not available yet. Allowed: pos, h, h.pos."
+            )
         if faults:
             raise ValueError("; ".join(faults))
         return self
@@ -427,7 +430,7 @@ def _faults_of_each(value: object) -> object:
         try:
             made.append(_representation_from(item))
         except NotAvailableError as error:
-            raise NotYet(str(error)) from error
+            raise NotYetError(str(error)) from error
         except ConfigError as error:
             faults.append(f"representation {position}: {error}")
     if faults:
@@ -504,7 +507,7 @@ class IntervenableConfig(_Declared):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.mode == "serial":
-            raise NotYet("mode='serial' is not available yet. Allowed: 'parallel'.")
+            raise NotYetError("mode='serial' is not available yet. Allowed: 'parallel'.")
         faults = []
         if self.mode != "parallel":
             faults.append(unknown_name("mode", self.mode, ["parallel"]))
@@ -549,7 +552,7 @@ class IntervenableConfig(_Declared):
             if listed is None and own is None and entry.intervention is None:
                 yield f"representation {position} has no intervention: intervention_types says None for it"
 
-    def add_intervention(self, representations: object) -> None:
+    def add_intervention(self, representations: Any) -> None:
         """Append one or several representations, in any form that the constructor takes, in place.
 
         Raises:
@@ -604,7 +607,7 @@ def _own(entry: RepresentationConfig) -> bool:
     return entry.intervention is not None or entry.intervention_type is not None
 
 
-def config_from(value: object) -> IntervenableConfig:
+def config_from(value: Any) -> IntervenableConfig:
     """An `IntervenableConfig` from itself, from a dict of its fields, or from representations in any form."""
     if isinstance(value, IntervenableConfig):
         return value

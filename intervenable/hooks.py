@@ -220,7 +220,7 @@ class _Tie(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        torch.autograd.Variable._execution_engine.queue_callback(ctx.ended)  # type: ignore[attr-defined]
+        torch.autograd.Variable._execution_engine.queue_callback(ctx.ended)
         return gradients[0], None
 
 

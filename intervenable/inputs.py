@@ -161,7 +161,7 @@ def _main_input(
     name: str,
 ) -> Tensor:
     names = [getattr(model, "main_input_name", None), *TOKENS, next(iter(signature.parameters), None)]
-    candidates = [kwargs[key] for key in names if key in kwargs] + list(args[:1])
+    candidates = [kwargs[key] for key in names if key is not None and key in kwargs] + list(args[:1])
     for value in candidates:
         if isinstance(value, Tensor) and value.dim() >= 1:
             return value

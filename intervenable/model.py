@@ -48,7 +48,7 @@ class IntervenableModel(nn.Module):
     def __init__(self, config: object, model: nn.Module, tokenizer: Decodes | None = None) -> None:
         super().__init__()
         # In __dict__, so that torch does not take the model for a part of this module.
-        self.__dict__["model"] = model
+        self.__dict__["_model"] = model
         self.config = config_from(config).model_copy(deep=False)
         self.tokenizer = tokenizer
         self._bound = bind(self.config, model)
@@ -56,6 +56,12 @@ class IntervenableModel(nn.Module):
         for entry in self._bound:
             if entry.intervention not in self._kept.values():
                 self._kept[entry.name.replace(".", "/")] = entry.intervention
+
+    @property
+    def model(self) -> nn.Module:
+        """The wrapped model itself."""
+        wrapped: nn.Module = self.__dict__["_model"]
+        return wrapped
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -105,18 +111,15 @@ class IntervenableModel(nn.Module):
             EditError: an intervention gave back something that does not fit.
             NotFiredError: an intervention was not applied exactly once.
         """
-        plan = self._plan(
-            base, sources, unit_locations, source_representations, subspaces, relative_to=relative_to
-        )
+        plan = self._plan(base, sources, unit_locations, source_representations, subspaces, relative_to)
         captured: dict[int, Tensor] = {}
         for run in plan.source_runs:
             captured |= run_source(self.model, run.inputs, run.captures)
         original = plain_run(self.model, plan.base, model_options) if output_original_output else None
-        run = run_base(self.model, plan, captured, model_options)
-        collected, masks = _readings(plan, run.fired)
-        return IntervenableOutput(
-            original, run.output, Receipt(plan, run.fired, self.tokenizer), collected, masks
-        )
+        intervened = run_base(self.model, plan, captured, model_options)
+        collected, masks = _readings(plan, intervened.fired)
+        receipt = Receipt(plan, intervened.fired, self.tokenizer)
+        return IntervenableOutput(original, intervened.output, receipt, collected, masks)
 
     def explain(
         self,
@@ -140,20 +143,18 @@ class IntervenableModel(nn.Module):
         Raises:
             InputError, SourceError, LocationError, SubspaceError: as the call would.
         """
-        plan = self._plan(
-            base, sources, unit_locations, source_representations, subspaces, relative_to=relative_to
-        )
+        plan = self._plan(base, sources, unit_locations, source_representations, subspaces, relative_to)
         explanation = Explanation(plan, self.tokenizer)
         (file or sys.stdout).write(f"{explanation}\n")
         return explanation
 
-    def _plan(self, *call: Any, relative_to: RelativeTo) -> Plan:
-        return make_plan(self._bound, self.model, *call, relative_to)
+    def _plan(self, *call: Any) -> Plan:
+        return make_plan(self._bound, self.model, *call)
 
     def _apply(self, function: Any, recurse: bool = True) -> Self:
         # `.to()` and its kin move both; all else speaks of the interventions alone.
-        super()._apply(function, recurse)
-        self.model._apply(function, recurse)
+        super()._apply(function, recurse)  # type: ignore[no-untyped-call]
+        self.model._apply(function, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def extra_repr(self) -> str:

@@ -241,34 +241,35 @@ class BoundSite:
 
     def index(self, units: Units | Whole, inputs: RunInputs, device: torch.device) -> UnitIndex:
         """The units of one run as an index into this site's stream, on its device."""
-        located = isinstance(units, Units)
+        located = units if isinstance(units, Units) else None
+        real = None if located is None else _on(located.real, device)
+        positions = None if located is None else _on(located.position_index, device)
         if not self.by_heads:
             columns = self._column_index(device)
-            if not located:
+            if positions is None:
                 return UnitIndex((slice(None), slice(None), columns))
-            positions = _on(units.position_index, device)
-            rows = torch.arange(len(units), device=device)[:, None]
-            real = _on(units.real, device)
+            rows = torch.arange(len(positions), device=device)[:, None]
             if isinstance(columns, slice):
                 return UnitIndex((rows, positions, columns), real)
             return UnitIndex((rows[..., None], positions[..., None], columns), real)
-        assert self.columns is not None
-        head_columns = torch.tensor(
-            [self.columns.first_column(head) for head in range(self.columns.heads)], device=device
-        )
-        within = torch.arange(self.columns.width, device=device)
-        batch = len(units) if located else inputs.batch
-        heads = _on(units.head_index, device) if located else None
-        first = head_columns[heads] if heads is not None else head_columns[None].expand(batch, -1)
-        columns = (first[..., None] + within)[:, :, None]  # [b, heads, 1, dh]
-        positions = _on(units.position_index, device) if located else None
+        batch = inputs.batch if located is None else len(located)
+        heads = None if located is None else _on(located.head_index, device)
         if positions is None:
             positions = torch.arange(inputs.length, device=device)[None].expand(batch, -1)
-        rows = torch.arange(batch, device=device)[:, None, None, None]
-        real = _on(units.real, device) if located else None
         if real is not None and real.dim() == 2:  # unit `h`: all positions of each head
             real = real[..., None].expand(-1, -1, positions.shape[1])
-        return UnitIndex((rows, positions[:, None, :, None], columns), real, heads)
+        rows = torch.arange(batch, device=device)[:, None, None, None]
+        return UnitIndex(
+            (rows, positions[:, None, :, None], self._head_columns(heads, batch, device)), real, heads
+        )
+
+    def _head_columns(self, heads: Tensor | None, batch: int, device: torch.device) -> Tensor:
+        """The columns of each head, `[b, heads, 1, dh]`."""
+        assert self.columns is not None
+        firsts = [self.columns.first_column(head) for head in range(self.columns.heads)]
+        first = torch.tensor(firsts, device=device)
+        first = first[None].expand(batch, -1) if heads is None else first[heads]
+        return (first[..., None] + torch.arange(self.columns.width, device=device))[:, :, None]
 
     def _column_index(self, device: torch.device) -> Any:
         columns = self.columns
@@ -358,9 +359,9 @@ class BoundSite:
         self, module: nn.Module, stream: Tensor, index: UnitIndex, old: Tensor, new: Tensor
     ) -> Tensor:
         """A norm's output as if its divisor had been another; exact where it is the same."""
-        bias: Any = getattr(module, "bias", None)
+        bias = getattr(module, "bias", None)
         output = index.read(stream)
-        scaled = output if bias is None else output - bias
+        scaled = output - bias if isinstance(bias, Tensor) else output
         return index.add(stream, (scaled.float() * (old.float() / new.float() - 1)).to(output.dtype))
 
 
@@ -372,9 +373,8 @@ def norm_scale(module: nn.Module, stream: Tensor) -> Tensor:
     values = stream.float()
     if isinstance(module, nn.LayerNorm):
         values = values - values.mean(-1, keepdim=True)
-    epsilon = getattr(module, "eps", None)
-    if epsilon is None:
-        epsilon = getattr(module, "variance_epsilon", 0.0)
+    epsilons = [getattr(module, name, None) for name in ("eps", "variance_epsilon")]
+    epsilon = next((value for value in epsilons if isinstance(value, float)), 0.0)
     return (values.pow(2).mean(-1, keepdim=True) + epsilon).sqrt()
 
 
