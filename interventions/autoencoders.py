@@ -198,7 +198,9 @@ class JumpReLUAutoencoderIntervention(LatentIntervention):
                     f"{name} has shape {tuple(given.shape)}; for embed_dim={embed_dim} and"
                     f" low_rank_dimension={low_rank_dimension} give {tuple(start.shape)}."
                 )
-            self.register_buffer(name, (start if given is None else given).detach().clone())
+            chosen = (start if given is None else given).detach()
+            # In the layout that a state dict restores: products of another layout round otherwise.
+            self.register_buffer(name, chosen.clone(memory_format=torch.contiguous_format))
 
     @property
     def subspace_size(self) -> int | None:

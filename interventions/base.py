@@ -222,7 +222,7 @@ class Intervention(nn.Module):
                 " Wrap it in nn.Parameter to train it, or detach() it."
             )
         _forget(self, "source_representation")
-        self.register_buffer("source_representation", source.clone())
+        self.register_buffer("source_representation", source.clone(memory_format=torch.contiguous_format))
 
     def to_config(self) -> dict[str, Json]:
         """Return constructor arguments as JSON, so that `type(self)(**to_config())` has the same shape.

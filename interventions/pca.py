@@ -90,7 +90,8 @@ class PCARotatedSpaceIntervention(Intervention):
         self._ready = components is not None
         if components is None:
             components = torch.zeros(self.low_rank_dimension, embed_dim)
-        self.register_buffer("components", components.clone())
+        # In the layout that a state dict restores: products of another layout round otherwise.
+        self.register_buffer("components", components.clone(memory_format=torch.contiguous_format))
         self.register_buffer("mean", _vector("mean", mean, 0.0, components))
         self.register_buffer("std", _vector("std", std, 1.0, components))
         if not bool((self.std > 0).all()):
