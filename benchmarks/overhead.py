@@ -518,7 +518,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{name}, batch {batch}: {rounds} rounds of {len(labels)}", file=sys.stderr, flush=True)
             with torch.no_grad():
                 results += measure(name, swap_on(model, batch), rounds, labels)
-    imports = [] if options.no_imports else import_times(packages, 3 if options.quick else 9)
+    imports = [] if options.no_imports else import_times(packages, 2 if options.quick else 5)
 
     if options.json:
         figures = {"results": [asdict(result) for result in results], "imports": [asdict(i) for i in imports]}
