@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from model_maps.families import FUSED_EXPERTS, NO_EXPERTS, Head, family, lacking
+from model_maps.families import FUSED_EXPERTS, Head, family, lacking
 from model_maps.schema import ModelMap, Site, Variant
-
-PARALLEL = lacking(
-    "block_mid", why="it adds attention and MLP in parallel, so there is no stream between them"
-)
 
 GPT2 = family(
     heads=[
@@ -96,7 +92,6 @@ GPTJ = family(
         "final_norm_input": Site("ln_f", "input"),
         "final_norm_output": Site("ln_f"),
     },
-    absent=NO_EXPERTS | PARALLEL,
     sequential=False,
     positions_derived_from_mask=False,
 )
@@ -136,7 +131,6 @@ GPT_NEOX = family(
         "final_norm_input": Site("final_layer_norm", "input"),
         "final_norm_output": Site("final_layer_norm"),
     },
-    absent=NO_EXPERTS | PARALLEL,
     sequential=False,
     variants=(Variant("use_parallel_residual", False, sequential=True),),
     positions_derived_from_mask=False,
@@ -288,12 +282,11 @@ FALCON = family(
         "final_norm_input": Site("ln_f", "input"),
         "final_norm_output": Site("ln_f"),
     },
-    absent=NO_EXPERTS | PARALLEL,
     sequential=False,
     variants=(
         Variant("parallel_attn", False, sequential=True),
         # The new blocks are parallel whatever `parallel_attn` says.
-        Variant("new_decoder_architecture", True, absent=PARALLEL, sequential=False),
+        Variant("new_decoder_architecture", True, sequential=False),
     ),
 )
 

@@ -64,8 +64,8 @@ class Site:
     """Whether the tensor goes into the module or comes out of it."""
 
     slot: str | int | None = None
-    """Keyword or index of the tensor among the inputs or outputs; None is the usual place: the first
-    positional input or else `hidden_states`, the output itself or else its first item."""
+    """Keyword or index of the tensor among the inputs or outputs. None is the usual place: the first positional
+    input, else `hidden_states`, else the first tensor given by keyword; the output itself, else its first item."""
 
     width: Width = "hidden"
     """Which size the component's last axis has."""
@@ -189,9 +189,11 @@ class ModelMap:
             return ""
         known = COMPONENTS[component]
         below = known.heads_of or known.derived_from or known.fallback
-        if component in self.absent or below is None:
-            return self.absent.get(component, "its map does not place it")
-        return self.reason(below)
+        if component in self.absent:
+            return self.absent[component]
+        if component == "block_mid" and not self.sequential:
+            return "it adds attention and MLP in parallel, so there is no stream between them"
+        return self.reason(below) if below else "its map does not place it"
 
     def components(self) -> tuple[str, ...]:
         """Every component this architecture has, in the order of the vocabulary."""

@@ -42,8 +42,8 @@ def test_an_unmapped_class_says_the_ways_out():
         find_map(["LlamaForCausalML", "Module", "object"])
     assert str(caught.value) == (
         "No map describes LlamaForCausalML. The nearest class that has one is 'LlamaForCausalLM'.\n"
-        "Write a ModelMap and register_map() it (classes with the same layout can share one), or name the place"
-        " by its module path, such as 'model.layers[3].mlp.output', instead of a component."
+        "Write a ModelMap and register_map() it (classes with the same layout can share one), or name the"
+        " place by its module path, such as 'model.layers[3].mlp.output', instead of a component."
     )
 
 

@@ -1,9 +1,9 @@
 """Tiny random models of every mapped family, to test with: built from a config, nothing is downloaded.
 
-Their sizes all differ, so that no wrong width passes by luck: hidden 16, query heads 4, key-value heads 2, width
-of a head 6 (4 where the architecture ties it to hidden / heads), MLP 40 (64 where it is tied to 4 * hidden),
-vocabulary 72, layers 3. Windows are 4 positions, shorter than the inputs. Weights are spread out, biases are not
-zero.
+Their sizes all differ, so that no wrong width passes by luck: hidden 16, query heads 4, key-value heads
+2, width of a head 6 (4 where the architecture ties it to hidden / heads), MLP 40 (64 where it is tied to
+4 * hidden), vocabulary 72, layers 3. Windows are 4 positions, shorter than the inputs. Weights are spread
+out, biases are not zero.
 """
 
 from __future__ import annotations
@@ -207,6 +207,8 @@ def tiny(
         else:
             row = _FAMILIES[family]
             options = {**_TOKENS, **row.options, **(row.variants[variant] if variant else {})}
+            if head.endswith("ForQuestionAnswering"):
+                options["num_labels"] = 2  # where the answer starts and where it ends
             config = getattr(transformers, row.config or f"{row.name}Config")(**options)
             ending = row.heads.get(head) or _ENDINGS.get(head)
             cls = getattr(transformers, head if ending is None else row.name + ending)
