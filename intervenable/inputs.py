@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -75,6 +75,24 @@ class RunInputs:
         return all(_equal(left, right) for left, right in pairs)
 
 
+def takes(model: nn.Module, name: str) -> bool:
+    """Whether a model's `forward` has a parameter of this name."""
+    return name in forward_signature(model).parameters
+
+
+def forward_signature(model: nn.Module) -> inspect.Signature:
+    """The signature of a model's `forward`, read once for each class."""
+    function = getattr(model.forward, "__func__", None)
+    # A `forward` put on the instance (accelerate's, for one) is read anew: another may come in its place.
+    return inspect.signature(model.forward) if function is None else _method_signature(function)
+
+
+@lru_cache(maxsize=256)
+def _method_signature(function: Callable[..., Any]) -> inspect.Signature:
+    signature = inspect.signature(function)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
 def _equal(left: object, right: object) -> bool:
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         return left is right or (
@@ -112,7 +130,7 @@ def read_inputs(given: object, model: nn.Module, name: str) -> RunInputs:
             f"{name} is a {type(given).__name__}. Give a mapping of the model's inputs (what the tokenizer returns"
             " with return_tensors='pt'), a tensor, or a tuple of tensors."
         )
-    signature = inspect.signature(model.forward)
+    signature = forward_signature(model)
     _check_names(args, kwargs, signature, model, name)
     main = _main_input(args, kwargs, signature, model, name)
     time_first = isinstance(model, nn.RNNBase) and not model.batch_first and main.dim() == 3
@@ -200,7 +218,7 @@ def with_position_ids(inputs: RunInputs, model: nn.Module) -> Mapping[str, Any]:
         not inputs.padded_left
         or "position_ids" in kwargs
         or inputs.attention_mask is None
-        or "position_ids" not in inspect.signature(model.forward).parameters
+        or not takes(model, "position_ids")
     ):
         return kwargs
     if model not in _fills_positions:

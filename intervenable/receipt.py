@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, overload
 
-import torch
-
 from intervenable.binding import BoundRepresentation
 from intervenable.inputs import RunInputs
 from intervenable.locations import Units, Whole
@@ -81,8 +79,7 @@ class Receipt(Sequence[ReceiptLine]):
     def _made(self) -> Iterator[ReceiptLine]:
         base = self._plan.base
         for edit, record in zip(self._plan.edits, self._fired, strict=True):
-            changes = torch.zeros(base.batch) if record.change is None else record.change
-            for example, change in enumerate(changes.tolist()):
+            for example, change in enumerate(record.change(base.batch).tolist()):
                 yield ReceiptLine(
                     name=edit.bound.name,
                     intervention=type(edit.bound.intervention).__name__,

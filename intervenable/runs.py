@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from intervenable.errors import EditError, NotFiredError
 from intervenable.hooks import EarlyStop, Hook, hooked
-from intervenable.inputs import RunInputs, with_position_ids
+from intervenable.inputs import RunInputs, takes, with_position_ids
 from intervenable.locations import Units
 from intervenable.plan import Capture, Edit, Plan, error_of
-from intervenable.sites import BoundSite, Passage, UnitIndex
+from intervenable.sites import BoundSite, Passage
 from interventions import InterventionError
 
 
@@ -26,11 +26,15 @@ class Fired:
     times: int = 0
     """How often it was applied."""
 
-    change: Tensor | None = None
-    """`[batch]` norm of what it changed, all units together; zero for a reading."""
-
     collected: Tensor | None = None
     """What it read, if it collects."""
+
+    norms: Callable[[], Tensor] | None = None
+    """Computes the norm of its change; None if it has changed nothing."""
+
+    def change(self, batch: int) -> Tensor:
+        """`[batch]` norm of what it changed, all units of an example together."""
+        return torch.zeros(batch) if self.norms is None else self.norms()
 
 
 @dataclass
@@ -89,8 +93,7 @@ def run_source(model: nn.Module, inputs: RunInputs, captures: Sequence[Capture])
 
 def _without_cache(model: nn.Module, inputs: RunInputs) -> dict[str, Any]:
     """Options that keep a run which only reads from filling a key-value cache."""
-    takes = "use_cache" in inspect.signature(model.forward).parameters
-    return {"use_cache": False} if takes and "use_cache" not in inputs.kwargs else {}
+    return {"use_cache": False} if takes(model, "use_cache") and "use_cache" not in inputs.kwargs else {}
 
 
 def _gather_added(sites: Sequence[BoundSite], inputs: RunInputs) -> tuple[dict[int, Tensor], list[Hook]]:
@@ -139,9 +142,10 @@ def run_base(
             record.times += 1
             if edit.bound.intervention.collects:
                 record.collected = new
-                record.change = old.new_zeros(inputs.batch)
                 return
-            record.change = _norm_of_change(old, new, index)
+            norms = partial(_norm_of_change, old.detach(), new.detach(), index.real)
+            # Located units are few, and most receipts are never read; whole activations are not kept for them.
+            record.norms = norms if isinstance(edit.units, Units) else partial(_same_tensor, norms())
             site.write(passage, index, inputs, old, new)
 
         return act
@@ -214,9 +218,12 @@ def _separated(joined: Tensor, shape: torch.Size) -> Tensor:
     return joined.reshape(batch, positions, heads, width).transpose(1, 2)
 
 
-def _norm_of_change(old: Tensor, new: Tensor, index: UnitIndex) -> Tensor:
-    with torch.no_grad():
-        change = (new - old).float()
-        if index.real is not None:
-            change = change * index.real[..., None]
-        return change.flatten(1).norm(dim=1) if change.dim() > 1 else change.abs()
+def _norm_of_change(old: Tensor, new: Tensor, real: Tensor | None) -> Tensor:
+    change = (new - old).float()
+    if real is not None:
+        change = torch.where(real[..., None], change, torch.zeros_like(change))
+    return change.flatten(1).norm(dim=1) if change.dim() > 1 else change.abs()
+
+
+def _same_tensor(tensor: Tensor) -> Tensor:
+    return tensor
