@@ -8,10 +8,12 @@
     model = iv.IntervenableModel(config, language_model, tokenizer=tokenizer)
     original, intervened = model(base, [source], {"sources->base": 4})
 
-Everything public is here; the submodules may change.
+Everything public is here; the submodules may change. `iv.plots` draws, and loads when it is first used.
 """
 
 import warnings as _warnings
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 from intervenable._version import __version__
@@ -25,6 +27,7 @@ from intervenable.errors import (
     LayerRangeError,
     LocationError,
     LocationRangeError,
+    MissingExtraError,
     ModelMismatchError,
     NotAvailableError,
     NotFiredError,
@@ -101,6 +104,7 @@ __all__ = [
     "LoreftIntervention",
     "LowRankRotatedSpaceIntervention",
     "MLPClassifier",
+    "MissingExtraError",
     "ModelMap",
     "ModelMismatchError",
     "NodireftIntervention",
@@ -139,10 +143,15 @@ __all__ = [
     "top_vals",
 ]
 
+if _TYPE_CHECKING:
+    from intervenable import plots as plots
+
 _RENAMED = {"IntervenableRepresentationConfig": "RepresentationConfig", "GET_LOC": "get_loc"}
 
 
 def __getattr__(name: str) -> _Any:
+    if name == "plots":  # needs an extra, and time to load: only for those who draw
+        return _import_module("intervenable.plots")
     if name not in _RENAMED:
         raise AttributeError(f"module 'intervenable' has no attribute {name!r}")
     new = _RENAMED[name]

@@ -14,7 +14,8 @@
     │   └── SubspaceRangeError (IndexError)   a coordinate or part that does not exist
     ├── EditError (ValueError)                an intervention gave back something unusable
     ├── NotFiredError (RuntimeError)          an intervention ran another number of times than planned
-    └── NotAvailableError (NotImplementedError)   known, and not there yet
+    ├── NotAvailableError (NotImplementedError)   known, and not there yet
+    └── MissingExtraError (ImportError)   a feature needs a package that is not installed
 
 Warnings: `IntervenableWarning`, and for old names `RenamedWarning`, which is also a `DeprecationWarning`.
 """
@@ -87,6 +88,10 @@ class NotFiredError(IntervenableError, RuntimeError):
 
 class NotAvailableError(IntervenableError, NotImplementedError):
     """Something that is known and not there yet."""
+
+
+class MissingExtraError(IntervenableError, ImportError):
+    """A feature needs a package that is not installed; the message says which extra brings it."""
 
 
 class IntervenableWarning(UserWarning):
