@@ -6,18 +6,21 @@ Everything that can be known without a run is checked here, and all faults are r
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from intervenable.config import IntervenableConfig, RepresentationConfig, is_module_path
+from intervenable.config import IntervenableConfig, RepresentationConfig
+from intervenable.config_fields import is_module_path
 from intervenable.errors import (
     ConfigError,
+    Fault,
     LayerRangeError,
     ModelMismatchError,
     UnsupportedModelError,
+    each_named,
     raise_all,
 )
 from intervenable.sites import BoundSite, bind_path, bind_site, module_at
@@ -74,35 +77,34 @@ def bind(config: IntervenableConfig, model: nn.Module) -> tuple[BoundRepresentat
         UnsupportedModelError: no map for the model, or no such component in it.
     """
     _check_model_type(config, model)
-    faults: list[ConfigError | UnsupportedModelError] = []
+    faults: list[Fault] = []
     sites: list[BoundSite | None] = []
     places = _Places(model)
     for index, entry in enumerate(config.representations):
         try:
             sites.append(places.site(entry))
+        except _NoMapError as error:
+            raise UnsupportedModelError(str(error)) from error
         except (ConfigError, UnsupportedModelError) as error:
             sites.append(None)
-            faults.append(_named(error, index))
+            faults.extend(each_named(error, f"representation {index}"))
     names = _names(config.representations, sites)
     groups = _groups(config.representations)
     made: list[Intervention | None] = []
+    constants: list[Tensor | None] = []
     for index, site in enumerate(sites):
+        intervention = constant = None
         try:
-            made.append(None if site is None else _intervention(config, index, site, made))
+            if site is not None:
+                intervention = _intervention(config, index, site, made)
+                constant = _constant(config, index, site, intervention)
         except ConfigError as error:
-            made.append(None)
-            faults.append(_named(error, index))
+            faults.extend(each_named(error, f"representation {index}"))
+        made.append(intervention)
+        constants.append(constant)
     raise_all(faults)
     return tuple(
-        BoundRepresentation(
-            index,
-            names[index],
-            entry,
-            site,
-            intervention,
-            _constant(config, index, intervention),
-            groups[index],
-        )
+        BoundRepresentation(index, names[index], entry, site, intervention, constants[index], groups[index])
         for index, (entry, site, intervention) in enumerate(
             zip(config.representations, sites, made, strict=True)
         )
@@ -110,11 +112,8 @@ def bind(config: IntervenableConfig, model: nn.Module) -> tuple[BoundRepresentat
     )
 
 
-def _named(error: ConfigError | UnsupportedModelError, index: int) -> ConfigError | UnsupportedModelError:
-    """The same error with the entry it is about in front."""
-    named = type(error)(f"representation {index}: {error}")
-    named.__cause__ = error.__cause__
-    return named
+class _NoMapError(UnsupportedModelError):
+    """No map for the model: one fault, however many representations meet it."""
 
 
 def _check_model_type(config: IntervenableConfig, model: nn.Module) -> None:
@@ -165,7 +164,7 @@ class _Places:
                 names = [cls.__name__ for cls in type(self.model).__mro__]
                 self._map = find_map(names, getattr(self.model, "config", None))
             except UnmappedModelError as error:
-                raise UnsupportedModelError(str(error)) from error
+                raise _NoMapError(str(error)) from error
         return self._map
 
     def _blocks(self) -> nn.Module:
@@ -333,16 +332,23 @@ def _check_link(
         )
 
 
-def _constant(config: IntervenableConfig, index: int, intervention: Intervention) -> Tensor | None:
+def _constant(
+    config: IntervenableConfig, index: int, site: BoundSite, intervention: Intervention
+) -> Tensor | None:
     constant = config.constant_of(index)
-    if constant is not None and not intervention.accepts_source:
+    if constant is None:
+        return None
+    if not intervention.accepts_source:
         raise ConfigError(
-            f"representation {index}: {type(intervention).__name__} uses no source, so its source_representation"
-            " would be ignored. Leave it out."
+            f"{type(intervention).__name__} uses no source, so its source_representation would be ignored."
+            " Leave it out."
         )
-    return constant
-
-
-def modules_by_name(bound: Sequence[BoundRepresentation]) -> Mapping[str, Intervention]:
-    """The interventions by the name of their representation."""
-    return {entry.name: entry.intervention for entry in bound}
+    width = _seen_width(intervention.sees, config.representations[index], site)
+    if width is not None and tuple(constant.shape[-1:]) != (width,):
+        raise ModelMismatchError(
+            f"its source_representation has shape {tuple(constant.shape)}, and {site.label} is {width} wide here:"
+            f" the last axis must be {width}."
+        )
+    # The configuration is read once: what is written into its tensor later does not count. (One that requires
+    # gradients is being trained and stays what it is.)
+    return constant if constant.requires_grad else constant.clone()

@@ -7,181 +7,95 @@ configuration is bound to it (`IntervenableModel`); the configuration is read th
 
 from __future__ import annotations
 
-import re
+import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Self
 
-import torch
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    PlainSerializer,
+    Field,
     ValidationError,
     WithJsonSchema,
     model_validator,
 )
+from pydantic_core import PydanticSerializationError
 from torch import Tensor, nn
 
-import interventions
+from intervenable.config_fields import (
+    ComponentName,
+    Count,
+    CountIfAny,
+    InterventionObject,
+    InterventionType,
+    Key,
+    Name,
+    Partition,
+    UnitName,
+    Values,
+    WholeNumber,
+    in_json,
+    is_module_path,
+    type_from,
+    type_json,
+)
 from intervenable.errors import (
     ConfigError,
+    Fault,
     IntervenableWarning,
     NotAvailableError,
     RenamedWarning,
+    UnknownNameError,
+    each_named,
+    raise_all,
     unknown_name,
 )
 from interventions import Intervention, VanillaIntervention
-from interventions.subspaces import parse_partition, partition_to_config
 from model_maps import COMPONENTS, is_head_component
 
-Unit = Literal["pos", "h", "h.pos"]
-UNITS: tuple[str, ...] = get_args(Unit)
-
-MODULE_PATH = re.compile(r"[A-Za-z_]\w*(\[-?\d+\]|\.\w+)*\.(input|output)")
-"""A component given as a module path: `model.layers[3].mlp.output`."""
+# --- what both records share ------------------------------------------------------------------------------
 
 
-def is_module_path(component: str) -> bool:
-    """Whether a component is a module path ending in `.input` or `.output` and not a name."""
-    return MODULE_PATH.fullmatch(component) is not None
+class _SeveralFaultsError(ValueError):
+    """Faults found together (inside validators, where pydantic wants one ValueError)."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        super().__init__("; ".join(map(str, faults)))
+        self.faults = tuple(faults)
 
 
-# --- fields that JSON has no type for ---------------------------------------------------------------------
-
-
-def _type_from(value: object) -> object:
-    """An intervention class, from itself or from the name it is registered under."""
-    if isinstance(value, str):
-        return interventions.intervention_named(value)
-    if value is None or (isinstance(value, type) and issubclass(value, Intervention)):
-        return value
-    if isinstance(value, Intervention):
-        raise ValueError(
-            f"an instance of {type(value).__name__} was given where a class is meant;"
-            " instances go into `intervention`"
-        )
-    raise ValueError(
-        f"{value!r} is not an intervention class: give a subclass of Intervention or the name of a registered one"
-    )
-
-
-def _type_name(value: type[Intervention]) -> str:
-    return interventions.name_of(value)
-
-
-def _intervention_from(value: object) -> object:
-    """An intervention object or a function, from itself or from what `_intervention_json` made of it."""
-    if isinstance(value, Mapping):
-        if set(value) == {"function"}:
-            return interventions.callable_named(value["function"])
-        if set(value) <= {"type", "arguments"} and "type" in value:
-            return interventions.intervention_named(value["type"])(**value.get("arguments", {}))
-        raise ValueError(
-            'an intervention in JSON is {"function": name} or {"type": name, "arguments": {...}}'
-        )
-    if isinstance(value, type) and issubclass(value, Intervention):
-        raise ValueError(
-            f"the class {value.__name__} was given where an instance is meant; classes go into `intervention_type`"
-        )
-    if value is None or callable(value):
-        return value
-    raise ValueError(
-        f"{value!r} is neither an intervention nor a function of (base), (base, source) or"
-        " (base, source, subspaces)"
-    )
-
-
-def _intervention_json(value: Any) -> object:
-    if isinstance(value, Intervention):
-        if value.state_dict():
-            raise ValueError(
-                f"this {type(value).__name__} holds tensors ({', '.join(value.state_dict())}), which do not go into"
-                " JSON: declare it by `intervention_type`, and keep its weights in a file of their own"
-            )
-        return {"type": interventions.name_of(type(value)), "arguments": value.to_config()}
-    return {"function": interventions.name_of_callable(value)}
-
-
-def _tensor_from(value: object) -> object:
-    if value is None or isinstance(value, Tensor):
-        return value
-    if isinstance(value, Mapping):
-        return torch.tensor(value["values"], dtype=getattr(torch, _DTYPES[value["dtype"]]))
-    return torch.as_tensor(value)
-
-
-_DTYPES = {name: name for name in ("float16", "bfloat16", "float32", "float64")}
-
-
-def _tensor_json(value: Tensor) -> dict[str, object]:
-    return {"dtype": str(value.dtype).removeprefix("torch."), "values": value.tolist()}
-
-
-def _partition_from(value: object) -> object:
-    parse_partition(value)  # type: ignore[arg-type]  # it says what is wrong with anything else
-    return value
-
-
-def _partition_json(value: Any) -> object:
-    return partition_to_config(parse_partition(value))
-
-
-def _if_given(serialize: Callable[[Any], object]) -> PlainSerializer:
-    return PlainSerializer(lambda value: None if value is None else serialize(value), when_used="json")
-
-
-InterventionType = Annotated[
-    type[Intervention] | None,
-    BeforeValidator(_type_from),
-    _if_given(_type_name),
-    WithJsonSchema({"type": ["string", "null"], "description": "name of a registered intervention class"}),
-]
-InterventionObject = Annotated[
-    Any,
-    BeforeValidator(_intervention_from),
-    _if_given(_intervention_json),
-    WithJsonSchema(
-        {"type": ["object", "null"], "description": "registered function, or class with arguments"}
-    ),
-]
-Values = Annotated[
-    Any,
-    BeforeValidator(_tensor_from),
-    _if_given(_tensor_json),
-    WithJsonSchema({"type": ["object", "array", "null"], "description": "dtype and nested values"}),
-]
-Partition = Annotated[
-    Any,
-    BeforeValidator(_partition_from),
-    _if_given(_partition_json),
-    WithJsonSchema(
-        {"type": ["array", "null"], "description": "[start, end) pairs, index lists or {index_set}"}
-    ),
-]
-Key = str | int
-
-
-# --- the two records --------------------------------------------------------------------------------------
-
-
-def _all_faults(subject: str, error: ValidationError) -> ConfigError:
-    """Pydantic's findings as one error of ours, a line for each."""
-    faults = []
+def _faults_in(error: ValidationError, fields: Iterable[str]) -> list[Fault]:
+    """Pydantic's findings as errors of ours."""
+    faults: list[Fault] = []
     for found in error.errors():
-        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in found["loc"])
         cause = found.get("ctx", {}).get("error")
-        text = str(cause) if cause is not None else f"{found['msg']} (given: {found['input']!r})"
-        faults.append(f"{place.lstrip('.')}: {text}" if place else text)
-    if len(faults) == 1:
-        return ConfigError(f"{subject}: {faults[0]}", faults)
-    listed = "\n".join(f"- {fault}" for fault in faults)
-    return ConfigError(f"{subject}: {len(faults)} faults.\n{listed}", faults)
+        if isinstance(cause, _SeveralFaultsError):
+            faults.extend(cause.faults)
+        elif isinstance(cause, ConfigError):
+            faults.append(cause)
+        elif found["type"] == "extra_forbidden":
+            faults.append(UnknownNameError(unknown_name("field", found["loc"][-1], fields)))
+        else:
+            place = ".".join(map(str, found["loc"]))
+            faults.append(ConfigError(f"{place}: {found['msg']}." if place else f"{found['msg']}."))
+    return faults
+
+
+def _user_level() -> int:
+    """The `stacklevel` for which a warning points at the code that uses this library."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals["__name__"].split(".")[0] in (
+        "intervenable",
+        "pydantic",
+    ):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 class _Declared(BaseModel):
-    """What both records share: fields by position, old names, and faults reported all at once."""
+    """Fields by position, old names, faults reported all at once, and errors of our own."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
@@ -190,72 +104,141 @@ class _Declared(BaseModel):
     IGNORED: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, *args: Any, **fields: Any) -> None:
-        subject = type(self).__name__
-        if len(args) > len(self.POSITIONAL):
-            raise ConfigError(
-                f"{subject} takes at most {len(self.POSITIONAL)} positional fields"
-                f" ({', '.join(self.POSITIONAL)}), not {len(args)}."
-            )
-        placed = dict(zip(self.POSITIONAL, args, strict=False))
-        twice = sorted(placed.keys() & fields.keys())
-        if twice:
-            raise ConfigError(f"{subject} was given {', '.join(twice)} both by position and by name.")
+        named = self._by_name(args, fields)
         try:
-            super().__init__(**placed, **fields)
+            super().__init__(**named)
         except ValidationError as error:
-            for found in error.errors():
-                cause = found.get("ctx", {}).get("error")
-                if isinstance(cause, NotYetError):
-                    raise NotAvailableError(str(cause)) from error
-            raise _all_faults(subject, error) from error
+            faults = _faults_in(error, type(self).model_fields)
+            wrong = {found["loc"][0] for found in error.errors() if found["loc"]}
+            if wrong:  # pydantic has not come to what concerns several fields
+                faults += self._faults_between({name: named[name] for name in named.keys() - wrong})
+            raise_all(faults)
 
-    @model_validator(mode="before")
     @classmethod
-    def _accept_old_names(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
-            return data
-        fields = dict(data)
+    def _by_name(cls, args: tuple[Any, ...], fields: Mapping[str, Any]) -> dict[str, Any]:
+        """All fields under the names they have now."""
+        if len(args) > len(cls.POSITIONAL):
+            raise ConfigError(
+                f"{cls.__name__} takes at most {len(cls.POSITIONAL)} positional fields"
+                f" ({', '.join(cls.POSITIONAL)}), not {len(args)}."
+            )
+        named = dict(fields)
         for old, new in cls.RENAMED.items():
-            if old in fields:
-                warnings.warn(f"{cls.__name__}: {old!r} is now called {new!r}.", RenamedWarning, stacklevel=4)
-                if new in fields:
-                    raise ValueError(f"both {old!r} and its new name {new!r} were given")
-                fields[new] = fields.pop(old)
-        for name, reason in cls.IGNORED.items():
-            if name in fields:
+            if old in named:
                 warnings.warn(
-                    f"{cls.__name__}: {name!r} has no effect: {reason}", IntervenableWarning, stacklevel=4
+                    f"{cls.__name__}: {old!r} is now called {new!r}.",
+                    RenamedWarning,
+                    stacklevel=_user_level(),
                 )
-                del fields[name]
-        unknown = [name for name in fields if name not in cls.model_fields]
-        if unknown:
-            raise ValueError("\n".join(unknown_name("field", name, cls.model_fields) for name in unknown))
-        return fields
+                if new in named:
+                    raise ConfigError(
+                        f"Both {old!r} and its new name {new!r} were given; give one of the two."
+                    )
+                named[new] = named.pop(old)
+        for name, reason in cls.IGNORED.items():
+            if name in named:
+                warnings.warn(
+                    f"{cls.__name__}: {name!r} has no effect: {reason}",
+                    IntervenableWarning,
+                    stacklevel=_user_level(),
+                )
+                del named[name]
+        placed = dict(zip(cls.POSITIONAL, args, strict=False))
+        twice = sorted(placed.keys() & named.keys())
+        if twice:
+            raise ConfigError(f"{cls.__name__} was given {', '.join(twice)} both by position and by name.")
+        return {**placed, **named}
+
+    @model_validator(mode="after")
+    def _check_between(self) -> Self:
+        faults = list(self._faults_between({name: getattr(self, name) for name in type(self).model_fields}))
+        if faults:
+            raise _SeveralFaultsError(faults)
+        return self
+
+    @classmethod
+    def _faults_between(cls, fields: Mapping[str, Any]) -> Iterable[ConfigError]:
+        """What is wrong between fields, each of which is right by itself; fields that are wrong are missing."""
+        return ()
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        """Make one of a mapping of its fields.
+
+        Raises:
+            ConfigError: with every fault found.
+        """
+        try:
+            return super().model_validate(obj, **options)
+        except ValidationError as error:
+            raise_all(_faults_in(error, cls.model_fields))
+            raise
+
+    @classmethod
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:
+        """Make one of what `model_dump_json` wrote.
+
+        Raises:
+            ConfigError: with every fault found.
+        """
+        try:
+            return super().model_validate_json(json_data, **options)
+        except ValidationError as error:
+            raise_all(_faults_in(error, cls.model_fields))
+            raise
+
+    def model_dump_json(self, **options: Any) -> str:
+        """Write it as JSON: classes and functions by their registered names, tensors as numbers.
+
+        Raises:
+            ConfigError: something that JSON cannot hold.
+        """
+        try:
+            return super().model_dump_json(**options)
+        except PydanticSerializationError:
+            self._raise_what_json_lacks()
+            raise
+
+    def _raise_what_json_lacks(self) -> None:
+        try:
+            self.model_dump(mode="json")
+        except PydanticSerializationError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, ConfigError):
+                cause = cause.__cause__
+            if cause is not None:
+                raise cause from None
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        """What differs from the defaults."""
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if not _same(value, field.get_default(call_default_factory=True)):
+                yield name, value
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
             return NotImplemented
         return all(_same(getattr(self, name), getattr(other, name)) for name in type(self).model_fields)
 
-    __hash__ = object.__hash__
-
 
 def _same(left: object, right: object) -> bool:
-    if isinstance(left, Tensor) or isinstance(right, Tensor):
-        if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        if left.dtype != right.dtype or left.shape != right.shape:
             return False
-        return left.dtype == right.dtype and torch.equal(left, right)
-    if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
+        return bool(((left == right) | (left.isnan() & right.isnan())).all())
+    if isinstance(left, Tensor) or isinstance(right, Tensor):
+        return False
+    if isinstance(left, list) and isinstance(right, list):
         return len(left) == len(right) and all(map(_same, left, right))
     if isinstance(left, Intervention) and isinstance(right, Intervention):
         return left is right or (
-            type(left) is type(right) and left.to_config() == right.to_config() and not left.state_dict()
+            type(left) is type(right) and not left.state_dict() and left.to_config() == right.to_config()
         )
     return bool(left == right)
 
 
-class NotYetError(ValueError):
-    """A known value of a field that is not available yet (inside validators, where pydantic wants ValueError)."""
+# --- one representation -----------------------------------------------------------------------------------
 
 
 class RepresentationConfig(_Declared):
@@ -268,26 +251,26 @@ class RepresentationConfig(_Declared):
         'block_output'
 
     Raises:
-        ConfigError: with every fault found, each with its field.
-        NotAvailableError: a unit that is known and not there yet.
+        ConfigError: with every fault found.
+        NotAvailableError: a unit or component that is known and not there yet.
     """
 
     model_config = ConfigDict(frozen=True)
 
-    layer: int | None = None
+    layer: WholeNumber = None
     """Index of the block, negative from the end. Left out, it is 0 for components of a block; it must be left out
     for components outside the blocks and for module paths."""
 
-    component: str = "block_output"
+    component: ComponentName = "block_output"
     """Component name (`model_maps.COMPONENTS`), or a module path ending in `.input` or `.output`."""
 
-    unit: str = "pos"
+    unit: UnitName = "pos"
     """What is exchanged: positions (`pos`), heads (`h`), or positions of heads (`h.pos`)."""
 
-    max_number_of_units: int = 1
+    max_number_of_units: Count = 1
     """How many units an intervention that sees them concatenated is made for. No limit for the others."""
 
-    low_rank_dimension: int | None = None
+    low_rank_dimension: CountIfAny = None
     """Directions of a low-rank rotation; latents of a JumpReLU autoencoder."""
 
     intervention_type: InterventionType = None
@@ -295,28 +278,28 @@ class RepresentationConfig(_Declared):
 
     intervention: InterventionObject = None
     """The intervention itself: an instance, or a function of `(base)`, `(base, source)` or
-    `(base, source, subspaces)`. Not together with `intervention_type`."""
+    `(base, source, subspaces)`. Not together with `intervention_type` or with settings for one."""
 
     subspace_partition: Partition = None
     """Parts of the subspace that `subspaces` then counts: `[start, end)` pairs, longer index lists, slices, ranges,
     or `IndexSet` for a set of two."""
 
-    group_key: Key | None = None
+    group_key: Key = None
     """Representations of one key take their values from one source."""
 
-    intervention_link_key: Key | None = None
+    intervention_link_key: Key = None
     """Representations of one key share one intervention, and so its weights."""
 
-    moe_key: int | None = None
+    moe_key: WholeNumber = None
     """Index of an expert, for maps whose experts are modules of their own."""
 
     source_representation: Values = None
     """Constant value instead of a source run; its last axis is as wide as the component."""
 
-    latent_dim: int | None = None
+    latent_dim: CountIfAny = None
     """Latents of an autoencoder."""
 
-    name: str | None = None
+    name: Name = None
     """Unique name; by default made from layer, component and unit."""
 
     POSITIONAL: ClassVar[tuple[str, ...]] = (
@@ -342,110 +325,122 @@ class RepresentationConfig(_Declared):
         "intervenable_low_rank_dimension": "low_rank_dimension",
     }
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        faults = [*self._component_faults(), *self._number_faults()]
-        if self.intervention is not None and self.intervention_type is not None:
-            faults.append(
-                f"both an intervention ({_described(self.intervention)}) and an intervention_type"
-                f" ({self.intervention_type.__name__}) were given; give one of the two"
+    @classmethod
+    def _faults_between(cls, fields: Mapping[str, Any]) -> Iterable[ConfigError]:
+        component, unit = fields.get("component", "block_output"), fields.get("unit", "pos")
+        if fields.get("layer") is not None:
+            yield from _layer_faults(fields["layer"], component)
+        yield from _unit_faults(unit, component)
+        yield from _object_faults(fields)
+
+    def __hash__(self) -> int:
+        return hash((self.layer, self.component, self.unit, self.max_number_of_units, self.name))
+
+
+def _layer_faults(layer: object, component: str) -> Iterable[ConfigError]:
+    if is_module_path(component):
+        yield ConfigError(
+            f"layer {layer} makes no sense with the module path {component!r}, which names its layer itself:"
+            " leave layer out."
+        )
+    elif COMPONENTS[component].scope == "model":
+        yield ConfigError(f"layer {layer} makes no sense: a model has one {component!r}. Leave layer out.")
+
+
+def _unit_faults(unit: str, component: str) -> Iterable[ConfigError]:
+    if is_module_path(component):
+        if unit != "pos":
+            yield ConfigError(
+                f"unit {unit!r} needs heads, and the module path {component!r} names none: use 'pos'."
             )
-        if self.name is not None and (not self.name or "/" in self.name):
-            faults.append(f"name {self.name!r} must not be empty and must not contain '/'")
-        if self.unit == "t":
-            raise NotYetError(
-                "Unit 't' (steps of a recurrent net) is not available yet. Allowed: pos, h, h.pos."
+    elif is_head_component(component):
+        if unit == "pos":
+            yield ConfigError(
+                f"unit 'pos' does not fit {component!r}, which is split into heads: use 'h' or 'h.pos'."
             )
-        if faults:
-            raise ValueError("; ".join(faults))
-        return self
-
-    def _component_faults(self) -> Iterable[str]:
-        if self.unit not in UNITS and self.unit != "t":
-            yield unknown_name("unit", self.unit, UNITS)
-            return
-        if is_module_path(self.component):
-            if self.layer is not None:
-                yield f"layer {self.layer} makes no sense with the module path {self.component!r}: leave it out"
-            if self.unit != "pos":
-                yield f"unit {self.unit!r} needs heads, and the module path {self.component!r} names none: use 'pos'"
-            return
-        if self.component not in COMPONENTS:
-            yield (
-                unknown_name("component", self.component, COMPONENTS)
-                + " A module path ending in .input or .output is a component too."
-            )
-            return
-        if COMPONENTS[self.component].scope == "model" and self.layer is not None:
-            yield f"layer {self.layer} makes no sense: there is one {self.component!r} in a model: leave layer out"
-        if is_head_component(self.component):
-            if self.unit == "pos":
-                yield f"unit 'pos' does not fit {self.component!r}, which is split into heads: use 'h' or 'h.pos'"
-        elif self.unit != "pos":
-            by_heads = f"head_{self.component}"
-            hint = f", or the component {by_heads!r}" if by_heads in COMPONENTS else ""
-            yield f"unit {self.unit!r} does not fit {self.component!r}, which has no heads: use 'pos'{hint}"
-
-    def _number_faults(self) -> Iterable[str]:
-        for field in ("max_number_of_units", "low_rank_dimension", "latent_dim"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                yield f"{field} is {value}; it must be 1 or more"
+    elif unit != "pos":
+        by_heads = f"head_{component}"
+        hint = f", or the component {by_heads!r}" if by_heads in COMPONENTS else ""
+        yield ConfigError(f"unit {unit!r} does not fit {component!r}, which has no heads: use 'pos'{hint}.")
 
 
-def _described(intervention: object) -> str:
-    return type(intervention).__name__ if isinstance(intervention, nn.Module) else repr(intervention)
+def _object_faults(fields: Mapping[str, Any]) -> Iterable[ConfigError]:
+    """What is given for a class beside an intervention that is there already."""
+    given = fields.get("intervention")
+    if given is None:
+        return
+    what = type(given).__name__ if isinstance(given, nn.Module) else getattr(given, "__name__", repr(given))
+    cls = fields.get("intervention_type")
+    if cls is not None:
+        yield ConfigError(
+            f"Both an intervention ({what}) and an intervention_type"
+            f" ({cls if isinstance(cls, str) else cls.__name__}) were given; give one of the two."
+        )
+    settings = ("low_rank_dimension", "subspace_partition", "latent_dim")
+    for name in (name for name in settings if fields.get(name) is not None):
+        yield ConfigError(
+            f"{name} is for an intervention that is to be made of intervention_type, and {what} is made already:"
+            " leave it out."
+        )
 
 
-def _representations_from(value: object) -> object:
-    """A list of representations, from any form in which one or several may be written."""
+# --- all of them ------------------------------------------------------------------------------------------
+
+
+def _listed(value: object) -> list[object]:
+    """The representations one by one, from any form in which one or several may be written."""
     if isinstance(value, (RepresentationConfig, Mapping)):
-        return [_representation_from(value)]
-    if isinstance(value, (list, tuple)):
-        forms = (RepresentationConfig, Mapping, list, tuple)
-        if value and not all(isinstance(item, forms) for item in value):
-            return [_representation_from(value)]
-        return [_representation_from(item) for item in value]
-    raise ValueError(
-        f"representations are RepresentationConfigs, dicts or positional lists, one or a list of them, not {value!r}"
-    )
+        return [value]
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(
+            "representations are RepresentationConfigs, dicts or positional lists, one or a list of them,"
+            f" not {value!r}."
+        )
+    if value and not isinstance(value[0], (RepresentationConfig, Mapping, list, tuple)):
+        return [value]  # the fields of one, by position
+    return list(value)
 
 
-def _representation_from(value: object) -> RepresentationConfig:
+def _representations_from(value: object) -> list[RepresentationConfig]:
+    """Every representation, or the faults of all of them."""
+    made: list[RepresentationConfig] = []
+    faults: list[Fault] = []
+    for index, item in enumerate(_listed(value)):
+        try:
+            made.append(_representation_from(item))
+        except NotAvailableError as error:
+            raise NotAvailableError(f"representation {index}: {error}") from error
+        except ConfigError as error:
+            faults.extend(each_named(error, f"representation {index}"))
+    if faults:
+        raise _SeveralFaultsError(faults)
+    return made
+
+
+def _representation_from(value: Any) -> RepresentationConfig:
     if isinstance(value, RepresentationConfig):
         return value
     if isinstance(value, Mapping):
         return RepresentationConfig(**value)
-    return RepresentationConfig(*value)  # type: ignore[misc]
-
-
-def _faults_of_each(value: object) -> object:
-    """`_representations_from`, with the faults of all entries and not of the first alone."""
-    if not isinstance(value, (list, tuple)):
-        return _representations_from(value)
-    if any(not isinstance(item, (RepresentationConfig, Mapping, list, tuple)) for item in value):
-        return _representations_from(value)
-    made, faults = [], []
-    for position, item in enumerate(value):
-        try:
-            made.append(_representation_from(item))
-        except NotAvailableError as error:
-            raise NotYetError(str(error)) from error
-        except ConfigError as error:
-            faults.append(f"representation {position}: {error}")
-    if faults:
-        raise ValueError("; ".join(faults))
-    return made
+    if isinstance(value, (list, tuple)):
+        return RepresentationConfig(*value)
+    raise ConfigError(f"{value!r} is no RepresentationConfig, no dict of its fields and no list of them.")
 
 
 def _types_from(value: object) -> object:
+    if value is None:
+        raise ConfigError(
+            "intervention_types is None: give an intervention class, or leave it out for VanillaIntervention."
+        )
     if isinstance(value, (list, tuple)):
-        return [_type_from(item) for item in value]
-    return _type_from(value)
+        return [type_from(item) for item in value]
+    return type_from(value)
 
 
 def _types_json(value: Any) -> object:
-    return [_type_name(item) for item in value] if isinstance(value, list) else _type_name(value)
+    if isinstance(value, list):
+        return [None if item is None else type_json(item) for item in value]
+    return type_json(value)
 
 
 def _model_type_from(value: object) -> object:
@@ -453,7 +448,15 @@ def _model_type_from(value: object) -> object:
         return value
     if isinstance(value, type):
         return value.__name__
-    raise ValueError(f"model_type is a model class or its name, not {value!r}")
+    raise ConfigError(f"model_type is {value!r}; it must be a model class or its name.")
+
+
+def _mode_from(value: object) -> str:
+    if value == "serial":
+        raise NotAvailableError("mode='serial' is not available yet. Allowed: 'parallel'.")
+    if value != "parallel":
+        raise UnknownNameError(unknown_name("mode", value, ["parallel"]))
+    return "parallel"
 
 
 class IntervenableConfig(_Declared):
@@ -466,26 +469,33 @@ class IntervenableConfig(_Declared):
 
     Raises:
         ConfigError: with every fault found, each with the entry at fault.
-        NotAvailableError: `mode="serial"`.
+        NotAvailableError: something that is known and not there yet (`mode="serial"`).
     """
 
     representations: Annotated[
         list[RepresentationConfig],
-        BeforeValidator(_faults_of_each, json_schema_input_type=list[RepresentationConfig]),
-    ] = []
+        BeforeValidator(_representations_from, json_schema_input_type=list[RepresentationConfig]),
+    ] = Field(default_factory=list)
     """The representations, applied in this order where several meet at one place."""
 
     intervention_types: Annotated[
         Any,
         BeforeValidator(_types_from),
-        _if_given(_types_json),
+        in_json(_types_json),
         WithJsonSchema(
-            {"type": ["string", "array"], "description": "registered class name, one or one each"}
+            {
+                "type": ["string", "array"],
+                "items": {"type": ["string", "null"]},
+                "description": "registered class name, one or one each",
+                "default": "VanillaIntervention",
+            }
         ),
-    ] = VanillaIntervention
+    ] = Field(default_factory=lambda: VanillaIntervention)
     """Class for the representations that name none, or a list with one for each representation."""
 
-    mode: str = "parallel"
+    mode: Annotated[
+        str, BeforeValidator(_mode_from), WithJsonSchema({"type": "string", "enum": ["parallel"]})
+    ] = "parallel"
     """`parallel`: every source is run by itself and all edits meet in the base run."""
 
     model_type: Annotated[str | None, BeforeValidator(_model_type_from)] = None
@@ -504,53 +514,23 @@ class IntervenableConfig(_Declared):
         "use_fast": "every path is fast here, with locations of any shape.",
     }
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.mode == "serial":
-            raise NotYetError("mode='serial' is not available yet. Allowed: 'parallel'.")
-        faults = []
-        if self.mode != "parallel":
-            faults.append(unknown_name("mode", self.mode, ["parallel"]))
-        faults.extend(self._type_faults())
-        constants = self.intervention_constant_sources
-        if constants is not None and len(constants) != len(self.representations):
-            faults.append(
-                f"intervention_constant_sources has {len(constants)} entries for {len(self.representations)}"
-                " representations: give one for each, None where there is none"
-            )
-        names = [entry.name for entry in self.representations if entry.name is not None]
+    @classmethod
+    def _faults_between(cls, fields: Mapping[str, Any]) -> Iterable[ConfigError]:
+        if "representations" not in fields:
+            return
+        entries = _representations_from(fields["representations"])
+        types = _types_from(fields.get("intervention_types", VanillaIntervention))
+        if isinstance(types, list):
+            yield from _type_faults(entries, types)
+        constants = fields.get("intervention_constant_sources")
+        if constants is not None:
+            yield from _constant_faults(entries, constants)
+        names = [entry.name for entry in entries if entry.name is not None]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            faults.append(f"names must be unique, and {', '.join(map(repr, twice))} is given more than once")
-        if faults:
-            raise ValueError("; ".join(faults))
-        return self
-
-    def _type_faults(self) -> Iterable[str]:
-        types = self.intervention_types
-        if types is None:
-            yield "intervention_types is None: give an intervention class, or leave it out for VanillaIntervention"
-        if not isinstance(types, list):
-            return
-        if len(types) != len(self.representations):
-            yield (
-                f"intervention_types has {len(types)} entries for {len(self.representations)} representations:"
-                " give one class for all or one for each"
+            yield ConfigError(
+                f"Names must be unique, and {', '.join(map(repr, twice))} is given more than once."
             )
-        for position, (entry, listed) in enumerate(zip(self.representations, types, strict=False)):
-            own = entry.intervention_type
-            if own is not None and listed is not None and own is not listed:
-                yield (
-                    f"representation {position} says {own.__name__} and intervention_types says"
-                    f" {listed.__name__}: give one of the two"
-                )
-            if entry.intervention is not None and listed is not None:
-                yield (
-                    f"representation {position} has an intervention of its own and intervention_types says"
-                    f" {listed.__name__}: put None there"
-                )
-            if listed is None and own is None and entry.intervention is None:
-                yield f"representation {position} has no intervention: intervention_types says None for it"
 
     def add_intervention(self, representations: Any) -> None:
         """Append one or several representations, in any form that the constructor takes, in place.
@@ -558,15 +538,14 @@ class IntervenableConfig(_Declared):
         Raises:
             ConfigError: with every fault found; the configuration is then as it was before.
         """
-        added = IntervenableConfig(representations=representations).representations
-        types = self.intervention_types
+        added = _listed(representations)
+        types, constants = self.intervention_types, self.intervention_constant_sources
         if isinstance(types, list):
-            types = [*types, *(None if _own(entry) else VanillaIntervention for entry in added)]
-        constants = self.intervention_constant_sources
+            types = [*types, *(None if _brings_its_own(item) else VanillaIntervention for item in added)]
         if constants is not None:
             constants = [*constants, *(None for _ in added)]
         grown = IntervenableConfig(
-            representations=[*self.representations, *added],
+            representations=[*self.representations, *added],  # type: ignore[list-item]  # in any form
             intervention_types=types,
             mode=self.mode,
             model_type=self.model_type,
@@ -587,30 +566,64 @@ class IntervenableConfig(_Declared):
         return result
 
     def constant_of(self, index: int) -> Tensor | None:
-        """The constant source declared for one representation, or None.
-
-        Raises:
-            ConfigError: one is given in the representation and another in `intervention_constant_sources`.
-        """
+        """The constant source declared for one representation, or None."""
         own: Tensor | None = self.representations[index].source_representation
         listed = self.intervention_constant_sources
-        from_list: Tensor | None = None if listed is None else listed[index]
-        if own is not None and from_list is not None:
-            raise ConfigError(
+        return listed[index] if own is None and listed is not None else own
+
+
+def _type_faults(
+    entries: Sequence[RepresentationConfig], types: Sequence[type[Intervention] | None]
+) -> Iterable[ConfigError]:
+    if len(types) != len(entries):
+        yield ConfigError(
+            f"intervention_types has {len(types)} entries for {len(entries)} representations:"
+            " give one class for all or one for each."
+        )
+    for index, (entry, listed) in enumerate(zip(entries, types, strict=False)):
+        own = entry.intervention_type
+        if own is not None and listed is not None and own is not listed:
+            yield ConfigError(
+                f"representation {index} says {own.__name__} and intervention_types says"
+                f" {listed.__name__}: give one of the two."
+            )
+        if entry.intervention is not None and listed is not None:
+            yield ConfigError(
+                f"representation {index} has an intervention of its own and intervention_types says"
+                f" {listed.__name__}: put None there."
+            )
+        if listed is None and own is None and entry.intervention is None:
+            yield ConfigError(
+                f"representation {index} has no intervention, and intervention_types says None for it."
+            )
+
+
+def _constant_faults(
+    entries: Sequence[RepresentationConfig], constants: Sequence[Any]
+) -> Iterable[ConfigError]:
+    if len(constants) != len(entries):
+        yield ConfigError(
+            f"intervention_constant_sources has {len(constants)} entries for {len(entries)}"
+            " representations: give one for each, None where there is none."
+        )
+    for index, (entry, constant) in enumerate(zip(entries, constants, strict=False)):
+        if entry.source_representation is not None and constant is not None:
+            yield ConfigError(
                 f"representation {index} has a source_representation and an entry in"
                 " intervention_constant_sources: give one of the two."
             )
-        return own if own is not None else from_list
 
 
-def _own(entry: RepresentationConfig) -> bool:
+def _brings_its_own(item: Any) -> bool:
+    """Whether a representation, in any form, says which intervention it has."""
+    entry = _representation_from(item)
     return entry.intervention is not None or entry.intervention_type is not None
 
 
 def config_from(value: Any) -> IntervenableConfig:
-    """An `IntervenableConfig` from itself, from a dict of its fields, or from representations in any form."""
+    """A new `IntervenableConfig` from another, from a dict of its fields, or from representations in any form."""
     if isinstance(value, IntervenableConfig):
-        return value
+        return IntervenableConfig(**{name: getattr(value, name) for name in IntervenableConfig.model_fields})
     if isinstance(value, Mapping) and value.keys() & (
         IntervenableConfig.model_fields.keys() | IntervenableConfig.RENAMED.keys()
     ):

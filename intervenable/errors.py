@@ -54,6 +54,10 @@ class UnsupportedModelError(IntervenableError, LookupError):
     """The architecture has no map, or has no such component."""
 
 
+Fault = ConfigError | UnsupportedModelError
+"""What can be wrong with a declaration."""
+
+
 class InputError(IntervenableError, ValueError):
     """The base or a source is not what the model takes."""
 
@@ -111,11 +115,33 @@ def unknown_name(kind: str, name: object, allowed: Iterable[str], where: str = "
     return f"Unknown {kind} {name!r}{place}.{hint}\nAllowed: {', '.join(names)}."
 
 
-def raise_all(faults: Sequence[ConfigError | UnsupportedModelError]) -> None:
-    """Raise what was found: the one fault as it is, several as one `ConfigError` that lists them."""
+def each_named(error: Fault, place: str) -> list[Fault]:
+    """The faults of an error one by one, each with the place that it is about in front."""
+    if isinstance(error, ConfigError) and len(error.faults) > 1:
+        return [ConfigError(f"{place}: {text}") for text in error.faults]
+    named = type(error)(f"{place}: {error}")
+    named.__cause__ = error.__cause__
+    return [named]
+
+
+def listing(texts: Sequence[str], where: str) -> str:
+    """Several faults as one message, a point for each."""
+    points = [text.replace("\n", "\n  ") for text in texts]
+    return "\n".join([f"{len(texts)} faults in {where}:", *(f"- {point}" for point in points)])
+
+
+def raise_all(faults: Sequence[Fault]) -> None:
+    """Raise what was found: the one fault as it is, several as one error that lists them.
+
+    It is of their class if they have one in common, and a `ConfigError` otherwise.
+    """
     if len(faults) == 1:
         raise faults[0]
     if faults:
         texts = [str(fault) for fault in faults]
-        listed = "\n".join(f"- {text}" for text in texts)
-        raise ConfigError(f"{len(texts)} faults in the configuration:\n{listed}", texts)
+        kinds = {type(fault) for fault in faults}
+        message = listing(texts, "the configuration")
+        if kinds == {UnsupportedModelError}:
+            raise UnsupportedModelError(message)
+        kind = kinds.pop() if len(kinds) == 1 else ConfigError
+        raise kind(message, texts)

@@ -49,7 +49,7 @@ class IntervenableModel(nn.Module):
         super().__init__()
         # In __dict__, so that torch does not take the model for a part of this module.
         self.__dict__["_model"] = model
-        self.config = config_from(config).model_copy(deep=False)
+        self.config = config_from(config)
         self.tokenizer = tokenizer
         self._bound = bind(self.config, model)
         self._kept = nn.ModuleDict()
