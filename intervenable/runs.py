@@ -83,8 +83,10 @@ def run_source(model: nn.Module, inputs: RunInputs, captures: Sequence[Capture])
 
     hooks = [Hook(site.module, site.side, capture(what)) for site, what in zip(sites, captures, strict=True)]
     added, gathering = _gather_added(sites, inputs)
+    # Before any hook is there, since it may take runs of the model to tell.
+    kwargs = with_position_ids(inputs, model)
     with stop, hooked([*gathering, *hooks, *stop.hooks]):
-        model(*inputs.args, **with_position_ids(inputs, model), **_without_cache(model, inputs))
+        model(*inputs.args, **kwargs, **_without_cache(model, inputs))
     missing = [what.bound.name for what in captures if what.bound.index not in found]
     if missing:
         raise NotFiredError(f"The source run did not reach the place of {', '.join(map(repr, missing))}.")
@@ -155,8 +157,9 @@ def run_base(
         for site, edit, record in zip(sites, plan.edits, fired, strict=True)
     ]
     # What is added is read after the edits at its own place, which are hooked first.
+    kwargs = with_position_ids(inputs, model)
     with hooked([*hooks, *gathering], model) as recomputation:
-        output = plain_run(model, inputs, options)
+        output = model(*inputs.args, **kwargs, **options)
         output = recomputation.until_freed(output)
     wrong = [
         f"{edit.bound.name!r} ({edit.bound.site.path or type(model).__name__}) was applied {record.times} times"
