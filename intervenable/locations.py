@@ -59,6 +59,11 @@ class Units:
         return len(set(self.counts)) > 1
 
     @cached_property
+    def last_position(self) -> int:
+        """The largest tensor index along the position axis; -1 if every position is meant."""
+        return -1 if self.positions is None else max(map(max, self.positions))
+
+    @cached_property
     def position_index(self) -> Tensor | None:
         """`[batch, positions]`, shorter examples filled up with their last position."""
         return None if self.positions is None else torch.tensor(_filled(self.positions))

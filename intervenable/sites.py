@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from intervenable.errors import LocationError, UnsupportedModelError
+from intervenable.errors import LocationError, LocationRangeError, UnsupportedModelError
 from intervenable.inputs import RunInputs
 from intervenable.locations import Units, Whole
 from model_maps import COMPONENTS, HeadColumns, Side, Site, Sizes, columns_of, is_head_component
@@ -113,6 +113,9 @@ class UnitIndex:
 
     heads: Tensor | None = None
     """`[b, heads]`, for sites that need the heads themselves; None for all of them."""
+
+    last_position: int = -1
+    """The largest position among the units; -1 if every position is meant."""
 
     def read(self, stream: Tensor) -> Tensor:
         """The units."""
@@ -243,6 +246,7 @@ class BoundSite:
         """The units of one run as an index into this site's stream, on its device."""
         located = units if isinstance(units, Units) else None
         real = None if located is None else _on(located.real, device)
+        last = -1 if located is None else located.last_position
         positions = None if located is None else _on(located.position_index, device)
         if not self.by_heads:
             columns = self._column_index(device)
@@ -250,8 +254,8 @@ class BoundSite:
                 return UnitIndex((slice(None), slice(None), columns))
             rows = torch.arange(len(positions), device=device)[:, None]
             if isinstance(columns, slice):
-                return UnitIndex((rows, positions, columns), real)
-            return UnitIndex((rows[..., None], positions[..., None], columns), real)
+                return UnitIndex((rows, positions, columns), real, None, last)
+            return UnitIndex((rows[..., None], positions[..., None], columns), real, None, last)
         batch = inputs.batch if located is None else len(located)
         heads = None if located is None else _on(located.head_index, device)
         if positions is None:
@@ -260,7 +264,7 @@ class BoundSite:
             real = real[..., None].expand(-1, -1, positions.shape[1])
         rows = torch.arange(batch, device=device)[:, None, None, None]
         return UnitIndex(
-            (rows, positions[:, None, :, None], self._head_columns(heads, batch, device)), real, heads
+            (rows, positions[:, None, :, None], self._head_columns(heads, batch, device)), real, heads, last
         )
 
     def _head_columns(self, heads: Tensor | None, batch: int, device: torch.device) -> Tensor:
@@ -311,6 +315,12 @@ class BoundSite:
             raise LocationError(
                 f"{self.label} has shape {tuple(stream.shape)}, so that no position can be named in it: leave its"
                 " locations out to have it whole."
+            )
+        if stream.dim() == 3 and index.last_position >= stream.shape[1]:
+            raise LocationRangeError(
+                f"Position {index.last_position} is out of range in {self.label}: the model's tensor has"
+                f" {stream.shape[1]} position(s) here and the input {inputs.length}. Locate within those, or leave"
+                " the locations out to have it whole."
             )
         units = stream if stream.dim() != 3 else index.read(stream)
         return units if added is None else units + index.read(added)
