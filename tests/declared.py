@@ -1,0 +1,130 @@
+"""Interventions on tiny models in one line each, for the tests of the laws."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import intervenable as iv
+from model_maps import COMPONENTS, Sizes, columns_of, find_map, is_head_component, sizes_of
+from tiny_models import RECURRENT
+
+LAYER = 1
+"""The block that tests intervene on, where there are several."""
+
+RAGGED = ((1,), (0, 3, -1))
+"""Positions of two examples, a different number in each, one of them negative."""
+
+
+def map_of(model: nn.Module) -> Any:
+    """The map of a model."""
+    return find_map([base.__name__ for base in type(model).__mro__], getattr(model, "config", None))
+
+
+def components_of(model: nn.Module) -> tuple[str, ...]:
+    """Every component a model has."""
+    names: tuple[str, ...] = map_of(model).components()
+    return names
+
+
+def units_of(component: str) -> tuple[str, ...]:
+    """The units a component can be cut into."""
+    return ("h", "h.pos") if is_head_component(component) else ("pos",)
+
+
+def everything(model: nn.Module) -> list[tuple[str, str]]:
+    """Every `(component, unit)` of a model."""
+    return [(component, unit) for component in components_of(model) for unit in units_of(component)]
+
+
+def heads_of(model: nn.Module, component: str) -> int:
+    """How many heads a component has; 0 if it has none."""
+    if not is_head_component(component):
+        return 0
+    config = getattr(model, "config", None)
+    sizes = sizes_of(config) if config is not None else Sizes()
+    columns = columns_of(map_of(model).site(component), sizes)
+    assert columns is not None
+    return columns.heads
+
+
+def layer_of(model: nn.Module, component: str, layer: int = LAYER) -> int | None:
+    """The `layer` to declare for a component."""
+    if COMPONENTS[component].scope == "model":
+        return None
+    return 0 if type(model).__name__.lower() in RECURRENT else layer
+
+
+def at(model: nn.Module, component: str, unit: str | None = None, **fields: Any) -> iv.RepresentationConfig:
+    """The representation of a component in the middle block, or in `layer`."""
+    layer = layer_of(model, component, fields.pop("layer", LAYER))
+    return iv.RepresentationConfig(layer, component, unit or units_of(component)[-1], **fields)
+
+
+def wrapped(
+    model: nn.Module, *representations: iv.RepresentationConfig, types: Any = iv.VanillaIntervention
+) -> iv.IntervenableModel:
+    """The model with these interventions."""
+    return iv.IntervenableModel(iv.IntervenableConfig(list(representations), types), model)
+
+
+def located(model: nn.Module, component: str, unit: str, form: str) -> Any:
+    """Locations of one intervention for a batch of two, in the full form, or None for everything.
+
+    Args:
+        form: "whole", "located" (positions 1 and 2), "negative" or "ragged".
+    """
+    if form == "whole":
+        return None
+    positions = {"located": [[1, 2]] * 2, "negative": [[-1, -3]] * 2, "ragged": [list(row) for row in RAGGED]}
+    last = heads_of(model, component) - 1
+    heads = {
+        "located": [[last]] * 2,
+        "negative": [[-1]] * 2,
+        "ragged": [[last], list(range(last + 1))],
+    }
+    return {"pos": positions[form], "h": heads[form], "h.pos": [heads[form], positions[form]]}[unit]
+
+
+def tensors_of(output: Any) -> dict[str, Tensor]:
+    """Every tensor of a model's output, by where it is."""
+    if isinstance(output, Tensor):
+        return {"": output}
+    items = output.items() if isinstance(output, Mapping) else enumerate(output)
+    if not isinstance(output, (Mapping, tuple, list)):
+        return {}
+    return {
+        f"{key}.{inner}": tensor
+        for key, item in items
+        if isinstance(item, (Tensor, Mapping, tuple, list))
+        for inner, tensor in tensors_of(item).items()
+    }
+
+
+def same_bits(left: Any, right: Any) -> bool:
+    """Whether two outputs hold the same tensors, bit for bit."""
+    one, other = tensors_of(left), tensors_of(right)
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def main_output(output: Any) -> Tensor:
+    """Logits, last hidden state or whatever else comes first."""
+    return next(iter(tensors_of(output).values()))
+
+
+def hooks_of(model: nn.Module) -> dict[str, list[Any]]:
+    """Every hook on every module, in order."""
+    return {
+        f"{path}{name}": list(value.items())
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if name.endswith("hooks") and isinstance(value, Mapping) and value
+    }
+
+
+def identity(base: Tensor) -> Tensor:
+    """Give back what was given."""
+    return base
