@@ -80,17 +80,30 @@ def takes(model: nn.Module, name: str) -> bool:
     return name in forward_signature(model).parameters
 
 
-def forward_signature(model: nn.Module) -> inspect.Signature:
+class _SameSignature(inspect.Signature):
+    """A signature that is compared by identity, which makes it a cheap key."""
+
+    __slots__ = ()
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+def forward_signature(model: nn.Module) -> _SameSignature:
     """The signature of a model's `forward`, read once for each class."""
     function = getattr(model.forward, "__func__", None)
     # A `forward` put on the instance (accelerate's, for one) is read anew: another may come in its place.
-    return inspect.signature(model.forward) if function is None else _method_signature(function)
+    return _signature_of(model.forward) if function is None else _method_signature(function)
 
 
 @lru_cache(maxsize=256)
-def _method_signature(function: Callable[..., Any]) -> inspect.Signature:
-    signature = inspect.signature(function)
-    return signature.replace(parameters=list(signature.parameters.values())[1:])
+def _method_signature(function: Callable[..., Any]) -> _SameSignature:
+    return _signature_of(function, skip=1)
+
+
+def _signature_of(function: Callable[..., Any], skip: int = 0) -> _SameSignature:
+    return _SameSignature(list(inspect.signature(function).parameters.values())[skip:])
 
 
 def _equal(left: object, right: object) -> bool:
@@ -161,14 +174,23 @@ def _check_names(
             raise InputError(
                 f"{key} of {name} is a {type(value).__name__}, not a tensor: tokenize with return_tensors='pt'."
             )
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError as error:
+    fault = _misfit(signature, len(args), tuple(kwargs))
+    if fault is not None:
         parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         taken = ", ".join(p.name for p in parameters)
         raise InputError(
-            f"{name} does not fit {type(model).__name__}, which takes: {taken}. ({str(error).capitalize()}.)"
-        ) from error
+            f"{name} does not fit {type(model).__name__}, which takes: {taken}. ({fault.capitalize()}.)"
+        )
+
+
+@lru_cache(maxsize=256)
+def _misfit(signature: _SameSignature, positional: int, keywords: tuple[str, ...]) -> str | None:
+    """Why a call with so many positional and these keyword arguments does not fit; None if it does."""
+    try:
+        signature.bind(*range(positional), **dict.fromkeys(keywords))
+    except TypeError as error:
+        return str(error)
+    return None
 
 
 def _main_input(
