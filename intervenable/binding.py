@@ -97,6 +97,10 @@ def bind(config: IntervenableConfig, model: nn.Module) -> tuple[BoundRepresentat
         try:
             if site is not None:
                 intervention = _intervention(config, index, site, made)
+                if site.read_only and not intervention.collects:
+                    raise ConfigError(
+                        f"{site.label} can be read and not written in {type(model).__name__}: {site.read_only}."
+                    )
                 constant = _constant(config, index, site, intervention)
         except ConfigError as error:
             faults.extend(each_named(error, f"representation {index}"))

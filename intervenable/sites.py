@@ -210,6 +210,9 @@ class BoundSite:
     plus: BoundSite | None = None
     """For a `sum`: what is added to this site's tensor."""
 
+    read_only: str = ""
+    """Why it cannot be written, if it cannot."""
+
     @property
     def heads(self) -> int | None:
         """How many heads its units can name; None if it has none."""
@@ -440,7 +443,7 @@ def bind_site(
     elif derived is not None:
         kind, side, slot, width = "norm_scale", "output", None, 1
     return BoundSite(
-        component, layer, module, path, side, slot, kind, width, columns, by_heads, site.flat, plus
+        component, layer, module, path, side, slot, kind, width, columns, by_heads, site.flat, plus, site.read_only
     )
 
 

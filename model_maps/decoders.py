@@ -5,6 +5,9 @@ from __future__ import annotations
 from model_maps.families import FUSED_EXPERTS, Head, family, lacking
 from model_maps.schema import ModelMap, Site, Variant
 
+CHOSEN_INSIDE = "the router chooses the experts inside itself; write 'router_input' or 'expert_output' instead"
+"""Why router logits cannot be written in today's mixtures."""
+
 GPT2 = family(
     heads=[
         Head(None, ("GPT2Model",), ""),
@@ -433,7 +436,7 @@ MIXTRAL = family(
         "mlp_input": Site("mlp", "input"),
         "mlp_output": Site("mlp"),
         "router_input": Site("mlp.gate", "input", flat=True),
-        "router_output": Site("mlp.gate", width="experts", flat=True),
+        "router_output": Site("mlp.gate", width="experts", flat=True, read_only=CHOSEN_INSIDE),
         "expert_input": Site("mlp.experts", "input", flat=True),
         "expert_output": Site("mlp.experts", flat=True),
     },
@@ -454,7 +457,7 @@ GPT_OSS = family(
         "mlp_input": Site("mlp", "input"),
         "mlp_output": Site("mlp"),
         "router_input": Site("mlp.router", "input", flat=True),
-        "router_output": Site("mlp.router", width="experts", flat=True),
+        "router_output": Site("mlp.router", width="experts", flat=True, read_only=CHOSEN_INSIDE),
         "expert_input": Site("mlp.experts", "input", flat=True),
         "expert_output": Site("mlp.experts", flat=True),
     },

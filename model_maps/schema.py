@@ -65,7 +65,7 @@ class Site:
 
     slot: str | int | None = None
     """Keyword or index of the tensor among the inputs or outputs. None is the usual place: the first positional
-    input, else `hidden_states`, else the first tensor given by keyword; the output itself, else its first item."""
+    input, else `hidden_states`, else what is given by keyword first; the output itself, else its first item."""
 
     width: Width = "hidden"
     """Which size the component's last axis has."""
@@ -89,6 +89,9 @@ class Site:
     plus: str | None = None
     """A component of the same block to be added to read this one; a write then goes to this site alone, as
     the change. (`block_mid` is the attention's contribution plus the block's input.)"""
+
+    read_only: str = ""
+    """Why a value written here would not reach the rest of the model, if it would not."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
