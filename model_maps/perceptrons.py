@@ -7,11 +7,11 @@ from model_maps.schema import ModelMap, Site
 from model_maps.vocabulary import COMPONENTS
 
 _PLACED = {
-    # The first block reads the input features, the others the hidden layer below.
+    # Without a config to say how wide it is, the tensors themselves do.
     "block_input": Site("", "input", width="any"),
-    "block_output": Site(""),
-    "mlp_pre_activation": Site("act", "input"),
-    "mlp_activation": Site("act"),
+    "block_output": Site("", width="any"),
+    "mlp_pre_activation": Site("act", "input", width="any"),
+    "mlp_activation": Site("act", width="any"),
     "logits": Site("score", width="any"),
 }
 

@@ -10,6 +10,7 @@ import transformers
 from torch.testing import assert_close
 
 import tiny_models
+from intervenable.toy_models import MLPClassifier
 from model_maps import COMPONENTS, columns_of, component_site, find_map, known_classes, sizes_of
 from tiny_models import CASES, DECODERS, FEATURES, HIDDEN, MULTIMODAL, RECURRENT, tiny, tiny_inputs
 
@@ -484,6 +485,22 @@ def test_a_recurrent_layer_is_its_own_block(family):
     assert torch.equal(seen["block_input", 0], inputs["input"])
     assert torch.equal(seen["block_output", 0], output)
     assert inputs["input"].shape == (2, 7, FEATURES)
+
+
+def test_a_perceptrons_components_are_its_layers_and_their_nonlinearities():
+    torch.manual_seed(0)
+    model = MLPClassifier(width=6, layers=3, classes=4)
+    names = ("block_input", "mlp_pre_activation", "mlp_activation", "block_output", "logits")
+    seen, output = read(
+        model, [(name, layer) for name in names for layer in (1, 2)], inputs=torch.randn(5, 6)
+    )
+
+    assert set(map_of(model).components()) == set(names)
+    assert torch.equal(seen["block_output", 1], seen["block_input", 2])
+    assert torch.equal(seen["mlp_pre_activation", 1], model.layers[1].linear(seen["block_input", 1]))
+    assert torch.equal(seen["mlp_activation", 1], seen["mlp_pre_activation", 1].relu())
+    assert torch.equal(seen["mlp_activation", 1], seen["block_output", 1])
+    assert torch.equal(seen["logits", 1], output)
 
 
 def test_all_decoders_have_the_common_components():
