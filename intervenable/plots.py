@@ -22,7 +22,6 @@ from intervenable.receipt import Decodes
 try:
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
-    from matplotlib.collections import QuadMesh
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
@@ -36,6 +35,8 @@ Cell = tuple[int, int]
 
 COLOURS = {"sequential": "Blues", "diverging": "RdBu_r"}
 INK, FAINT, MISSING = "#222222", "#666666", "#e4e4e4"
+PAGE = 9.0
+"""Inches that the maps of several heads may take side by side."""
 
 
 class Picture(Figure):
@@ -113,7 +114,7 @@ def heat_map(
     height = max(2.2, _cell_height(rows) * rows + 1.0 + _label_height(column_names, slanted))
     figure = Picture(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
-    _draw(axes, matrix, scale)
+    _draw(axes, matrix, scale, _cell_height(rows))
     _label_rows(axes, row_names, row_axis, _cell_height(rows))
     _label_columns(axes, column_names, column_axis, slanted, _cell_width(columns))
     for row, column in marks:
@@ -164,12 +165,12 @@ def head_maps(
     head_names = _names(head_labels, heads, "head", "head {}")
     scale = _Scale(maps, palette, limits)
 
-    cell_width = min(0.3, _cell_width(columns))
-    cell_height = min(0.24, _cell_height(rows))
-    across = across or _evenly(heads, most=max(1, int(9.0 / (cell_width * columns + 0.2))))
+    cell_width = min(0.3, max(0.11, 1.6 / columns))
+    cell_height = min(0.24, max(0.07, 2.2 / rows))
+    across = across or _evenly(heads, most=max(1, int(PAGE / (cell_width * columns + 0.2))))
     down = -(-heads // across)
     slanted = _slanted(column_names, cell_width)
-    width = max(4.0, across * (cell_width * columns + 0.2) + 1.7)
+    width = max(4.0, across * (cell_width * columns + 0.2) + 1.5)
     height = down * (cell_height * rows + 0.35) + 0.7 + _label_height(column_names, slanted)
     figure = Picture(figsize=(width, height), layout="constrained")
     grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
@@ -177,7 +178,7 @@ def head_maps(
         if index >= heads:
             axes.set_visible(False)
             continue
-        _draw(axes, maps[index], scale)
+        _draw(axes, maps[index], scale, cell_height)
         axes.set_title(head_names[index], fontsize=8, color=INK, pad=3, parse_math=False)
         if index % across == 0:
             _label_rows(axes, row_names, row_axis, cell_height)
@@ -238,7 +239,11 @@ class _Scale:
 
     def draw_bar(self, figure: Figure, beside: Axes | list[Axes], label: str) -> None:
         bar = figure.colorbar(
-            ScalarMappable(self.norm, self.colours), ax=beside, extend=self.extend, aspect=28, pad=0.02
+            ScalarMappable(self.norm, self.colours),
+            ax=beside,
+            extend=self.extend,
+            aspect=(figure.get_figheight() - 1.0) / 0.13,
+            pad=0.02,
         )
         bar.outline.set_visible(False)
         bar.ax.tick_params(labelsize=7.5, length=2, width=0.6, color=FAINT, labelcolor=INK)
@@ -281,22 +286,16 @@ def _evenly(count: int, most: int) -> int:
 # --- ink --------------------------------------------------------------------------------------------------
 
 
-def _draw(axes: Axes, matrix: Tensor, scale: _Scale) -> QuadMesh:
+def _draw(axes: Axes, matrix: Tensor, scale: _Scale, cell: float) -> None:
     rows, columns = matrix.shape
     shown = matrix.masked_fill(~matrix.isfinite(), float("nan"))
-    mesh = axes.pcolormesh(
-        shown.numpy(),
-        cmap=scale.colours,
-        norm=scale.norm,
-        edgecolors="white",
-        linewidth=min(1.0, 24 / max(rows, columns)),
-    )
+    gap = min(1.0, 4 * cell)
+    axes.pcolormesh(shown.numpy(), cmap=scale.colours, norm=scale.norm, edgecolors="white", linewidth=gap)
     axes.set_facecolor(MISSING)
     axes.set(xlim=(0, columns), ylim=(0, rows))
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.tick_params(length=0, pad=3, labelcolor=INK)
-    return mesh
 
 
 def _label_rows(axes: Axes, names: Sequence[str], axis: str, cell: float) -> None:
@@ -323,10 +322,12 @@ def _frame(axes: Axes, row: int, column: int) -> None:
 
 
 def _write_values(axes: Axes, matrix: Tensor, scale: _Scale) -> None:
+    reach = max(map(abs, scale.limits))
+    digits = 2 if reach < 10 else 1 if reach < 100 else 0
     for row, line in enumerate(matrix.tolist()):
         for column, value in enumerate(line):
             if value == value:
-                text = f"{value:.2f}".replace("-0.00", "0.00")
+                text = f"{value:.{digits}f}".replace("-0.00", "0.00")
                 axes.text(
                     column + 0.5,
                     row + 0.5,
