@@ -615,8 +615,11 @@ def _constant_faults(
 
 
 def _brings_its_own(item: Any) -> bool:
-    """Whether a representation, in any form, says which intervention it has."""
-    entry = _representation_from(item)
+    """Whether a representation, in any form, says which intervention it has; one that is wrong does not."""
+    try:
+        entry = _representation_from(item)
+    except ConfigError:
+        return False
     return entry.intervention is not None or entry.intervention_type is not None
 
 
