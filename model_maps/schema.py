@@ -86,10 +86,6 @@ class Site:
     flat: bool = False
     """Whether batch and positions are one axis here: `[b*s, ...]`."""
 
-    first_of_several: bool = False
-    """Whether the module is a linear map whose result comes out first, and its other outputs are made from that:
-    after a write the module makes them anew. (A router's logits, and the experts it chooses by them.)"""
-
     plus: str | None = None
     """A component of the same block to be added to read this one; a write then goes to this site alone, as
     the change. (`block_mid` is the attention's contribution plus the block's input.)"""
