@@ -443,7 +443,19 @@ def bind_site(
     elif derived is not None:
         kind, side, slot, width = "norm_scale", "output", None, 1
     return BoundSite(
-        component, layer, module, path, side, slot, kind, width, columns, by_heads, site.flat, plus, site.read_only
+        component,
+        layer,
+        module,
+        path,
+        side,
+        slot,
+        kind,
+        width,
+        columns,
+        by_heads,
+        site.flat,
+        plus,
+        site.read_only,
     )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from model_maps.families import FUSED_EXPERTS, Head, family, lacking
 from model_maps.schema import ModelMap, Site, Variant
 
-CHOSEN_INSIDE = "the router chooses the experts inside itself; write 'router_input' or 'expert_output' instead"
+CHOSEN_INSIDE = (
+    "the router chooses the experts inside itself; write 'router_input' or 'expert_output' instead"
+)
 """Why router logits cannot be written in today's mixtures."""
 
 GPT2 = family(
