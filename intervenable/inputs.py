@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -222,6 +223,9 @@ def _batch_and_length(main: Tensor, time_first: bool, name: str) -> tuple[int, i
 
 # --- positions under left padding -------------------------------------------------------------------------
 
+PADDING_TOLERANCE = 0.1
+"""How far a model may be from its unpadded outputs, of the largest of them; rounding in bfloat16 stays far below."""
+
 _fills_positions: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
@@ -233,7 +237,7 @@ def with_position_ids(inputs: RunInputs, model: nn.Module) -> Mapping[str, Any]:
     unpadded prompt of three tokens.
 
     Raises:
-        InputError: the model gives other results under left padding with and without position ids.
+        InputError: the model computes something else under left padding, with and without position ids.
     """
     kwargs = inputs.kwargs
     if (
@@ -267,24 +271,36 @@ def _needs_position_ids(model: nn.Module, inputs: RunInputs) -> bool:
     padded = torch.cat([padding, alone], dim=1)
     ones = inputs.attention_mask.new_ones(1, alone.shape[1])
     mask = torch.cat([ones.new_zeros(1, 2), ones], dim=1)
-    training = model.training
-    try:
-        if training:
-            model.eval()
-        with torch.no_grad():
-            truth = _first_tensor(model(**{key: alone, "attention_mask": ones}))
-            bare = _first_tensor(model(**{key: padded, "attention_mask": mask}))
-            filled = _first_tensor(
-                model(**{key: padded, "attention_mask": mask, "position_ids": _counted(mask)})
-            )
-    finally:
-        if training:
-            model.train()
+    with _evaluating(model), torch.no_grad():
+        truth = _first_tensor(model(**{key: alone, "attention_mask": ones}))
+        bare = _first_tensor(model(**{key: padded, "attention_mask": mask}))
+        filled = _first_tensor(
+            model(**{key: padded, "attention_mask": mask, "position_ids": _counted(mask)})
+        )
     if truth.dim() < 3:
         return True
     scale = truth.abs().max().clamp(min=1e-6)
     errors = [float((tensor[:, 2:] - truth).abs().max() / scale) for tensor in (bare, filled)]
+    if min(errors) > PADDING_TOLERANCE:
+        raise InputError(
+            f"{type(model).__name__} computes something else for left-padded prompts than for the same prompts"
+            f" without padding, with and without position_ids (off by {min(errors):.2g} of the largest output)."
+            " Pad on the right, run the examples one by one, or pass position_ids of your own."
+        )
     return errors[1] < errors[0]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Run the block with every module in evaluation mode, and each as it was before afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _first_tensor(output: Any) -> Tensor:
