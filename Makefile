@@ -41,7 +41,7 @@ $(VENV)/.dev: $(REQUIREMENTS)
 
 $(PEERS_VENV)/.peers: $(REQUIREMENTS) benchmarks/peers.txt
 	$(PYTHON) -m venv $(PEERS_VENV)
-	$(PEERS_VENV)/bin/python $(INSTALL) --editable ".[plots,train,bench]" pytest hypothesis
+	$(PEERS_VENV)/bin/python $(INSTALL) --editable ".[dev]"
 	$(PEERS_VENV)/bin/python $(INSTALL) --no-deps --requirement benchmarks/peers.txt
 	@touch $@
 
@@ -69,7 +69,7 @@ test-smollm2: smollm2
 	$(VENV)/bin/python -m pytest -m smollm2 tests
 
 peers: $(PEERS_VENV)/.peers
-	$(ONE_THREAD) $(PEERS_VENV)/bin/python -m pytest -m peers tests
+	PEERS=required $(ONE_THREAD) $(PEERS_VENV)/bin/python -m pytest -m peers tests
 
 bench: $(PEERS_VENV)/.peers
 	$(ONE_THREAD) $(PEERS_VENV)/bin/python -m benchmarks.overhead $(BENCH)
