@@ -79,14 +79,16 @@ MLP = (
     "ffn_dim",
     "ffn_hidden_size",
     "d_ff",
+    "dff",
     "dim_ff",
     "hidden_dim",
     "d_inner",
+    "moe_intermediate_size",
 )
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 EMBEDDING = ("embedding_size", "word_embed_proj_dim", "input_embedding_size")
 
-FOUR_TIMES_HIDDEN = ("bloom",)
+FOUR_TIMES_HIDDEN = ("bloom", "openai-gpt", "xlm")
 """Model types whose config says nothing of the MLP, which is four times as wide as the residual stream."""
 
 
@@ -173,7 +175,10 @@ def _text_tower(config: object | None) -> object | None:
     """The config of the text tower, which is the config itself where there is only one."""
     get = getattr(config, "get_text_config", None)
     if callable(get):
-        tower: object = get()
+        try:
+            tower: object = get()
+        except ValueError:  # more than one tower reads text
+            return config
         return tower
     return getattr(config, "text_config", None) or config
 

@@ -74,6 +74,21 @@ def test_what_a_config_lacks_is_none_and_never_an_error(config):
     assert sizes_of(config) == Sizes()
 
 
+def test_a_config_with_two_text_towers_is_read_as_it_stands():
+    config = transformers.MusicgenConfig()
+    with pytest.raises(ValueError, match="Multiple valid text configs"):
+        config.get_text_config()
+    assert sizes_of(config) == Sizes()
+
+
+def test_of_several_towers_the_text_towers_sizes_are_read():
+    config = SimpleNamespace(
+        text_config=SimpleNamespace(hidden_size=16), vision_config=SimpleNamespace(hidden_size=12)
+    )
+    assert sizes_of(config).hidden == 16
+    assert sizes_of(tiny(MULTIMODAL).config).mlp == 40
+
+
 def test_a_stated_head_dim_is_never_overruled_by_hidden_over_heads():
     stated = SimpleNamespace(hidden_size=16, num_attention_heads=4, head_dim=6)
     assert sizes_of(stated).head_dim == 6
