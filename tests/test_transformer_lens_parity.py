@@ -75,9 +75,8 @@ def bridges() -> dict[str, Any]:
 def read(model: nn.Module, component: str, layer: int | None, inputs: Any) -> Tensor:
     """Our reading of a whole component, with positions before heads as in TransformerLens."""
     by_heads = component.startswith("head_")
-    entry = iv.RepresentationConfig(
-        layer, component, "h" if by_heads else "pos", intervention_type=iv.CollectIntervention
-    )
+    unit = "h" if by_heads else "pos"
+    entry = iv.RepresentationConfig(layer, component, unit, intervention_type=iv.CollectIntervention)
     with torch.no_grad():
         (values,) = iv.IntervenableModel([entry], model)(inputs).collected.values()
     return values.transpose(1, 2) if by_heads else values
@@ -122,7 +121,6 @@ def test_readings_outside_the_blocks_are_equal(bridges, component, family):
     "component",
     [
         "block_input",
-        "block_mid",
         "block_output",
         "attention_output",
         "mlp_hidden",
@@ -147,6 +145,21 @@ def test_a_patched_position_gives_equal_logits(bridges, component, family):
         output = swap(base, [source], {"sources->base": position}, output_original_output=True)
     assert_close(output.intervened.logits, theirs, rtol=0, atol=TOLERANCE)
     assert (output.intervened.logits - output.original.logits).abs().max() > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_stream_after_attention_is_patched_here_and_only_its_norm_in_the_bridge(bridges, family):
+    model, layer = tiny(family), 1
+    base, source = (tiny_inputs(model, seed=seed)["input_ids"] for seed in (0, 1))
+    name = f"blocks.{layer}.{PER_LAYER['block_mid']}"
+    _, cache = bridges[family].run_with_cache(source)
+    with torch.no_grad():
+        expected = model(source).logits  # everything above comes from the source
+        theirs = bridges[family].run_with_hooks(base, fwd_hooks=[(name, lambda value, hook: cache[name])])
+        swap = iv.IntervenableModel([iv.RepresentationConfig(layer, "block_mid")], model)
+        ours = swap(base, [source]).intervened.logits
+    assert_close(ours, expected, rtol=0, atol=TOLERANCE)
+    assert (theirs - expected).abs().max() > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("family", FAMILIES)
