@@ -2,8 +2,9 @@
 
 The full form is a pair `(source locations, base locations)`, each `[interventions][batch][units]` (for `h.pos`:
 `[interventions][2 levels][batch][units]`, heads first). Short forms: an int is one position in source and base,
-a **tuple** `(source, base)` is a pair, a **list** of ints is a set of positions. None in the place of an
-intervention skips it; None for all of a side means whole tensors.
+a **tuple** `(source, base)` is a pair, a **list** of ints is a set of positions. With unit `h` they count heads,
+with `h.pos` they are positions of every head. None in the place of an intervention skips it; None for all of a
+side means whole tensors.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from intervenable.errors import LocationError, LocationRangeError
+from intervenable.errors import LocationError, LocationRangeError, listing
 from intervenable.inputs import RunInputs
 
 RelativeTo = Literal["tokens", "tensor"]
@@ -161,9 +162,9 @@ def read_locations(
                 faults.append(error)
             found[side].append(slot)
     if len(faults) > 1:
-        raise LocationError(
-            "\n".join([f"{len(faults)} faults in the locations:", *(f"- {f}" for f in faults)])
-        )
+        kinds = {type(fault) for fault in faults}
+        kind = kinds.pop() if len(kinds) == 1 else LocationError
+        raise kind(listing([str(fault) for fault in faults], "the locations"))
     if faults:
         raise faults[0]
     return found
@@ -171,8 +172,12 @@ def read_locations(
 
 def lists_each_intervention(unit_locations: object) -> bool:
     """Whether base locations were given for each intervention by itself, so that None there skips one."""
-    base = _sides(unit_locations)[1]
-    return isinstance(base, (list, tuple)) and any(item is None or _depth(_plain(item)) > 1 for item in base)
+    return _lists_each(_plain(_sides(unit_locations)[1]))
+
+
+def _lists_each(value: Any) -> bool:
+    """Whether a side, as plain lists, has an entry for each intervention and not positions for all."""
+    return isinstance(value, list) and (_depth(value) > 2 or (bool(value) and all(i is None for i in value)))
 
 
 _NOT_GIVEN = Whole()
@@ -218,7 +223,9 @@ def _sides(unit_locations: object) -> tuple[Any, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Tensors, arrays and ranges as lists of ints; everything else as it is."""
+    """Tensors, arrays and ranges as lists of ints; masks and everything else as they are."""
+    if _is_mask(value):
+        return value
     if isinstance(value, (Tensor, np.ndarray)):
         return value.tolist()
     if isinstance(value, np.integer):
@@ -231,28 +238,30 @@ def _plain(value: Any) -> Any:
 
 
 def _depth(value: Any) -> int:
-    """How many lists are nested in each other; entries that are None do not count."""
+    """How many lists are nested in each other; None does not count, and a mask is as deep as all examples are."""
+    if _is_mask(value):
+        return 2
     if not isinstance(value, list):
         return 0
     return 1 + max((_depth(item) for item in value if item is not None), default=0)
 
 
 def _spread(side: Any, subjects: Sequence[Subject], name: str) -> list[Any]:
-    """One side, as one entry for each intervention: None skips, Whole is everything, a list is as deep as its unit."""
+    """One side, an entry for each intervention: None skips, Whole is everything, a list is as deep as its unit."""
     if isinstance(side, Whole):
         return [side] * len(subjects)
     if _is_mask(side):
         return [side] * len(subjects)
     value = _plain(side)
-    depth = _depth(value)
-    if depth <= 1 and not (isinstance(value, list) and value and all(item is None for item in value)):
-        return [_short(value, subject, name) for subject in subjects]
-    if depth == 2:
-        raise LocationError(
-            f"The {name} locations {value!r} are lists in a list, which could mean interventions, examples or"
-            f" positions. Write positions for all as a flat list, or the full form"
-            f" [interventions][examples][positions], here {[value]!r}."
-        )
+    if not _lists_each(value):
+        if _depth(value) == 2:
+            raise LocationError(
+                f"The {name} locations {value!r} are lists in a list, which could mean interventions, examples or"
+                " positions. Write positions for all as a flat list, or the full form"
+                f" [interventions][examples][positions]: {[value]!r} if these are the examples of one intervention."
+            )
+        everywhere = _short(value, name)
+        return [everywhere] * len(subjects)
     if len(value) != len(subjects):
         raise LocationError(
             f"The {name} locations have {len(value)} entries for {len(subjects)} interventions"
@@ -267,24 +276,23 @@ def _is_mask(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.bool
 
 
-def _short(value: Any, subject: Subject, name: str) -> Any:
-    """A short form: the same units for every example."""
-    if subject.unit == "h.pos":
-        raise LocationError(
-            f"The {name} locations {value!r} do not say heads and positions, which {subject.name!r} (unit 'h.pos')"
-            f" needs. Write the full form, which get_loc((heads, positions), batch_size) makes."
-        )
+def _short(value: Any, name: str) -> _Everywhere:
+    """A short form: the same units for every example of every intervention."""
     items = value if isinstance(value, list) else [value]
     for item in items:
         if isinstance(item, bool) or not isinstance(item, (int, slice)):
             raise LocationError(
-                f"{item!r} among the {name} locations is not a position: give ints or slices."
+                f"{item!r} among the {name} locations is not a position: give ints (-1 is the last) or slices."
+                f"{_SKIP if item is None else ''}"
             )
     if not items:
         raise LocationError(
             f"The {name} locations are an empty list. Give at least one position, or None to skip."
         )
     return _Everywhere(tuple(items))
+
+
+_SKIP = " To skip an intervention put None in its place in the full form: [None, [[4], [4]]]."
 
 
 @dataclass(frozen=True)
@@ -303,6 +311,8 @@ def _units(
         return _masked(slot, subject, inputs, where)
     if isinstance(slot, _Everywhere):
         levels = [[list(slot.entries)] * inputs.batch]
+        if len(names) == 2:
+            levels.insert(0, [[slice(None)]] * inputs.batch)
     elif len(names) == 2:
         if not isinstance(slot, list) or len(slot) != 2:
             raise LocationError(
@@ -359,9 +369,9 @@ def _counted(row: list[Any], size: int, name: str, example: int, where: str) -> 
             raise LocationError(f"{entry!r} in the {where} is not an index: give ints or slices.")
         if not -size <= entry < size:
             kind = "Head" if name == "heads" else "Position"
+            there = f"{name} 0 to {size - 1} (or -{size} to -1)" if size else f"no {name}"
             raise LocationRangeError(
-                f"{kind} {entry} in the {where} is out of range for example {example}, which has {name}"
-                f" 0 to {size - 1} (or -{size} to -1)."
+                f"{kind} {entry} in the {where} is out of range for example {example}, which has {there}."
             )
         units.append(entry % size)
     if not units:
