@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import (
     BaseModel,
@@ -302,6 +302,11 @@ class RepresentationConfig(_Declared):
     name: Name = None
     """Unique name; by default made from layer, component and unit."""
 
+    # Type checkers would otherwise take pydantic's fields, by name and just as annotated, for all there is.
+    if TYPE_CHECKING:
+
+        def __init__(self, *args: Any, **fields: Any) -> None: ...
+
     POSITIONAL: ClassVar[tuple[str, ...]] = (
         "layer",
         "component",
@@ -504,6 +509,11 @@ class IntervenableConfig(_Declared):
     intervention_constant_sources: list[Values] | None = None
     """A constant source (or None) for each representation, instead of `source_representation` in each."""
 
+    # Type checkers would otherwise take pydantic's fields, by name and just as annotated, for all there is.
+    if TYPE_CHECKING:
+
+        def __init__(self, *args: Any, **fields: Any) -> None: ...
+
     POSITIONAL: ClassVar[tuple[str, ...]] = ("representations", "intervention_types", "mode", "model_type")
     RENAMED: ClassVar[Mapping[str, str]] = {
         "intervenable_representations": "representations",
@@ -545,7 +555,7 @@ class IntervenableConfig(_Declared):
         if constants is not None:
             constants = [*constants, *(None for _ in added)]
         grown = IntervenableConfig(
-            representations=[*self.representations, *added],  # type: ignore[list-item]  # in any form
+            representations=[*self.representations, *added],
             intervention_types=types,
             mode=self.mode,
             model_type=self.model_type,
