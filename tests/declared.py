@@ -35,9 +35,15 @@ def units_of(component: str) -> tuple[str, ...]:
     return ("h", "h.pos") if is_head_component(component) else ("pos",)
 
 
+def writable(model: nn.Module) -> tuple[str, ...]:
+    """The components that can be written: all but the logits of routers, which no model reads back."""
+    described = map_of(model)
+    return tuple(name for name in described.components() if not described.site(name).read_only)
+
+
 def everything(model: nn.Module) -> list[tuple[str, str]]:
-    """Every `(component, unit)` of a model."""
-    return [(component, unit) for component in components_of(model) for unit in units_of(component)]
+    """Every `(component, unit)` of a model that can be written."""
+    return [(component, unit) for component in writable(model) for unit in units_of(component)]
 
 
 def heads_of(model: nn.Module, component: str) -> int:
