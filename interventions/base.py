@@ -158,7 +158,7 @@ class Intervention(nn.Module):
             raise missing_source(self)
         if subspaces is not None and not self._call_pattern.takes("subspaces"):
             raise self._no_subspaces(subspaces)
-        arguments, keywords = self._call_pattern.arguments({"source": source, "subspaces": subspaces})
+        arguments, keywords = self._call_pattern.arguments(source, subspaces)
         result: Tensor = super().__call__(base, *arguments, **keywords, **extra)
         return result
 
@@ -280,6 +280,8 @@ class Intervention(nn.Module):
             raise missing_source(self)
         self.check_width(base)
         source = source.to(device=base.device, dtype=base.dtype)
+        if source.shape == base.shape:
+            return base, source
         while source.dim() > base.dim() and source.shape[0] == 1:
             source = source[0]
         try:
@@ -314,6 +316,13 @@ class Intervention(nn.Module):
         batch = base.shape[0] if base.dim() > 1 else 1
         selection = select(subspaces, size=size, partition=self.subspace_partition, batch=batch)
         return None if selection is None else selection.mask(size, base.shape, base.device)
+
+    def extra_repr(self) -> str:
+        """Show the constructor arguments that are not at their defaults, tensors aside."""
+        shown = {name: getattr(self, name, None) for name in _constructor_arguments(type(self))}
+        defaults = {**_constructor_arguments(type(self)), "sees": type(self).sees}
+        simple = {name: value for name, value in shown.items() if isinstance(value, (int, float, str))}
+        return ", ".join(f"{name}={value!r}" for name, value in simple.items() if value != defaults[name])
 
     def _no_broadcast(self, base: Tensor, source: Tensor) -> InterventionShapeError:
         return InterventionShapeError(

@@ -37,6 +37,8 @@ class CoordinatewiseIntervention(Intervention):
         if size < width:
             inside = torch.ones(size, dtype=torch.bool, device=base.device) if mask is None else mask
             mask = torch.nn.functional.pad(inside, (0, width - size))
+        if mask is None and not (base.requires_grad and torch.is_grad_enabled()):
+            return new.expand_as(base).clone()
         if mask is None:  # still a choice between both, so that the result stays in the base's graph
             mask = torch.ones((), dtype=torch.bool, device=base.device)
         return torch.where(mask, new, base)

@@ -79,7 +79,7 @@ class CallableIntervention(Intervention):
             source = self.operands(base, source)[1].clone()
         copy = base.clone()
         version = None if copy.is_inference() else copy._version
-        arguments, keywords = self._pattern.arguments({"source": source, "subspaces": subspaces})
+        arguments, keywords = self._pattern.arguments(source, subspaces)
         result = self.function(copy, *arguments, **keywords)
         if result is None:
             if version is not None and copy._version != version:

@@ -66,17 +66,17 @@ class OrthogonalWeight(nn.Module):
         self.weight.copy_(_orthonormal(self.weight.to(working_dtype(self.weight))))
 
 
+@without_autocast
 def _orthonormal(weight: Tensor) -> Tensor:
     columns: Tensor
     upper: Tensor
-    with torch.autocast(weight.device.type, enabled=False):
-        columns, upper = torch.linalg.qr(weight)
+    columns, upper = torch.linalg.qr(weight)
     return columns * torch.where(upper.diagonal() < 0, -1.0, 1.0).to(columns.dtype)
 
 
 def _same(copy: Tensor, weight: Tensor) -> bool:
     alike = copy.device == weight.device and copy.dtype == weight.dtype and copy.shape == weight.shape
-    return bool(alike and torch.equal(copy, weight))
+    return bool(alike and not copy.is_meta and torch.equal(copy, weight))
 
 
 @without_autocast

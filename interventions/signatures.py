@@ -7,7 +7,7 @@ runs.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,9 +32,14 @@ class CallPattern:
         """Return whether the function is given `name` at all."""
         return name in self.positional or name in self.keyword
 
-    def arguments(self, offered: Mapping[str, object]) -> tuple[list[Any], dict[str, Any]]:
+    def arguments(self, source: Any, subspaces: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the positional and keyword arguments to call the function with, after the base."""
-        return [offered[name] for name in self.positional], {name: offered[name] for name in self.keyword}
+        if self.positional == OFFERED:
+            return (source, subspaces), {}
+        offered = {"source": source, "subspaces": subspaces}
+        return tuple(offered[name] for name in self.positional), {
+            name: offered[name] for name in self.keyword
+        }
 
 
 def pattern_of_method(method: Callable[..., object]) -> CallPattern:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ def pca(width: int) -> Intervention:
     return iv.PCARotatedSpaceIntervention.fit(torch.randn(3 * width + 2, width), rank_for(width))
 
 
-def jump_relu(width: int, error: str = "drop") -> Intervention:
+def jump_relu(width: int, error: Literal["drop", "keep"] = "drop") -> Intervention:
     """Return a JumpReLU autoencoder all of whose tensors matter."""
     latents = 2 * width + 1
     return iv.JumpReLUAutoencoderIntervention(

@@ -68,6 +68,12 @@ def test_the_chosen_latents_are_the_sources_before_decoding(
     )
     base, source = torch.randn(2, 3, width)
 
+    def plain_decode(a: Tensor) -> Tensor:
+        return torch.einsum("...l,dl->...d", a, plain.decoder.weight.detach()) + plain.decoder.bias.detach()
+
+    def jump_decode(a: Tensor) -> Tensor:
+        return torch.einsum("...l,ld->...d", a, jump.W_dec) + jump.b_dec
+
     def plain_encode(x: Tensor) -> Tensor:
         return functional.relu(plain.encoder(x - plain.decoder.bias)).detach()
 
@@ -76,16 +82,12 @@ def test_the_chosen_latents_are_the_sources_before_decoding(
         before[before <= jump.threshold] = 0.0
         return before.clamp(min=0.0)
 
-    decoders = {
-        plain: lambda a: plain.decoder(a).detach(),
-        jump: lambda a: torch.einsum("...l,ld->...d", a, jump.W_dec) + jump.b_dec,
-    }
-    for swap, encode in ((plain, plain_encode), (jump, jump_encode)):
+    for swap, encode, decode in ((plain, plain_encode, plain_decode), (jump, jump_encode, jump_decode)):
         own, swapped = encode(base), encode(base)
         swapped[:, ids] = encode(source)[:, ids]
-        wanted = decoders[swap](swapped)
+        wanted = decode(swapped)
         if error == "keep":
-            wanted = base + wanted - decoders[swap](own)
+            wanted = base + wanted - decode(own)
         assert_close(swap(base, source, subspaces=ids).detach(), wanted, atol=1e-5, rtol=1e-4)
 
 

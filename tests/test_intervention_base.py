@@ -183,12 +183,12 @@ def test_a_parameter_as_constant_source_is_trained() -> None:
         optimizer.step()
 
     assert_close(steer(torch.zeros(3)).detach(), wanted)
-    reloaded = iv.AdditionIntervention(**steer.to_config())
+    reloaded = type(steer)(**steer.to_config())  # type: ignore[arg-type]
     assert is_trainable(reloaded)
 
 
 def test_a_constant_source_whose_gradients_would_be_lost_is_refused() -> None:
-    with pytest.raises(ValueError, match="Wrap it in nn.Parameter to train it, or detach"):
+    with pytest.raises(ValueError, match=r"Wrap it in nn\.Parameter to train it, or detach"):
         iv.AdditionIntervention(source_representation=torch.ones(2, requires_grad=True))
 
 
@@ -307,7 +307,7 @@ def test_a_forward_without_source_needs_none_and_one_without_subspaces_refuses_t
 
 
 def test_subspaces_and_extra_arguments_reach_a_users_forward_by_name() -> None:
-    seen = {}
+    seen: dict[str, object] = {}
 
     class Spy(Intervention):
         def forward(self, base: Tensor, *, subspaces: object = None, strength: float = 1.0) -> Tensor:  # type: ignore[override]
@@ -359,6 +359,16 @@ def test_forward_hooks_and_apply_work_as_on_any_module() -> None:
     assert calls == [1, 2]
 
 
+def test_its_repr_shows_what_it_was_made_with() -> None:
+    assert repr(iv.VanillaIntervention()) == "VanillaIntervention()"
+    assert repr(iv.ScaleIntervention(2.0, embed_dim=3, sees="raw")) == (
+        "ScaleIntervention(factor=2.0, embed_dim=3, sees='raw')"
+    )
+    assert repr(iv.LowRankRotatedSpaceIntervention(4, 2)).startswith(
+        "LowRankRotatedSpaceIntervention(\n  embed_dim=4, low_rank_dimension=2\n"
+    )
+
+
 @pytest.mark.parametrize("embed_dim", [0, -1, 2.5, True])
 def test_a_width_that_is_no_count_is_refused(embed_dim: object) -> None:
     with pytest.raises(iv.InterventionArgumentError, match=f"embed_dim={embed_dim} is out of range"):
@@ -369,7 +379,7 @@ def test_sees_can_be_chosen_for_each_instance() -> None:
     assert iv.RotatedSpaceIntervention(4).sees == "concatenated"
     assert iv.RotatedSpaceIntervention(4, sees="per_unit").sees == "per_unit"
     assert iv.RotatedSpaceIntervention(4, sees="per_unit").to_config()["sees"] == "per_unit"
-    with pytest.raises(ValueError, match="sees='units' is unknown; allowed: per_unit, concatenated, raw"):
+    with pytest.raises(ValueError, match=r"sees='units' is unknown; allowed: per_unit, concatenated, raw"):
         iv.VanillaIntervention(sees="units")  # type: ignore[arg-type]
 
 

@@ -239,6 +239,14 @@ def test_columns_computed_under_inference_mode_can_be_trained_through_later() ->
     assert_close(base.grad, (torch.eye(4) - columns @ columns.mT).sum(0).expand(3, 4))
 
 
+def test_shapes_can_be_tried_out_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        swap, base = iv.LowRankRotatedSpaceIntervention(8, 3), torch.zeros(2, 5, 8)
+    with torch.no_grad():
+        assert swap(base, base).shape == (2, 5, 8)
+    assert swap(base, base, subspaces=[0]).is_meta
+
+
 def test_results_are_the_same_with_and_without_gradients() -> None:
     swap = iv.RotatedSpaceIntervention(5)
     base, source = torch.randn(2, 3, 5)

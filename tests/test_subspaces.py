@@ -308,7 +308,7 @@ def test_ids_address_the_coordinates_the_intervention_works_in(
     with pytest.raises(SubspaceIndexError):
         intervention.check_subspaces(size)
     with pytest.raises(SubspaceIndexError):
-        intervention.subspace_partition = [[0, size + 1]]  # type: ignore[assignment]
+        intervention.subspace_partition = [[0, size + 1]]
 
 
 def test_ids_for_each_position_need_an_axis_of_positions() -> None:
