@@ -34,7 +34,7 @@ def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
     def precise(*args: P.args, **kwargs: P.kwargs) -> T:
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         device = next(tensors).device.type
-        if not torch.is_autocast_enabled(device):
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
             return function(*args, **kwargs)
         with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)
