@@ -1,0 +1,38 @@
+"""`python -m intervenable`: the commands of the library."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from intervenable import demo
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the result is the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m intervenable",
+        description="Swap, edit and read activations inside of PyTorch models.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    command = commands.add_parser(
+        "demo",
+        help="swap one activation between two prompts, then map where the answer comes from",
+        description="Run one prompt with an activation of another, print how the next token changes and what was"
+        " touched,\nthen do so at every layer and token and draw the result.",
+        epilog="examples:\n"
+        "  python -m intervenable demo\n"
+        "  python -m intervenable demo --model HuggingFaceTB/SmolLM2-135M-Instruct --out smollm2.png\n"
+        '  python -m intervenable demo --base "The capital of France is" --source "The capital of Japan is"',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    demo.add_options(command)
+    command.set_defaults(run=demo.run)
+    options = parser.parse_args(arguments)
+    code: int = options.run(options)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
