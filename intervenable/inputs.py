@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -221,6 +222,21 @@ def _batch_and_length(main: Tensor, time_first: bool, name: str) -> tuple[int, i
     return (main.shape[1], main.shape[0]) if time_first else (main.shape[0], main.shape[1])
 
 
+# --- key-value caches --------------------------------------------------------------------------------------
+
+
+def with_own_caches(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword inputs with copies of the key-value caches among them, which a run extends in place."""
+    return {key: _copy(value) if hasattr(value, "get_seq_length") else value for key, value in kwargs.items()}
+
+
+def _copy(cache: Any) -> Any:
+    # Tensors are cloned by hand, because deepcopy refuses those that are inside an autograd graph.
+    parts = [cache, *getattr(cache, "layers", ())]
+    tensors = [item for part in parts for item in vars(part).values() if isinstance(item, Tensor)]
+    return copy.deepcopy(cache, {id(tensor): tensor.clone() for tensor in tensors})
+
+
 # --- positions under left padding -------------------------------------------------------------------------
 
 PADDING_TOLERANCE = 0.1
@@ -274,9 +290,7 @@ def _needs_position_ids(model: nn.Module, inputs: RunInputs) -> bool:
     with _evaluating(model), torch.no_grad():
         truth = _first_tensor(model(**{key: alone, "attention_mask": ones}))
         bare = _first_tensor(model(**{key: padded, "attention_mask": mask}))
-        filled = _first_tensor(
-            model(**{key: padded, "attention_mask": mask, "position_ids": _counted(mask)})
-        )
+        filled = _first_tensor(model(**{key: padded, "attention_mask": mask, "position_ids": _counted(mask)}))
     if truth.dim() < 3:
         return True
     scale = truth.abs().max().clamp(min=1e-6)

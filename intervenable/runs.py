@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from intervenable.errors import EditError, NotFiredError
 from intervenable.hooks import EarlyStop, Hook, hooked
-from intervenable.inputs import RunInputs, takes, with_position_ids
+from intervenable.inputs import RunInputs, takes, with_own_caches, with_position_ids
 from intervenable.locations import Units
 from intervenable.plan import Capture, Edit, Plan, error_of
 from intervenable.sites import BoundSite, Passage
@@ -47,7 +47,9 @@ class BaseRun:
 
 def plain_run(model: nn.Module, inputs: RunInputs, options: Mapping[str, Any]) -> Any:
     """The wrapped model on these inputs, with nothing of ours but the position ids that padding calls for."""
-    return model(*inputs.args, **with_position_ids(inputs, model), **options)
+    return model(
+        *inputs.args, **with_own_caches(with_position_ids(inputs, model)), **with_own_caches(options)
+    )
 
 
 # --- source runs ------------------------------------------------------------------------------------------
@@ -84,7 +86,7 @@ def run_source(model: nn.Module, inputs: RunInputs, captures: Sequence[Capture])
     hooks = [Hook(site.module, site.side, capture(what)) for site, what in zip(sites, captures, strict=True)]
     added, gathering = _gather_added(sites, inputs)
     # Before any hook is there, since it may take runs of the model to tell.
-    kwargs = with_position_ids(inputs, model)
+    kwargs = with_own_caches(with_position_ids(inputs, model))
     with stop, hooked([*gathering, *hooks, *stop.hooks]):
         model(*inputs.args, **kwargs, **_without_cache(model, inputs))
     missing = [what.bound.name for what in captures if what.bound.index not in found]
@@ -157,9 +159,9 @@ def run_base(
         for site, edit, record in zip(sites, plan.edits, fired, strict=True)
     ]
     # What is added is read after the edits at its own place, which are hooked first.
-    kwargs = with_position_ids(inputs, model)
+    kwargs = with_own_caches(with_position_ids(inputs, model))
     with hooked([*hooks, *gathering], model) as recomputation:
-        output = model(*inputs.args, **kwargs, **options)
+        output = model(*inputs.args, **kwargs, **with_own_caches(options))
         output = recomputation.until_freed(output)
     wrong = [
         f"{edit.bound.name!r} ({edit.bound.site.path or type(model).__name__}) was applied {record.times} times"
