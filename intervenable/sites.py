@@ -375,20 +375,24 @@ class BoundSite:
         bias = getattr(module, "bias", None)
         output = index.read(stream)
         scaled = output - bias if isinstance(bias, Tensor) else output
-        return index.add(stream, (scaled.float() * (old.float() / new.float() - 1)).to(output.dtype))
+        return index.add(stream, (_wide(scaled) * (old / _wide(new) - 1)).to(output.dtype))
 
 
 def norm_scale(module: nn.Module, stream: Tensor) -> Tensor:
     """What a norm divides by: the root of the variance (LayerNorm) or mean square (RMSNorm), plus epsilon.
 
-    Shape: `[b, s, D]` to `[b, s, 1]`, in float32.
+    Shape: `[b, s, D]` to `[b, s, 1]`, in float32 (float64 for a float64 model).
     """
-    values = stream.float()
+    values = _wide(stream)
     if isinstance(module, nn.LayerNorm):
         values = values - values.mean(-1, keepdim=True)
     epsilons = [getattr(module, name, None) for name in ("eps", "variance_epsilon")]
     epsilon = next((value for value in epsilons if isinstance(value, float)), 0.0)
     return (values.pow(2).mean(-1, keepdim=True) + epsilon).sqrt()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _on(tensor: Tensor | None, device: torch.device) -> Any:
