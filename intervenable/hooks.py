@@ -24,6 +24,10 @@ from intervenable.sites import Passage
 from model_maps import Side
 
 
+RECORDS = "transformers.utils.output_capturing"
+"""Where the hooks come from by which transformers records hidden states."""
+
+
 class Hook(NamedTuple):
     """Something to do at each passage through one side of a module."""
 
@@ -72,7 +76,20 @@ def _register(hook: Hook, gate: Gate) -> RemovableHandle:
 
     if hook.side == "input":
         return hook.module.register_forward_pre_hook(before, with_kwargs=True)
-    return hook.module.register_forward_hook(after, with_kwargs=True)
+    handle = hook.module.register_forward_hook(after, with_kwargs=True)
+    _put_recorders_last(hook.module)
+    return handle
+
+
+def _put_recorders_last(module: nn.Module) -> None:
+    """Let transformers record what our hooks make of an output.
+
+    From the first call that asks for hidden states on, it leaves its hooks on the model.
+    """
+    hooks: Any = module._forward_hooks  # ordered, which torch's annotation does not say
+    recording = [key for key, hook in hooks.items() if hook.__module__ == RECORDS]
+    for key in recording:
+        hooks.move_to_end(key)
 
 
 @contextmanager
