@@ -146,7 +146,11 @@ __all__ = [
 if _TYPE_CHECKING:
     from intervenable import plots as plots
 
-_RENAMED = {"IntervenableRepresentationConfig": "RepresentationConfig", "GET_LOC": "get_loc"}
+_RENAMED = {
+    "GET_LOC": "get_loc",
+    "IntervenableRepresentationConfig": "RepresentationConfig",
+    "build_intervenable_model": "IntervenableModel",
+}
 
 
 def __getattr__(name: str) -> _Any:
