@@ -23,7 +23,6 @@ from torch.utils.hooks import RemovableHandle
 from intervenable.sites import Passage
 from model_maps import Side
 
-
 RECORDS = "transformers.utils.output_capturing"
 """Where the hooks come from by which transformers records hidden states."""
 
