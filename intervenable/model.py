@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Self, TextIO
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from intervenable.binding import bind
 from intervenable.config import config_from
+from intervenable.errors import IntervenableWarning
 from intervenable.locations import RelativeTo, Units
 from intervenable.output import IntervenableOutput
 from intervenable.plan import Plan, make_plan
@@ -30,6 +32,7 @@ class IntervenableModel(nn.Module):
         config: An `IntervenableConfig`, or what one can be made of. It is read now, and not again.
         model: Any model whose class has a map, or any `nn.Module` if all components are module paths.
         tokenizer: Used to show tokens in receipts and explanations.
+        use_fast: Accepted for pyvene's sake, with a warning: every path is fast.
 
     Raises:
         ConfigError: the configuration does not fit this model.
@@ -45,8 +48,21 @@ class IntervenableModel(nn.Module):
         ('layer_0.block_output.pos',)
     """
 
-    def __init__(self, config: object, model: nn.Module, tokenizer: Decodes | None = None) -> None:
+    def __init__(
+        self,
+        config: object,
+        model: nn.Module,
+        tokenizer: Decodes | None = None,
+        *,
+        use_fast: bool | None = None,
+    ) -> None:
         super().__init__()
+        if use_fast is not None:
+            warnings.warn(
+                "IntervenableModel: 'use_fast' has no effect: every path is fast here, with locations of any shape.",
+                IntervenableWarning,
+                stacklevel=2,
+            )
         # In __dict__, so that torch does not take the model for a part of this module.
         self.__dict__["_model"] = model
         self.config = config_from(config)
