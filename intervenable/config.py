@@ -97,7 +97,7 @@ def _user_level() -> int:
 class _Declared(BaseModel):
     """Fields by position, old names, faults reported all at once, and errors of our own."""
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", defer_build=True)
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ()
     RENAMED: ClassVar[Mapping[str, str]] = {}
@@ -399,7 +399,7 @@ def _listed(value: object) -> list[object]:
     if not isinstance(value, (list, tuple)):
         raise ConfigError(
             "representations are RepresentationConfigs, dicts or positional lists, one or a list of them,"
-            f" not {value!r}."
+            f" not of type {type(value).__name__}."
         )
     if value and not isinstance(value[0], (RepresentationConfig, Mapping, list, tuple)):
         return [value]  # the fields of one, by position

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import interventions
 from intervenable.errors import ConfigError, NotAvailableError, UnknownNameError, unknown_name
 from interventions import Intervention
+from interventions.signatures import pattern_of_function
 from interventions.subspaces import parse_partition, partition_to_config
 from model_maps import COMPONENTS
 
@@ -169,7 +170,13 @@ def _intervention_from(value: object) -> object:
         raise ConfigError(
             f"The class {value.__name__} was given where an instance is meant; classes go into `intervention_type`."
         )
-    if value is None or callable(value):
+    if value is None or isinstance(value, Intervention):
+        return value
+    if callable(value):
+        try:
+            pattern_of_function(value)
+        except interventions.InterventionError as error:
+            raise ConfigError(str(error)) from error
         return value
     raise ConfigError(
         f"{value!r} is neither an intervention nor a function of (base), (base, source) or"

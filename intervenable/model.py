@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from intervenable.binding import bind
 from intervenable.config import config_from
-from intervenable.errors import IntervenableWarning
+from intervenable.errors import ConfigError, IntervenableWarning
 from intervenable.locations import RelativeTo, Units
 from intervenable.output import IntervenableOutput
 from intervenable.plan import Plan, make_plan
@@ -62,6 +62,11 @@ class IntervenableModel(nn.Module):
                 "IntervenableModel: 'use_fast' has no effect: every path is fast here, with locations of any shape.",
                 IntervenableWarning,
                 stacklevel=2,
+            )
+        if not isinstance(model, nn.Module):
+            raise ConfigError(
+                f"model is a {type(model).__name__}, not a torch module. Give the configuration and the model itself:"
+                " IntervenableModel(config, model)."
             )
         # In __dict__, so that torch does not take the model for a part of this module.
         self.__dict__["_model"] = model

@@ -31,6 +31,8 @@ from intervenable.locations import (
     read_locations,
 )
 from interventions import SubspacePerPosition
+from interventions.fixed import CoordinatewiseIntervention
+from interventions.subspaces import select
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def make_plan(
                 " to skip the intervention, put None in its locations."
             )
         with _named(entry):
-            entry.intervention.check_subspaces(ids, base_inputs.batch)
+            _check_subspaces(entry, ids, base_inputs.batch)
         _check_units(entry, slot, base_inputs)
         if feed is not None:
             if isinstance(source_slot, Skipped):
@@ -190,9 +192,11 @@ def _sources_by_group(
         )
     for group, source in enumerate(listed):
         if source is not None and not any(entry.group == group for entry in takers):
+            why = "takes no source"
+            if any(entry.group == group and entry.intervention.accepts_source for entry in bound):
+                why = "has a constant source already"
             raise SourceError(
-                f"Source {group} would not be used: {_members(bound, group)} takes no source run."
-                " Put None in its place."
+                f"Source {group} would not be used: {_members(bound, group)} {why}. Put None in its place."
             )
     return listed
 
@@ -218,6 +222,10 @@ def _constants(bound: Sequence[BoundRepresentation], given: object) -> dict[int,
         return constants
     if isinstance(given, Tensor):
         chosen: dict[int, Any] = {entry.index: given for entry in bound if entry.intervention.accepts_source}
+        if not chosen:
+            raise SourceError(
+                "source_representations would not be used: no intervention here takes a source. Leave it out."
+            )
     elif isinstance(given, Mapping):
         names = {entry.name: entry.index for entry in bound}
         unknown = [name for name in given if name not in names]
@@ -279,10 +287,9 @@ def _check_units(entry: BoundRepresentation, slot: Slot, base: RunInputs) -> Non
         return
     expected = entry.config.max_number_of_units
     level = "heads" if entry.site.by_heads else "positions"
-    if isinstance(slot, Units):
-        counts = {count[0] for count in slot.counts}
-    else:
-        counts = {entry.site.heads or base.length}
+    counts = (
+        {count[0] for count in slot.counts} if isinstance(slot, Units) else {entry.site.heads or base.length}
+    )
     if counts != {expected}:
         raise LocationError(
             f"{entry.name!r} ({type(entry.intervention).__name__}) sees the {level} of an example as one vector and"
@@ -382,6 +389,20 @@ def _subspaces(bound: Sequence[BoundRepresentation], given: Any) -> list[Any]:
                 f" [[...], ...]. One flat list of ids, without more, is for all interventions."
             )
     return list(value)
+
+
+def _check_subspaces(entry: BoundRepresentation, ids: Any, batch: int) -> None:
+    """What the intervention has to say, and for one of any width what the width here has."""
+    intervention, width = entry.intervention, entry.site.width
+    intervention.check_subspaces(ids, batch)
+    if (
+        ids is not None
+        and width is not None
+        and intervention.subspace_size is None
+        and intervention.sees == "per_unit"
+        and isinstance(intervention, CoordinatewiseIntervention)
+    ):
+        select(ids, size=width, partition=intervention.subspace_partition, batch=batch)
 
 
 # --- errors of interventions, named -----------------------------------------------------------------------

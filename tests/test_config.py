@@ -445,7 +445,7 @@ def test_a_model_without_a_map_is_one_fault_however_many_representations_there_a
         ),
         (
             lambda: iv.IntervenableConfig(5),
-            "representations are RepresentationConfigs, dicts or positional lists, one or a list of them, not 5.",
+            "representations are RepresentationConfigs, dicts or positional lists, one or a list of them, not of type int.",
         ),
         (
             lambda: iv.IntervenableConfig([iv.RepresentationConfig(0), 5]),
@@ -565,7 +565,7 @@ def test_add_intervention_extends_lists_that_have_one_entry_each():
         ([{"layer": 1, "name": "first"}], "Names must be unique, and 'first' is given more than once."),
         (
             5,
-            "representations are RepresentationConfigs, dicts or positional lists, one or a list of them, not 5.",
+            "representations are RepresentationConfigs, dicts or positional lists, one or a list of them, not of type int.",
         ),
     ],
 )

@@ -324,8 +324,8 @@ def test_no_locations_of_heads_are_all_heads(gpt2):
         (
             {"base": [[0], [2]]},
             "The base locations [[0], [2]] are lists in a list, which could mean interventions, examples or"
-            " positions. Write positions for all as a flat list, or the full form [interventions][examples][positions]:"
-            " [[[0], [2]]] if these are the examples of one intervention.",
+            " positions. Write positions for all as a flat list, or the full form [interventions][examples]"
+            "[positions]: [[[0], [2]]] if these are the examples of one intervention.",
         ),
         (
             {"base": 1.0},
