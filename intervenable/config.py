@@ -97,7 +97,7 @@ def _user_level() -> int:
 class _Declared(BaseModel):
     """Fields by position, old names, faults reported all at once, and errors of our own."""
 
-    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid", defer_build=True)
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ()
     RENAMED: ClassVar[Mapping[str, str]] = {}
