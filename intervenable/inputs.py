@@ -5,18 +5,21 @@ from __future__ import annotations
 import copy
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from intervenable.errors import InputError
+from intervenable.errors import InputError, NotAvailableError
 
 TOKENS = ("input_ids", "inputs_embeds")
+PER_TOKEN = (*TOKENS, "attention_mask", "position_ids", "token_type_ids")
+"""Inputs that say something of each token."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,8 @@ def read_inputs(given: object, model: nn.Module, name: str) -> RunInputs:
     main = _main_input(args, kwargs, signature, model, name)
     time_first = isinstance(model, nn.RNNBase) and not model.batch_first and main.dim() == 3
     batch, length = _batch_and_length(main, time_first, name)
-    mask = kwargs.get("attention_mask")
+    named = {**dict(zip(signature.parameters, args, strict=False)), **kwargs}
+    mask = named.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         if mask.shape != (batch, length):
             raise InputError(
@@ -158,7 +162,7 @@ def read_inputs(given: object, model: nn.Module, name: str) -> RunInputs:
             )
     else:
         mask = None
-    ids = kwargs.get("input_ids")
+    ids = named.get("input_ids")
     if ids is None and args and not args[0].is_floating_point() and args[0].dim() == 2:
         ids = args[0]
     return RunInputs(args, kwargs, given, batch, length, mask, ids, time_first)
@@ -172,10 +176,15 @@ def _check_names(
     name: str,
 ) -> None:
     for key, value in kwargs.items():
-        if key in TOKENS and not isinstance(value, Tensor):
+        if key in PER_TOKEN and value is not None and not isinstance(value, Tensor):
             raise InputError(
                 f"{key} of {name} is a {type(value).__name__}, not a tensor: tokenize with return_tensors='pt'."
             )
+        if key == "input_ids" and value is not None and value.is_floating_point():
+            raise InputError(
+                f"input_ids of {name} are {value.dtype}; ids are whole numbers. Vectors go in as inputs_embeds."
+            )
+    _check_spelling(kwargs, signature, model, name)
     fault = _misfit(signature, len(args), tuple(kwargs))
     if fault is not None:
         parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -183,6 +192,47 @@ def _check_names(
         raise InputError(
             f"{name} does not fit {type(model).__name__}, which takes: {taken}. ({fault.capitalize()}.)"
         )
+
+
+def check_options(options: Mapping[str, Any], base: RunInputs, model: nn.Module) -> None:
+    """That what is given to the model beside the base is what it takes, and is not in the base already.
+
+    Raises:
+        InputError: if it is not.
+        NotAvailableError: pyvene's `intervention_additional_kwargs`, which models of transformers would swallow.
+    """
+    if "intervention_additional_kwargs" in options:
+        raise NotAvailableError(
+            "intervention_additional_kwargs is not available. Give an intervention what it needs when it is made, or"
+            " set it as an attribute of model.interventions[name] before the call."
+        )
+    signature = forward_signature(model)
+    named = [*list(signature.parameters)[: len(base.args)], *base.kwargs]
+    twice = [key for key in options if key in named]
+    if twice:
+        raise InputError(f"{', '.join(twice)} was given in the base and beside it; give one of the two.")
+    _check_spelling(options, signature, model, "the call")
+    fault = _misfit(signature, len(base.args), (*base.kwargs, *options))
+    if fault is not None:
+        raise InputError(
+            f"{type(model).__name__} does not take what was given beside the base, {', '.join(options)}."
+            f" ({fault.capitalize()}.)"
+        )
+
+
+def _check_spelling(given: Iterable[str], signature: inspect.Signature, model: nn.Module, where: str) -> None:
+    """That no name is a slip of one the model has: those that take any keyword would not look at it."""
+    for key in given:
+        near = None if key in signature.parameters else _nearly(key, tuple(signature.parameters))
+        if near is not None:
+            raise InputError(
+                f"{where} has {key!r}, which {type(model).__name__} does not take. Did you mean {near!r}?"
+            )
+
+
+@lru_cache(maxsize=256)
+def _nearly(key: str, names: tuple[str, ...]) -> str | None:
+    return next(iter(get_close_matches(key, names, n=1, cutoff=0.85)), None)
 
 
 @lru_cache(maxsize=256)
@@ -213,6 +263,11 @@ def _main_input(
 
 
 def _batch_and_length(main: Tensor, time_first: bool, name: str) -> tuple[int, int]:
+    if 0 in main.shape:
+        raise InputError(
+            f"The input of {name} has shape {tuple(main.shape)}: there is nothing in it to run. Give at least one"
+            " example of at least one position."
+        )
     if main.is_floating_point() and main.dim() == 2:  # [batch, features]: one position
         return main.shape[0], 1
     if main.dim() < 2:

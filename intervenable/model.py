@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from intervenable.binding import bind
 from intervenable.config import config_from
 from intervenable.errors import ConfigError, IntervenableWarning
+from intervenable.inputs import check_options
 from intervenable.locations import RelativeTo, Units
 from intervenable.output import IntervenableOutput
 from intervenable.plan import Plan, make_plan
@@ -133,6 +134,8 @@ class IntervenableModel(nn.Module):
             NotFiredError: an intervention was not applied exactly once.
         """
         plan = self._plan(base, sources, unit_locations, source_representations, subspaces, relative_to)
+        if model_options:
+            check_options(model_options, plan.base, self.model)
         captured: dict[int, Tensor] = {}
         for run in plan.source_runs:
             captured |= run_source(self.model, run.inputs, run.captures)

@@ -24,6 +24,9 @@ from model_maps import COMPONENTS, is_head_component
 from tiny_models import LAYERS, tiny, tiny_inputs
 
 POSITIONAL = (0, "block_output", "pos", 1)
+NO_FORM = (
+    "representations are RepresentationConfigs, dicts or positional lists, one or a list of them, not of type int."
+)
 
 
 def doubled(base):
@@ -445,7 +448,7 @@ def test_a_model_without_a_map_is_one_fault_however_many_representations_there_a
         ),
         (
             lambda: iv.IntervenableConfig(5),
-            "representations are RepresentationConfigs, dicts or positional lists, one or a list of them, not of type int.",
+            NO_FORM,
         ),
         (
             lambda: iv.IntervenableConfig([iv.RepresentationConfig(0), 5]),
@@ -565,7 +568,7 @@ def test_add_intervention_extends_lists_that_have_one_entry_each():
         ([{"layer": 1, "name": "first"}], "Names must be unique, and 'first' is given more than once."),
         (
             5,
-            "representations are RepresentationConfigs, dicts or positional lists, one or a list of them, not of type int.",
+            NO_FORM,
         ),
     ],
 )
