@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Any, Literal
 
 import torch
@@ -482,8 +483,10 @@ def module_at(model: nn.Module, path: str, component: str) -> nn.Module:
             name = str(len(module) + int(name))
         if name not in children:
             at = ".".join(done) or type(model).__name__
+            near = get_close_matches(name, children, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near and not name.isdigit() else ""
             raise UnsupportedModelError(
-                f"{component!r} names no module: {at} has no part {name!r}."
+                f"{component!r} names no module: {at} has no part {name!r}.{hint}"
                 f"\nIt has: {', '.join(children) or 'no parts'}."
             )
         module = children[name]
