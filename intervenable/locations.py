@@ -224,6 +224,10 @@ def _sides(unit_locations: object) -> tuple[Any, Any]:
 
 def _plain(value: Any) -> Any:
     """Tensors, arrays and ranges as lists of ints; masks and everything else as they are."""
+    if value is None or type(value) is int:  # nearly all there is, on every call
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
     if _is_mask(value):
         return value
     if isinstance(value, (Tensor, np.ndarray)):
@@ -232,18 +236,14 @@ def _plain(value: Any) -> Any:
         return int(value)
     if isinstance(value, range):
         return list(value)
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
     return value
 
 
 def _depth(value: Any) -> int:
     """How many lists are nested in each other; None does not count, and a mask is as deep as all examples are."""
-    if _is_mask(value):
-        return 2
-    if not isinstance(value, list):
-        return 0
-    return 1 + max((_depth(item) for item in value if item is not None), default=0)
+    if isinstance(value, list):
+        return 1 + max((_depth(item) for item in value if item is not None), default=0)
+    return 2 if _is_mask(value) else 0
 
 
 def _spread(side: Any, subjects: Sequence[Subject], name: str) -> list[Any]:
