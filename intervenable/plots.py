@@ -96,7 +96,7 @@ def heat_map(
         show_values: Whether to write the values into the cells; by default in matrices of up to 80 cells.
 
     Raises:
-        InputError: values that are no matrix, labels of another number, or limits that cannot be.
+        InputError: values that are no matrix, labels of another number, limits that cannot be, or marks outside.
 
     Example:
         >>> figure = heat_map(torch.rand(6, 3), column_labels=["The", "capital", "is"], value_label="probability")
@@ -118,6 +118,8 @@ def heat_map(
     _label_rows(axes, row_names, row_axis, _cell_height(rows))
     _label_columns(axes, column_names, column_axis, slanted, _cell_width(columns))
     for row, column in marks:
+        if not (-rows <= row < rows and -columns <= column < columns):
+            raise InputError(f"The mark {(row, column)} is outside of the {rows} rows and {columns} columns.")
         _frame(axes, row % rows, column % columns)
     if show_values if show_values is not None else rows * columns <= 80:
         _write_values(axes, matrix, scale)
@@ -195,6 +197,7 @@ def head_maps(
 
 def _checked(values: Tensor, axes: tuple[str, ...]) -> Tensor:
     matrix = torch.as_tensor(values).detach().float().cpu()
+    matrix = matrix.masked_fill(~matrix.isfinite(), torch.nan)
     if matrix.dim() != len(axes) or 0 in matrix.shape:
         raise InputError(
             f"The values have shape {tuple(matrix.shape)}; give [{', '.join(axes)}], none of them 0."
@@ -217,7 +220,7 @@ class _Scale:
             raise InputError(f"palette={palette!r} is unknown. Allowed: auto, {', '.join(sorted(COLOURS))}.")
         if limits is not None and not limits[0] < limits[1]:
             raise InputError(f"limits={limits!r}: the first must be less than the second.")
-        finite = values[values.isfinite()]
+        finite = values[~values.isnan()]
         low = finite.min().item() if finite.numel() else 0.0
         high = finite.max().item() if finite.numel() else 0.0
         diverging = palette == "diverging" or (palette == "auto" and min((low, *(limits or ()))) < 0)
@@ -288,9 +291,8 @@ def _evenly(count: int, most: int) -> int:
 
 def _draw(axes: Axes, matrix: Tensor, scale: _Scale, cell: float) -> None:
     rows, columns = matrix.shape
-    shown = matrix.masked_fill(~matrix.isfinite(), float("nan"))
     gap = min(1.0, 4 * cell)
-    axes.pcolormesh(shown.numpy(), cmap=scale.colours, norm=scale.norm, edgecolors="white", linewidth=gap)
+    axes.pcolormesh(matrix.numpy(), cmap=scale.colours, norm=scale.norm, edgecolors="white", linewidth=gap)
     axes.set_facecolor(MISSING)
     axes.set(xlim=(0, columns), ylim=(0, rows))
     for spine in axes.spines.values():
