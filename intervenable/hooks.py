@@ -5,16 +5,18 @@ registered them alone, so that several threads can run different interventions o
 
 One exception, with gradient checkpointing: backward then runs parts of the model a second time, which has to meet
 the same edits. Hooks inside checkpointed layers stay until that cannot happen any more (the graph is freed by
-backward, or goes with the output), and act for nothing but that second run.
+backward, or goes with the output), and act for nothing but that second run. Where a second run could not be exact
+(source runs, which stop early, and reentrant checkpointing), layers with hooks in them are not checkpointed.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import get_ident
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -92,24 +94,26 @@ def _put_recorders_last(module: nn.Module) -> None:
 
 
 @contextmanager
-def hooked(hooks: Sequence[Hook], model: nn.Module | None = None) -> Iterator[Recomputation]:
+def hooked(hooks: Sequence[Hook], model: nn.Module, *, recomputed: bool = False) -> Iterator[Recomputation]:
     """Run the block with these hooks, which act in this order where several are at one place.
 
     Args:
         hooks: What to do where.
-        model: The model that is run, if backward may run through it; None if nothing will be recomputed.
+        model: The model that is run.
+        recomputed: Whether the hooks stay for the second run of checkpointed layers. Otherwise the layers they are
+            in are not checkpointed, as a run that ends in the middle of a layer cannot be.
     """
     gate = Gate()
-    recomputation = Recomputation(gate)
+    recomputation = Recomputation()
     layers = _checkpointed_layers(hooks, model)
+    again = {layer: recomputed and not _reentrant(layer) for layer in layers.values()}
     passing: list[RemovableHandle] = []
     try:
-        for layer in dict.fromkeys(layers.values()):
-            recomputation.watch(layer)
         for hook in hooks:
-            handles = recomputation.handles if hook.module in layers else passing
-            handles.append(_register(hook, gate))
-        yield recomputation
+            stays = hook.module in layers and again[layers[hook.module]]
+            (recomputation.handles if stays else passing).append(_register(hook, gate))
+        with _watched(again, gate):
+            yield recomputation
     except BaseException:
         recomputation.remove()
         raise
@@ -124,9 +128,9 @@ def hooked(hooks: Sequence[Hook], model: nn.Module | None = None) -> Iterator[Re
 # --- gradient checkpointing -------------------------------------------------------------------------------
 
 
-def _checkpointed_layers(hooks: Sequence[Hook], model: nn.Module | None) -> dict[nn.Module, nn.Module]:
+def _checkpointed_layers(hooks: Sequence[Hook], model: nn.Module) -> dict[nn.Module, nn.Module]:
     """For each hooked module that backward will run again, the layer that is run again as a whole."""
-    if model is None or not model.training or not torch.is_grad_enabled():
+    if not model.training or not torch.is_grad_enabled():
         return {}
     wanted = {hook.module for hook in hooks}
     return {
@@ -143,44 +147,80 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1  # the only way to ask; there is no public one
 
 
-class Recomputation:
-    """Hooks inside checkpointed layers, and the second run for which they stay.
+_CHECKPOINT = "_gradient_checkpointing_func"
+"""Where transformers keeps, on each layer, the function that runs a layer so that backward can run it again."""
 
-    A layer that backward runs again is recognised by its inputs, which checkpointing keeps: the same memory, and the
-    very same keyword objects, as in the run that was hooked.
+
+def _reentrant(layer: nn.Module) -> bool:
+    """Whether a layer is checkpointed in the older way, which lets no gradient through to values from elsewhere."""
+    checkpoint: Any = getattr(layer, _CHECKPOINT)
+    settings = getattr(getattr(checkpoint, "checkpoint", checkpoint), "keywords", {})
+    return settings.get("use_reentrant") is not False
+
+
+class _Watch:
+    """Stands in for a layer's checkpointing function while runs of ours pass, and tells them from all others.
+
+    What a run of ours hands to the checkpoint opens that run's gate when backward calls it again, or is not
+    checkpointed; what any other run hands over is left alone.
     """
 
-    def __init__(self, gate: Gate) -> None:
+    lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self.checkpoint = checkpoint
+        self.runs: dict[Gate, bool] = {}
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        gate = next((gate for gate in tuple(self.runs) if gate.open()), None)
+        if gate is None:
+            return self.checkpoint(function, *args)
+        return self.checkpoint(_opening(gate, function), *args) if self.runs[gate] else function(*args)
+
+
+def _opening(gate: Gate, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that opens the gate for as long as it runs in backward."""
+
+    def opening(*args: Any) -> Any:
+        if not _in_backward():
+            return function(*args)
+        gate.enter()
+        try:
+            return function(*args)
+        finally:  # also when the checkpoint has seen enough, which it says by an exception
+            gate.leave()
+
+    return opening
+
+
+@contextmanager
+def _watched(layers: Mapping[nn.Module, bool], gate: Gate) -> Iterator[None]:
+    """While the block runs, checkpoint these layers so that backward opens the gate, or (False) not at all."""
+    watches: list[tuple[nn.Module, _Watch]] = []
+    with _Watch.lock:
+        for layer, again in layers.items():
+            checkpoint: Any = getattr(layer, _CHECKPOINT)
+            watch = checkpoint if isinstance(checkpoint, _Watch) else _Watch(checkpoint)
+            setattr(layer, _CHECKPOINT, watch)
+            watch.runs[gate] = again
+            watches.append((layer, watch))
+    try:
+        yield
+    finally:
+        with _Watch.lock:
+            for layer, watch in watches:
+                del watch.runs[gate]
+                if not watch.runs and getattr(layer, _CHECKPOINT) is watch:
+                    setattr(layer, _CHECKPOINT, watch.checkpoint)
+
+
+class Recomputation:
+    """Hooks inside checkpointed layers, which stay for the second run of these."""
+
+    def __init__(self) -> None:
         self.handles: list[RemovableHandle] = []
         self.waits = False
-        self._gate = gate
-        self._seen: dict[int, list[tuple[int, Mapping[str, Any]]]] = {}
         self._tokens = 0
-
-    def watch(self, layer: nn.Module) -> None:
-        """Note what goes into a checkpointed layer, and open the gate while the same goes in again in backward."""
-
-        def before(module: nn.Module, *rest: Any) -> None:
-            if len(rest) < 2 or not rest[0] or not isinstance(rest[0][0], Tensor):
-                return
-            pointer, kwargs = rest[0][0].data_ptr(), rest[1]
-            if self._gate.open():
-                self._seen.setdefault(id(module), []).append((pointer, dict(kwargs)))
-            elif _in_backward() and any(
-                pointer == seen
-                and kwargs.keys() == others.keys()
-                and all(kwargs[k] is others[k] for k in kwargs)
-                for seen, others in self._seen.get(id(module), ())
-            ):
-                self._gate.enter()
-
-        def after(*_: Any) -> None:
-            if _in_backward():
-                self._gate.leave()
-
-        self.handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-        # Recomputation stops as soon as it has what backward needs, by an exception.
-        self.handles.append(layer.register_forward_hook(after, always_call=True))
 
     def until_freed(self, output: Any) -> Any:
         """The same output, tied to the hooks: they stay until no backward can come from it any more."""
@@ -191,7 +231,10 @@ class Recomputation:
         for handle in self.handles:
             handle.remove()
         self.handles = []
-        self._seen = {}
+
+    def __del__(self) -> None:
+        # The graph holds this object. It goes with the graph, also after a backward that raised half-way.
+        self.remove()
 
     def _tied(self, tensor: Tensor) -> Tensor:
         if not tensor.requires_grad:
@@ -299,7 +342,7 @@ def _offloading_above(model: nn.Module, path: str) -> nn.Module | None:
     """The outermost module around a path that offloads its weights, if any does."""
     module = model
     for name in path.split("."):
-        hook = getattr(module, "_hf_hook", None)
+        hook = vars(module).get("_hf_hook")
         if any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ()))):
             return module
         module = getattr(module, name) if name else module

@@ -87,7 +87,7 @@ def run_source(model: nn.Module, inputs: RunInputs, captures: Sequence[Capture])
     added, gathering = _gather_added(sites, inputs)
     # Before any hook is there, since it may take runs of the model to tell.
     kwargs = with_own_caches(with_position_ids(inputs, model))
-    with stop, hooked([*gathering, *hooks, *stop.hooks]):
+    with stop, hooked([*gathering, *hooks, *stop.hooks], model):
         model(*inputs.args, **kwargs, **_without_cache(model, inputs))
     missing = [what.bound.name for what in captures if what.bound.index not in found]
     if missing:
@@ -160,9 +160,11 @@ def run_base(
     ]
     # What is added is read after the edits at its own place, which are hooked first.
     kwargs = with_own_caches(with_position_ids(inputs, model))
-    with hooked([*hooks, *gathering], model) as recomputation:
+    with hooked([*hooks, *gathering], model, recomputed=True) as recomputation:
         output = model(*inputs.args, **kwargs, **with_own_caches(options))
         output = recomputation.until_freed(output)
+        for record in fired:
+            record.collected = recomputation.until_freed(record.collected)
     wrong = [
         f"{edit.bound.name!r} ({edit.bound.site.path or type(model).__name__}) was applied {record.times} times"
         for edit, record in zip(plan.edits, fired, strict=True)
