@@ -65,6 +65,14 @@ class Units:
         return -1 if self.positions is None else max(map(max, self.positions))
 
     @cached_property
+    def span(self) -> slice | None:
+        """All positions as one slice, where they are neighbours in order and the same for every example."""
+        if self.positions is None or len(set(self.positions)) > 1:
+            return None
+        first, last = self.positions[0][0], self.positions[0][-1]
+        return slice(first, last + 1) if self.positions[0] == tuple(range(first, last + 1)) else None
+
+    @cached_property
     def position_index(self) -> Tensor | None:
         """`[batch, positions]`, shorter examples filled up with their last position."""
         return None if self.positions is None else torch.tensor(_filled(self.positions))

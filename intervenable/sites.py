@@ -119,8 +119,9 @@ class UnitIndex:
     """The largest position among the units; -1 if every position is meant."""
 
     def read(self, stream: Tensor) -> Tensor:
-        """The units."""
-        return stream[self.index]
+        """The units; a copy, unless every position is meant."""
+        units = stream[self.index]
+        return units.clone() if self.last_position >= 0 and isinstance(self.index[0], slice) else units
 
     def write(self, stream: Tensor, units: Tensor) -> Tensor:
         """A copy of the stream with other units in it."""
@@ -251,17 +252,20 @@ class BoundSite:
         located = units if isinstance(units, Units) else None
         real = None if located is None else _on(located.real, device)
         last = -1 if located is None else located.last_position
-        positions = None if located is None else _on(located.position_index, device)
         if not self.by_heads:
             columns = self._column_index(device)
-            if positions is None:
+            if located is None:
                 return UnitIndex((slice(None), slice(None), columns))
+            if located.span is not None and isinstance(columns, slice):
+                return UnitIndex((slice(None), located.span, columns), None, None, last)
+            positions = _on(located.position_index, device)
             rows = torch.arange(len(positions), device=device)[:, None]
             if isinstance(columns, slice):
                 return UnitIndex((rows, positions, columns), real, None, last)
             return UnitIndex((rows[..., None], positions[..., None], columns), real, None, last)
         batch = inputs.batch if located is None else len(located)
         heads = None if located is None else _on(located.head_index, device)
+        positions = None if located is None else _on(located.position_index, device)
         if positions is None:
             positions = torch.arange(inputs.length, device=device)[None].expand(batch, -1)
         if real is not None and real.dim() == 2:  # unit `h`: all positions of each head
@@ -311,11 +315,11 @@ class BoundSite:
                 norm_scale(passage.module, self._as_stream(passage.take("input", None), inputs))
             )
         stream = self.stream(passage, inputs)
-        if stream.dim() != 3 and any(part != slice(None) for part in index.index if isinstance(part, slice)):
+        if stream.dim() != 3 and self.columns is not None:
             raise LocationError(
                 f"{self.label} has shape {tuple(stream.shape)}, which has no [batch, positions] axes."
             )
-        if stream.dim() != 3 and isinstance(index.index[0], Tensor):
+        if stream.dim() != 3 and index.last_position >= 0:
             raise LocationError(
                 f"{self.label} has shape {tuple(stream.shape)}, so that no position can be named in it: leave its"
                 " locations out to have it whole."
