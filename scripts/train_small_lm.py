@@ -36,7 +36,9 @@ WORDS = r"'s| ?\p{L}+| ?\d| ?[^\s\p{L}\d]|\s"
 ANSWER_WEIGHT = 10.0
 """How much more the loss of the answer counts than that of any other token."""
 
-BATCH_SIZES = {"facts": 32, "indirect objects": 32, "prices": 32}
+MUON_LEARNING_RATE, ADAMW_LEARNING_RATE = 5e-3, 3e-3
+
+BATCH_SIZES = {"facts": 48, "indirect objects": 48, "prices": 24}
 """Documents of each task in one training step."""
 
 DOCUMENTS = {
@@ -167,10 +169,16 @@ def held_out_accuracy(
     }
 
 
-def train(
-    tokenizer: PreTrainedTokenizerFast, *, seed: int, steps: int, learning_rate: float
-) -> LlamaForCausalLM:
-    """Train a fresh model with AdamW: linear warm-up, then a cosine down to a twentieth of that rate."""
+def train(tokenizer: PreTrainedTokenizerFast, *, seed: int, steps: int) -> LlamaForCausalLM:
+    """Train a fresh model, with Muon for the matrices of its blocks and AdamW for all else.
+
+    Both learning rates rise linearly for a twentieth of the steps, then fall to a twentieth on a cosine.
+    """
+
+    def share_of_peak(step: int) -> float:
+        rise = min(1.0, 20 * (step + 1) / steps)
+        return rise * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+
     torch.manual_seed(seed)
     model = build_model(tokenizer)
     streams = {
@@ -178,15 +186,13 @@ def train(
         "indirect objects": indirect_object_documents(seed),
         "prices": price_documents(seed),
     }
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
-    warm_up = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: (
-            min(1.0, (step + 1) / warm_up)
-            * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
-        ),
-    )
+    matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
+    others = [weight for weight in model.parameters() if not any(weight is matrix for matrix in matrices)]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=MUON_LEARNING_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=ADAMW_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05),
+    ]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(each, share_of_peak) for each in optimizers]
     started = time.monotonic()
     for step in range(1, steps + 1):
         model.train()
@@ -197,9 +203,9 @@ def train(
             loss.backward()
             losses[task] = loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
+        for worker in (*optimizers, *schedules):
+            worker.step()
+        model.zero_grad(set_to_none=True)
         if step % 100 == 0 or step == steps:
             scores = held_out_accuracy(model, tokenizer, 200)
             report = "  ".join(
@@ -280,7 +286,8 @@ def write_card(
             seed=options.seed,
             steps=options.steps,
             batches=", ".join(f"{size} {DOCUMENTS[task]}" for task, size in BATCH_SIZES.items()),
-            learning_rate=options.learning_rate,
+            muon_learning_rate=MUON_LEARNING_RATE,
+            adamw_learning_rate=ADAMW_LEARNING_RATE,
             answer_weight=ANSWER_WEIGHT,
         )
     )
@@ -292,8 +299,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1400)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).resolve().parents[1] / "intervenable/small_lm"
@@ -302,7 +308,7 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     tokenizer = build_tokenizer()
-    model = train(tokenizer, seed=options.seed, steps=options.steps, learning_rate=options.learning_rate)
+    model = train(tokenizer, seed=options.seed, steps=options.steps)
     tokenizer.save_pretrained(options.out)
     model.save_pretrained(options.out)
     write_card(model, tokenizer, options)
