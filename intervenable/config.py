@@ -211,9 +211,8 @@ class _Declared(BaseModel):
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         """What differs from the defaults."""
-        for name, field in type(self).model_fields.items():
-            value = getattr(self, name)
-            if not _same(value, field.get_default(call_default_factory=True)):
+        for name, value in self.__dict__.items():
+            if not _same(value, type(self).model_fields[name].get_default(call_default_factory=True)):
                 yield name, value
 
     def __eq__(self, other: object) -> bool:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import BeforeValidator, PlainSerializer, ValidationInfo, WithJsonSchema
-from torch import Tensor, nn
+from torch import Tensor
 
 import interventions
 from intervenable.errors import ConfigError, NotAvailableError, UnknownNameError, unknown_name
@@ -89,14 +89,9 @@ def _count(value: Any, info: ValidationInfo) -> int | None:
     return number
 
 
-_TAKEN_NAMES = frozenset(dir(nn.ModuleDict()))
-
-
 def _name_from(name: object) -> str | None:
     if name is not None and (not isinstance(name, str) or not name or "/" in name):
         raise ConfigError(f"name is {name!r}; it must be a text, not empty and without '/'.")
-    if name in _TAKEN_NAMES:
-        raise ConfigError(f"name {name!r} is also an attribute of torch's modules; choose another.")
     return name
 
 

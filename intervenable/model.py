@@ -77,7 +77,7 @@ class IntervenableModel(nn.Module):
         self._kept = nn.ModuleDict()
         for entry in self._bound:
             if entry.intervention not in self._kept.values():
-                self._kept[entry.name.replace(".", "/")] = entry.intervention
+                self._kept[_key(entry.name)] = entry.intervention
 
     @property
     def model(self) -> nn.Module:
@@ -184,6 +184,15 @@ class IntervenableModel(nn.Module):
     def extra_repr(self) -> str:
         """Name the wrapped model, which is no submodule."""
         return f"model={type(self.model).__name__}"
+
+
+_TAKEN = frozenset(dir(nn.ModuleDict()))
+
+
+def _key(name: str) -> str:
+    """A name as a key of a `ModuleDict`, which takes no dots and none of its own attributes. Names have no slash."""
+    key = name.replace(".", "/")
+    return f"{key}/" if key in _TAKEN else key
 
 
 def _readings(plan: Plan, fired: list[Fired]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

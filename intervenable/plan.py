@@ -183,6 +183,8 @@ def _sources_by_group(
     takers = [entry for entry in bound if _takes_a_run(entry, constants)]
     if len(listed) == 1 and groups != 1:
         fed = {entry.group for entry in takers}
+        if listed[0] is not None and not fed:
+            raise SourceError("Source 0 would not be used: no intervention here takes one. Leave it out.")
         return [listed[0] if group in fed else None for group in range(groups)]
     if len(listed) != groups:
         raise SourceError(

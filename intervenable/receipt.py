@@ -183,7 +183,8 @@ def _touches(units: Units | Whole, inputs: RunInputs, tokenizer: Decodes | None)
     for example in range(examples):
         heads = units.heads[example] if isinstance(units, Units) and units.heads else None
         text = units_text(heads, token_positions(units, inputs, example))
-        tokens = tokens_at(units, inputs, example, tokenizer) if isinstance(units, Units) else None
+        named = isinstance(units, Units) and units.positions is not None
+        tokens = tokens_at(units, inputs, example, tokenizer) if named else None
         texts.append(f"{text} {tokens_text(tokens)}" if tokens else text)
     if len(set(texts)) == 1:
         return texts[0]

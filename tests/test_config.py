@@ -429,10 +429,6 @@ def test_a_model_without_a_map_is_one_fault_however_many_representations_there_a
             " IndexSet([3, 1]).",
         ),
         (
-            lambda: iv.RepresentationConfig(name="values"),
-            "name 'values' is also an attribute of torch's modules; choose another.",
-        ),
-        (
             lambda: iv.RepresentationConfig(group_key={}),
             "{} cannot be a key: give a text, a number or a tuple of them.",
         ),
