@@ -810,9 +810,15 @@ def test_principal_components_leave_the_rest_and_are_not_trained():
     assert not list(swap.parameters())
 
 
+class InFloat32(iv.Intervention):
+    def forward(self, base: Tensor, source: Tensor) -> Tensor:
+        return (base + source).float() / 2
+
+
 @pytest.mark.parametrize(
     "swap",
     [
+        InFloat32(),
         iv.SigmoidMaskIntervention(4),
         iv.PCARotatedSpaceIntervention(torch.eye(4)[:2]),
         iv.JumpReLUAutoencoderIntervention(4, 3),
@@ -822,10 +828,11 @@ def test_principal_components_leave_the_rest_and_are_not_trained():
 )
 def test_results_have_the_dtype_of_the_base(swap):
     base, source = BASE.to(torch.bfloat16), SOURCE.to(torch.bfloat16)
-    assert swap(base, source).dtype == torch.bfloat16
     entry = iv.RepresentationConfig(component=AT, intervention=swap)
     model = iv.IntervenableModel([entry], Line(4).to(torch.bfloat16))
-    assert model(base, [source], {"sources->base": 0}).intervened.dtype == torch.bfloat16
+    result = model(base, [source], {"sources->base": 0}).intervened
+    assert result.dtype == torch.bfloat16
+    assert not torch.equal(result, base)
 
 
 def test_a_rotation_is_one_plain_weight():
