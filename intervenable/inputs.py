@@ -342,10 +342,10 @@ def _needs_position_ids(model: nn.Module, inputs: RunInputs) -> bool:
     padded = torch.cat([padding, alone], dim=1)
     ones = inputs.attention_mask.new_ones(1, alone.shape[1])
     mask = torch.cat([ones.new_zeros(1, 2), ones], dim=1)
-    with _evaluating(model), torch.no_grad():
-        truth = _first_tensor(model(**{key: alone, "attention_mask": ones}))
-        bare = _first_tensor(model(**{key: padded, "attention_mask": mask}))
-        filled = _first_tensor(model(**{key: padded, "attention_mask": mask, "position_ids": _counted(mask)}))
+    with evaluating(model), torch.no_grad():
+        truth = first_tensor(model(**{key: alone, "attention_mask": ones}))
+        bare = first_tensor(model(**{key: padded, "attention_mask": mask}))
+        filled = first_tensor(model(**{key: padded, "attention_mask": mask, "position_ids": _counted(mask)}))
     if truth.dim() < 3:
         return True
     scale = truth.abs().max().clamp(min=1e-6)
@@ -360,7 +360,7 @@ def _needs_position_ids(model: nn.Module, inputs: RunInputs) -> bool:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Run the block with every module in evaluation mode, and each as it was before afterwards."""
     training = [module for module in model.modules() if module.training]
     try:
@@ -372,7 +372,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _first_tensor(output: Any) -> Tensor:
+def first_tensor(output: Any) -> Tensor:
     if isinstance(output, Tensor):
         return output
     values = output.values() if isinstance(output, Mapping) else output
