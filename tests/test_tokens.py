@@ -13,13 +13,7 @@ from tiny_models import HIDDEN, LANGUAGE_MODELS, VARIANTS, VOCABULARY, tiny, tin
 
 CASES = [(family, variant) for family in LANGUAGE_MODELS for variant in (None, *VARIANTS[family])]
 UNTIED = ("llama", "mistral", "gpt_neox", "phi3")
-SMALL = {
-    "vocab_size": 72,
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 20,
-}
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20}
 
 
 class Words:
