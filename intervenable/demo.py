@@ -257,11 +257,10 @@ def best_places(prompts: Prompts, values: Tensor) -> str:
     lines = []
     for position, run in groupby(range(len(where)), key=where.tolist().__getitem__):
         layers = list(run)
-        reached = best[layers]
-        lines.append(
-            f"  layers {layers[0]:>2} to {layers[-1]:>2}   at {words[position]!r:<16}"
-            f" {reached.min().item():.1%} to {reached.max().item():.1%}"
-        )
+        low, high = best[layers].min().item(), best[layers].max().item()
+        which = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
+        share = f"{high:.1%}" if len(layers) == 1 else f"{low:.1%} to {high:.1%}"
+        lines.append(f"  {which:<18} at {words[position]!r:<16} {share}")
     return "\n".join(lines)
 
 
