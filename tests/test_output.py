@@ -315,6 +315,38 @@ def test_the_exact_text_of_an_explanation(gpt2):
     )
 
 
+def test_the_main_story_on_the_small_language_model():
+    """One swap turns the answer, and explanation and receipt say where, with the tokens."""
+    tokenizer, language_model = iv.load_small_lm()
+    spain, italy = (
+        tokenizer(f"The capital of {name} is", return_tensors="pt") for name in ("Spain", "Italy")
+    )
+    model = iv.IntervenableModel(
+        iv.RepresentationConfig(4, "block_output", "pos", 1), language_model, tokenizer=tokenizer
+    )
+    call = (spain, [italy], {"sources->base": ([[[4]]], [[[4]]])})
+    file = io.StringIO()
+    model.explain(*call, file=file)
+    assert file.getvalue() == (
+        "name                      intervention         layer  component     module                 unit"
+        "  touches            fed by\n"
+        "------------------------  -------------------  -----  ------------  ---------------------  ----"
+        "  -----------------  ---------------------------\n"
+        "layer_4.block_output.pos  VanillaIntervention  4      block_output  model.layers.4.output  pos "
+        "  positions 4 ' is'  source 0: positions 4 ' is'\n"
+    )
+    out = model(*call, output_original_output=True)
+    said = [
+        iv.top_vals(tokenizer, one.logits[0, -1].softmax(-1), 1, return_results=True)[0][0] for one in out
+    ]
+    assert said == ["_Madrid", "_Rome"]
+    (line,) = out.receipt
+    assert (line.positions, line.tokens, line.fired) == ((4,), (" is",), 1)
+    states = language_model.model(**spain).last_hidden_state[0, -1]
+    (top,) = iv.top_vals(tokenizer, iv.embed_to_distrib(language_model, states), 1, return_results=True)
+    assert top[0] == "_Madrid"
+
+
 def test_explain_finds_the_faults_that_a_call_would(gpt2, base):
     model = iv.IntervenableModel(iv.RepresentationConfig(0), gpt2)
     with pytest.raises(iv.SourceError) as of_explain:
