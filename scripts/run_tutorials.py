@@ -36,11 +36,17 @@ def run(path: Path, *, write: bool, timeout: float) -> None:
         resources={"metadata": {"path": str(path.parent)}},
         # Times of day in the metadata would make every run a change.
         record_timing=False,
+        # Or how often a cell flushes.
+        coalesce_streams=True,
     )
     client.execute()
     if write:
         # The version of the interpreter at hand says nothing about the notebook.
         notebook.metadata.get("language_info", {}).pop("version", None)
+        # Progress bars and where tqdm looks for them are no part of the story.
+        for cell in notebook.cells:
+            if "outputs" in cell:
+                cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         nbformat.write(notebook, path)
 
 

@@ -34,6 +34,12 @@ def test_outputs_are_stored_only_with_write(tmp_path):
     assert nbformat.read(path, as_version=4).cells[1].outputs[0].text == "4 model_maps\n"
 
 
+def test_what_goes_to_standard_error_is_not_stored(tmp_path):
+    path = notebook(tmp_path / "bar.ipynb", "import sys", "print('50 %', file=sys.stderr); print('done')")
+    assert run_tutorials("--write", path).returncode == 0
+    assert [output.text for output in nbformat.read(path, as_version=4).cells[1].outputs] == ["done\n"]
+
+
 def test_a_cell_that_raises_fails_the_run_and_is_shown(tmp_path):
     path = notebook(tmp_path / "bad.ipynb", "1 + 1", "raise ValueError('no such layer')")
     before = path.read_text()
