@@ -43,9 +43,16 @@ def load_small_lm() -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
         ' Madrid'
     """
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils import logging
 
     folder = Path(__file__).parent
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    model = LlamaForCausalLM.from_pretrained(folder, local_files_only=True)
+    shows_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # one for a few megabytes would be noise
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        model = LlamaForCausalLM.from_pretrained(folder, local_files_only=True)
+    finally:
+        if shows_bars:
+            logging.enable_progress_bar()
     model.train(False)
     return tokenizer, model
