@@ -47,12 +47,13 @@ def load_small_lm() -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
 
     folder = Path(__file__).parent
     shows_bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # one for a few megabytes would be noise
+    # A bar for a few megabytes would be noise.
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         model = LlamaForCausalLM.from_pretrained(folder, local_files_only=True)
     finally:
         if shows_bars:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     model.train(False)
     return tokenizer, model
