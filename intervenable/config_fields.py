@@ -95,6 +95,22 @@ def _name_from(name: object) -> str | None:
     return name
 
 
+def _model_type_from(value: object) -> object:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, type):
+        return value.__name__
+    raise ConfigError(f"model_type is {value!r}; it must be a model class or its name.")
+
+
+def _mode_from(value: object) -> str:
+    if value == "serial":
+        raise NotAvailableError("mode='serial' is not available yet. Allowed: 'parallel'.")
+    if value != "parallel":
+        raise UnknownNameError(unknown_name("mode", value, ["parallel"]))
+    return "parallel"
+
+
 def _key_from(key: Any) -> Any:
     """Any hashable value; lists, as JSON has them for tuples, become tuples."""
     if isinstance(key, list):
@@ -155,6 +171,27 @@ def type_json(value: type[Intervention]) -> str:
         return interventions.name_of(value)
     except interventions.UnknownInterventionError as error:
         raise UnknownNameError(str(error)) from error
+
+
+def types_from(value: object) -> object:
+    """One intervention class for all, or a list with one (or None) for each.
+
+    Raises:
+        ConfigError: None, or anything else that is no class.
+    """
+    if value is None:
+        raise ConfigError(
+            "intervention_types is None: give an intervention class, or leave it out for VanillaIntervention."
+        )
+    if isinstance(value, (list, tuple)):
+        return [type_from(item) for item in value]
+    return type_from(value)
+
+
+def _types_json(value: Any) -> object:
+    if isinstance(value, list):
+        return [None if item is None else type_json(item) for item in value]
+    return type_json(value)
 
 
 def _intervention_from(value: object) -> object:
@@ -288,6 +325,8 @@ Name = Annotated[
     BeforeValidator(_name_from),
     WithJsonSchema({"type": ["string", "null"], "pattern": "^[^/]+$"}),
 ]
+Mode = Annotated[str, BeforeValidator(_mode_from), WithJsonSchema({"type": "string", "enum": ["parallel"]})]
+ModelType = Annotated[str | None, BeforeValidator(_model_type_from)]
 Key = Annotated[
     Any,
     BeforeValidator(_key_from),
@@ -299,6 +338,18 @@ InterventionType = Annotated[
     BeforeValidator(type_from),
     in_json(type_json),
     _schema("name of a registered intervention class", "string", "null"),
+]
+InterventionTypes = Annotated[
+    Any,
+    BeforeValidator(types_from),
+    in_json(_types_json),
+    _schema(
+        "name of a registered class, or one each",
+        "string",
+        "array",
+        items={"type": ["string", "null"]},
+        default="VanillaIntervention",
+    ),
 ]
 InterventionObject = Annotated[
     Any,
