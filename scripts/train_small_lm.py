@@ -3,7 +3,9 @@
     python scripts/train_small_lm.py --seed 0 --out intervenable/small_lm
 
 The text comes from `intervenable.small_lm.tasks`. The model is an ordinary Llama with grouped-query
-attention whose widths all differ, with a word-level tokenizer whose words carry their leading space. The
+attention whose widths all differ, with a word-level tokenizer whose words carry their leading space.
+
+Training has two stages: the first teaches the tasks, the second teaches at which depth a fact is read. The
 script ends by measuring the held-out accuracy of each task and writing it, with everything else, into the
 model card.
 """
@@ -17,6 +19,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -39,7 +42,16 @@ ANSWER_WEIGHT = 10.0
 MUON_LEARNING_RATE, ADAMW_LEARNING_RATE = 5e-3, 3e-3
 
 BATCH_SIZES = {"facts": 48, "indirect objects": 48, "prices": 24}
-"""Documents of each task in one training step."""
+"""Documents of each task in one step of the first stage."""
+
+INTERCHANGE_LEARNING_RATE = 1e-3
+
+INTERCHANGE_LAYERS = 4
+"""The second stage keeps a fact at its subject until the output of this many blocks."""
+
+SWAPPED_FACTS = 48
+INTERCHANGE_BATCH_SIZES = {"facts": 16, "indirect objects": 24, "prices": 8}
+"""Swapped facts, and documents of each task, in one step of the second stage."""
 
 DOCUMENTS = {
     "facts": "texts of one to three facts",
@@ -136,6 +148,38 @@ def loss_of(model: LlamaForCausalLM, ids: Tensor, weights: Tensor) -> Tensor:
     return (losses * weights).sum() / weights.sum()
 
 
+@contextmanager
+def rolled_output(block: torch.nn.Module, position: int) -> Iterator[None]:
+    """While open, each row of a batch has the next row's output of `block` at `position`."""
+
+    def roll(_module: torch.nn.Module, _args: object, output: Tensor) -> Tensor:
+        result = output.clone()
+        result[:, position] = output[:, position].roll(-1, dims=0)
+        return result
+
+    handle = block.register_forward_hook(roll)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def interchange_loss(model: LlamaForCausalLM, ids: Tensor, layer: int) -> Tensor:
+    """How far the model is from answering each fact with the next row's answer, given the next row's subject.
+
+    The rows of `ids` are facts of one phrasing without padding, `[batch, position]`, that end with the
+    answer. Only the output of the block at `layer`, at the subject's position, comes from the next row: the
+    loss is low if all that the model knows of the subject is still there, and nothing of it elsewhere.
+
+    Geiger et al. (2022), "Inducing Causal Structure for Interpretable Neural Networks",
+    https://arxiv.org/abs/2112.00826.
+    """
+    subject = int((ids != ids[0]).any(0).nonzero()[0])  # the first token in which the rows differ
+    with rolled_output(model.model.layers[layer], subject):
+        logits = model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=1).logits
+    return torch.nn.functional.cross_entropy(logits[:, -1], ids[:, -1].roll(-1))
+
+
 @torch.inference_mode()
 def accuracy(
     model: LlamaForCausalLM,
@@ -169,30 +213,47 @@ def held_out_accuracy(
     }
 
 
-def train(tokenizer: PreTrainedTokenizerFast, *, seed: int, steps: int) -> LlamaForCausalLM:
-    """Train a fresh model, with Muon for the matrices of its blocks and AdamW for all else.
-
-    Both learning rates rise linearly for a twentieth of the steps, then fall to a twentieth on a cosine.
-    """
+def schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """A learning rate that rises linearly for a twentieth of the steps, then falls to a twentieth on a cosine."""
 
     def share_of_peak(step: int) -> float:
         rise = min(1.0, 20 * (step + 1) / steps)
         return rise * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
 
-    torch.manual_seed(seed)
-    model = build_model(tokenizer)
-    streams = {
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
+
+
+def document_streams(seed: int) -> dict[str, Iterator[list[Prompt]]]:
+    return {
         "facts": fact_documents(seed),
         "indirect objects": indirect_object_documents(seed),
         "prices": price_documents(seed),
     }
+
+
+def train(
+    tokenizer: PreTrainedTokenizerFast, *, seed: int, steps: int, interchange_steps: int
+) -> LlamaForCausalLM:
+    """A fresh model, trained in both stages."""
+    torch.manual_seed(seed)
+    model = build_model(tokenizer)
+    train_tasks(model, tokenizer, seed=seed, steps=steps)
+    train_interchange(model, tokenizer, seed=seed, steps=interchange_steps)
+    return model.eval()
+
+
+def train_tasks(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, seed: int, steps: int
+) -> None:
+    """First stage: learn the tasks, with Muon for the matrices of the blocks and AdamW for all else."""
+    streams = document_streams(seed)
     matrices = [weight for weight in model.model.layers.parameters() if weight.ndim == 2]
     others = [weight for weight in model.parameters() if not any(weight is matrix for matrix in matrices)]
     optimizers = [
         torch.optim.Muon(matrices, lr=MUON_LEARNING_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=ADAMW_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05),
     ]
-    schedules = [torch.optim.lr_scheduler.LambdaLR(each, share_of_peak) for each in optimizers]
+    schedules = [schedule(each, steps) for each in optimizers]
     started = time.monotonic()
     for step in range(1, steps + 1):
         model.train()
@@ -212,7 +273,47 @@ def train(tokenizer: PreTrainedTokenizerFast, *, seed: int, steps: int) -> Llama
                 f"{task} loss {losses[task]:.3f} held-out {scores[task]:.3f}" for task in losses
             )
             print(f"step {step}/{steps}  {time.monotonic() - started:.0f} s  {report}", flush=True)
-    return model.eval()
+
+
+def train_interchange(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, seed: int, steps: int
+) -> None:
+    """Second stage: keep a fact at its subject in the early blocks, and go on with the tasks.
+
+    Nothing in the tasks says how deep a fact is read, and the first stage reads it in the first block: one
+    attention step is all it needs. In larger models it stays with the subject for some blocks and reaches
+    the last token later, which is what studies of interventions look for. So here each step also swaps the
+    subject's block output between facts, at one of the first `INTERCHANGE_LAYERS` layers, and asks for the
+    swapped answer. The swapped facts are training prompts as well: what is held out stays so.
+    """
+    rng = random.Random(seed)
+    streams = document_streams(seed + 1)  # other documents than those the first stage began with
+    groups = tasks.facts_by_phrasing(held_out=False)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=INTERCHANGE_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01
+    )
+    learning_rate = schedule(optimizer, steps)
+    started = time.monotonic()
+    for step in range(1, steps + 1):
+        model.train()
+        facts = rng.sample(rng.choice(groups), SWAPPED_FACTS)
+        ids = tokenizer([fact.text + fact.answer for fact in facts], return_tensors="pt")["input_ids"]
+        swapped = interchange_loss(model, ids, layer=rng.randrange(INTERCHANGE_LAYERS))
+        swapped.backward()
+        for task, size in INTERCHANGE_BATCH_SIZES.items():
+            loss_of(model, *batch_of(list(itertools.islice(streams[task], size)), tokenizer)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        learning_rate.step()
+        model.zero_grad(set_to_none=True)
+        if step % 50 == 0 or step == steps:
+            scores = held_out_accuracy(model, tokenizer, 200)
+            report = "  ".join(f"{task} held-out {score:.3f}" for task, score in scores.items())
+            seconds = time.monotonic() - started
+            print(
+                f"interchange step {step}/{steps}  {seconds:.0f} s  swapped loss {swapped.item():.3f}  {report}",
+                flush=True,
+            )
 
 
 @torch.inference_mode()
@@ -230,19 +331,8 @@ def swap_map(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dic
     for name, position in (("subject", 3), ("last token", 4)):
         shares[name] = []
         for block in model.model.layers:
-
-            def swap(
-                _module: torch.nn.Module, _args: object, output: Tensor, position: int = position
-            ) -> Tensor:
-                result = output.clone()
-                result[:, position] = output[:, position].roll(-1, dims=0)
-                return result
-
-            handle = block.register_forward_hook(swap)
-            try:
+            with rolled_output(block, position):
                 said = model(**base).logits[:, -1].argmax(-1)
-            finally:
-                handle.remove()
             shares[name].append((said == wanted).float().mean().item())
     return shares
 
@@ -289,6 +379,13 @@ def write_card(
             muon_learning_rate=MUON_LEARNING_RATE,
             adamw_learning_rate=ADAMW_LEARNING_RATE,
             answer_weight=ANSWER_WEIGHT,
+            interchange_steps=options.interchange_steps,
+            interchange_layers=INTERCHANGE_LAYERS,
+            interchange_learning_rate=INTERCHANGE_LEARNING_RATE,
+            interchange_swaps=SWAPPED_FACTS,
+            interchange_batches=", ".join(
+                f"{size} {DOCUMENTS[task]}" for task, size in INTERCHANGE_BATCH_SIZES.items()
+            ),
         )
     )
     (options.out / "README.md").write_text(card, encoding="utf-8")
@@ -300,6 +397,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--interchange-steps", type=int, default=400)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).resolve().parents[1] / "intervenable/small_lm"
@@ -308,7 +406,9 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     tokenizer = build_tokenizer()
-    model = train(tokenizer, seed=options.seed, steps=options.steps)
+    model = train(
+        tokenizer, seed=options.seed, steps=options.steps, interchange_steps=options.interchange_steps
+    )
     tokenizer.save_pretrained(options.out)
     model.save_pretrained(options.out)
     write_card(model, tokenizer, options)

@@ -206,7 +206,17 @@ def fact_prompts(*, held_out: bool = True) -> list[Prompt]:
         >>> next(prompt for prompt in prompts if prompt.text == "The capital of Spain is").answer
         ' Madrid'
     """
-    prompts = []
+    return [prompt for prompts in facts_by_phrasing(held_out=held_out) for prompt in prompts]
+
+
+def facts_by_phrasing(*, held_out: bool = True) -> list[list[Prompt]]:
+    """As `fact_prompts`, with one list for each phrasing; the prompts of a list differ in one token.
+
+    Example:
+        >>> [prompt.text for prompt in facts_by_phrasing()[0]][:2]
+        ['The capital of Afghanistan is', 'The capital of Australia is']
+    """
+    groups = []
     for phrasings, asks_for_capital in ((CAPITAL_PHRASINGS, True), (COUNTRY_PHRASINGS, False)):
         for row, phrasing in enumerate(phrasings):
             facts = [
@@ -215,11 +225,13 @@ def fact_prompts(*, held_out: bool = True) -> list[Prompt]:
                 if ((row + column) % HELD_OUT_SHARE == 0) == held_out
             ]
             answers = [answer for _, answer in facts]
-            prompts += [
-                Prompt(text, f" {answer}", f" {foil}")
-                for (text, answer), foil in zip(facts, answers[1:] + answers[:1], strict=True)
-            ]
-    return prompts
+            groups.append(
+                [
+                    Prompt(text, f" {answer}", f" {foil}")
+                    for (text, answer), foil in zip(facts, answers[1:] + answers[:1], strict=True)
+                ]
+            )
+    return groups
 
 
 def indirect_object_prompts(count: int, seed: int = 0, *, held_out: bool = True) -> list[Prompt]:
