@@ -309,7 +309,8 @@ class BoundSite:
         """
         if self.kind == "per_head":
             values = self._as_stream(passage.take("input", None), inputs)
-            return index.read(values) @ self._output_weights(index.heads)
+            added_by_heads = index.read(values) @ self._output_weights(index.heads, values.device)
+            return added_by_heads.to(passage.take(self.side, self.slot).dtype)  # autocast may have another
         if self.kind == "norm_scale":
             return index.read(
                 norm_scale(passage.module, self._as_stream(passage.take("input", None), inputs))
@@ -353,16 +354,11 @@ class BoundSite:
             result = index.write(stream, new)
         passage.put(self.side, self.slot, self._from_stream(result, tensor, inputs))
 
-    def _output_weights(self, heads: Tensor | None) -> Tensor:
+    def _output_weights(self, heads: Tensor | None, device: torch.device) -> Tensor:
         """The output projection by heads: `[b or 1, heads, dh, D]`."""
         assert self.columns is not None
-        weight: Any = getattr(self.module, "weight", None)
-        if (
-            not isinstance(weight, Tensor)
-            or weight.dim() != 2
-            or not weight.is_floating_point()
-            or weight.is_meta
-        ):
+        weight = _parameter(self.module, "weight", device)
+        if weight is None or weight.dim() != 2 or not weight.is_floating_point() or weight.is_meta:
             raise UnsupportedModelError(
                 f"{self.component} needs the weight of {self.path} as a matrix, and {type(self.module).__name__} has"
                 " none that can be read."
@@ -377,10 +373,24 @@ class BoundSite:
         self, module: nn.Module, stream: Tensor, index: UnitIndex, old: Tensor, new: Tensor
     ) -> Tensor:
         """A norm's output as if its divisor had been another; exact where it is the same."""
-        bias = getattr(module, "bias", None)
+        bias = _parameter(module, "bias", stream.device)
         output = index.read(stream)
-        scaled = output - bias if isinstance(bias, Tensor) else output
+        scaled = output if bias is None else output - bias
         return index.add(stream, (_wide(scaled) * (old / _wide(new) - 1)).to(output.dtype))
+
+
+def _parameter(module: nn.Module, name: str, device: torch.device) -> Tensor | None:
+    """A module's parameter; from where accelerate keeps it, if it is offloaded. None if there is none."""
+    value: Any = getattr(module, name, None)
+    if not isinstance(value, Tensor):
+        return None
+    hook = vars(module).get("_hf_hook")
+    for one in (hook, *getattr(hook, "hooks", ())) if value.is_meta else ():
+        kept = getattr(one, "weights_map", None)
+        if kept is not None and name in kept:
+            value = kept[name]
+    found: Tensor = value if value.is_meta else value.to(device)
+    return found
 
 
 def norm_scale(module: nn.Module, stream: Tensor) -> Tensor:
