@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intervenable.errors import InputError, NotAvailableError
+from intervenable.errors import InputError, NotAvailableError, UnsupportedModelError
 
 TOKENS = ("input_ids", "inputs_embeds")
 PER_TOKEN = (*TOKENS, "attention_mask", "position_ids", "token_type_ids")
@@ -134,6 +134,7 @@ def read_inputs(given: object, model: nn.Module, name: str) -> RunInputs:
 
     Raises:
         InputError: not a form of inputs, names the model does not take, or no input to read the batch from.
+        UnsupportedModelError: the model has no weights yet.
     """
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
@@ -151,6 +152,7 @@ def read_inputs(given: object, model: nn.Module, name: str) -> RunInputs:
     signature = forward_signature(model)
     _check_names(args, kwargs, signature, model, name)
     main = _main_input(args, kwargs, signature, model, name)
+    _check_values(main, model, name)
     time_first = isinstance(model, nn.RNNBase) and not model.batch_first and main.dim() == 3
     batch, length = _batch_and_length(main, time_first, name)
     named = {**dict(zip(signature.parameters, args, strict=False)), **kwargs}
@@ -166,6 +168,22 @@ def read_inputs(given: object, model: nn.Module, name: str) -> RunInputs:
     if ids is None and args and not args[0].is_floating_point() and args[0].dim() == 2:
         ids = args[0]
     return RunInputs(args, kwargs, given, batch, length, mask, ids, time_first)
+
+
+def _check_values(main: Tensor, model: nn.Module, name: str) -> None:
+    if main.is_meta:
+        raise InputError(f"{name} is on the meta device, where tensors have no values. Give real tensors.")
+    weight = next(model.parameters(), None)
+    # Accelerate keeps the weights of an offloaded model there between runs.
+    if (
+        weight is not None
+        and weight.is_meta
+        and not any("_hf_hook" in vars(part) for part in model.modules())
+    ):
+        raise UnsupportedModelError(
+            f"The weights of this {type(model).__name__} are on the meta device, where tensors have no values."
+            " Load them first: from_pretrained(...), or to_empty(device='cpu') and load_state_dict(...)."
+        )
 
 
 def _check_names(
