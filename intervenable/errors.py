@@ -145,3 +145,17 @@ def raise_all(faults: Sequence[Fault]) -> None:
             raise UnsupportedModelError(message)
         kind = kinds.pop() if len(kinds) == 1 else ConfigError
         raise kind(message, texts)
+
+
+def raise_listed(faults: Sequence[IntervenableError], where: str) -> None:
+    """Raise what was found in a call: the one fault as it is, several as one error that lists them.
+
+    It is of the class that they have in common, or else of that of the first.
+    """
+    if len(faults) == 1:
+        raise faults[0]
+    if faults:
+        first = type(faults[0])
+        common = next(cls for cls in first.__mro__ if all(isinstance(fault, cls) for fault in faults))
+        kind = common if issubclass(common, IntervenableError) and issubclass(common, ValueError) else first
+        raise kind(listing([str(fault) for fault in faults], where))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from intervenable.errors import LocationError, LocationRangeError, listing
+from intervenable.errors import LocationError, LocationRangeError, raise_listed
 from intervenable.inputs import RunInputs
 
 RelativeTo = Literal["tokens", "tensor"]
@@ -169,12 +169,7 @@ def read_locations(
             except LocationError as error:
                 faults.append(error)
             found[side].append(slot)
-    if len(faults) > 1:
-        kinds = {type(fault) for fault in faults}
-        kind = kinds.pop() if len(kinds) == 1 else LocationError
-        raise kind(listing([str(fault) for fault in faults], "the locations"))
-    if faults:
-        raise faults[0]
+    raise_listed(faults, "the locations")
     return found
 
 

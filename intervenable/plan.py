@@ -18,6 +18,7 @@ from intervenable.errors import (
     SourceError,
     SubspaceError,
     SubspaceRangeError,
+    raise_listed,
 )
 from intervenable.inputs import RunInputs, read_inputs
 from intervenable.locations import (
@@ -120,6 +121,7 @@ def make_plan(
     edits: list[Edit] = []
     runs: list[SourceRun] = []
     skipped: list[BoundRepresentation] = []
+    faults: list[IntervenableError] = []
     for entry, feed, source_slot, slot, ids in zip(
         bound, feeds, source_slots, base_slots, chosen, strict=True
     ):
@@ -128,26 +130,22 @@ def make_plan(
         if isinstance(slot, Skipped) or (waits and sources is not None and not each):
             skipped.append(entry)
             continue
-        if waits:
-            raise SourceError(
-                f"{entry.name!r} ({type(entry.intervention).__name__}) needs a source, and source {entry.group} is"
-                f" {'None' if sources is not None else 'not given'}. Give one, or a constant source_representation;"
-                " to skip the intervention, put None in its locations."
-            )
-        with _named(entry):
+        try:
+            if waits:
+                raise _missing_source(entry, sources)
             _check_subspaces(entry, ids, base_inputs.batch)
-        _check_units(entry, slot, base_inputs)
-        if feed is not None:
-            if isinstance(source_slot, Skipped):
-                raise LocationError(
-                    f"{entry.name!r} has base locations and None for its source locations."
-                    " Give both, or None in both to skip it."
+            _check_units(entry, slot, base_inputs)
+            if feed is not None:
+                _run_for(runs, feed, entry.group).captures.append(
+                    Capture(entry, _fed_from(entry, source_slot, slot, feed, base_inputs))
                 )
-            _check_pair(entry, source_slot, slot, feed, base_inputs)
-            _run_for(runs, feed, entry.group).captures.append(Capture(entry, source_slot))
-        if constant is not None:
-            _check_constant(entry, constant, slot, base_inputs)
+            if constant is not None:
+                _check_constant(entry, constant, slot, base_inputs)
+        except IntervenableError as error:
+            faults.append(error)
+            continue
         edits.append(Edit(entry, slot, feed is not None, constant, ids))
+    raise_listed(faults, "the call")
     return Plan(base_inputs, tuple(edits), tuple(runs), tuple(skipped))
 
 
@@ -201,6 +199,14 @@ def _sources_by_group(
                 f"Source {group} would not be used: {_members(bound, group)} {why}. Put None in its place."
             )
     return listed
+
+
+def _missing_source(entry: BoundRepresentation, sources: object) -> SourceError:
+    return SourceError(
+        f"{entry.name!r} ({type(entry.intervention).__name__}) needs a source, and source {entry.group} is"
+        f" {'None' if sources is not None else 'not given'}. Give one, or a constant source_representation;"
+        " to skip the intervention, put None in its locations."
+    )
 
 
 def _takes_a_run(entry: BoundRepresentation, constants: Mapping[int, Tensor]) -> bool:
@@ -297,6 +303,19 @@ def _check_units(entry: BoundRepresentation, slot: Slot, base: RunInputs) -> Non
             f"{entry.name!r} ({type(entry.intervention).__name__}) sees the {level} of an example as one vector and"
             f" is made for {expected} (max_number_of_units), not for {', '.join(map(str, sorted(counts)))}."
         )
+
+
+def _fed_from(
+    entry: BoundRepresentation, source: Slot, base: Slot, source_inputs: RunInputs, base_inputs: RunInputs
+) -> Units | Whole:
+    """The units of the source, once it is sure that there is one for each unit of the base, or one for all."""
+    if isinstance(source, Skipped):
+        raise LocationError(
+            f"{entry.name!r} has base locations and None for its source locations."
+            " Give both, or None in both to skip it."
+        )
+    _check_pair(entry, source, base, source_inputs, base_inputs)
+    return source
 
 
 def _check_pair(
@@ -396,15 +415,17 @@ def _subspaces(bound: Sequence[BoundRepresentation], given: Any) -> list[Any]:
 def _check_subspaces(entry: BoundRepresentation, ids: Any, batch: int) -> None:
     """What the intervention has to say, and for one of any width what the width here has."""
     intervention, width = entry.intervention, entry.site.width
-    intervention.check_subspaces(ids, batch)
-    if (
-        ids is not None
-        and width is not None
-        and intervention.subspace_size is None
-        and intervention.sees == "per_unit"
-        and isinstance(intervention, CoordinatewiseIntervention)
-    ):
-        select(ids, size=width, partition=intervention.subspace_partition, batch=batch)
+    if ids is None:
+        return
+    with _named(entry):
+        intervention.check_subspaces(ids, batch)
+        if (
+            width is not None
+            and intervention.subspace_size is None
+            and intervention.sees == "per_unit"
+            and isinstance(intervention, CoordinatewiseIntervention)
+        ):
+            select(ids, size=width, partition=intervention.subspace_partition, batch=batch)
 
 
 # --- errors of interventions, named -----------------------------------------------------------------------

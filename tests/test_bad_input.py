@@ -842,6 +842,29 @@ def test_what_only_the_run_can_tell_is_refused_there(case, runs):
     assert runs.count == 1
 
 
+def test_faults_of_several_interventions_are_listed_together(runs):
+    model = bound([{"layer": 0, "name": "a"}, {"layer": 1, "name": "b"}, {"layer": 2, "name": "c"}])
+    with pytest.raises(iv.SubspaceError) as caught:
+        model(BASE, [SOURCE], AT_1, subspaces=[[[0], [HIDDEN]], None, [[1, 1], [0]]])
+    assert str(caught.value) == (
+        "2 faults in the call:"
+        "\n- 'a': Subspace id 16 for example 1 is out of range: the ids of its 16 dimensions are 0 to 15."
+        "\n- 'c': Subspace id 1 is given twice for example 0; name each dimension once."
+    )
+    with pytest.raises(iv.SourceError) as caught:
+        model(BASE, None, {"base": 1}, {"b": torch.ones(3)}, subspaces=0)
+    assert str(caught.value) == (
+        "3 faults in the call:"
+        "\n- 'a' (VanillaIntervention) needs a source, and source 0 is not given. Give one, or a constant"
+        " source_representation; to skip the intervention, put None in its locations."
+        "\n- The source representation of 'b' has shape (3,), which does not broadcast to its units, (2, 1, 16). The"
+        " last axis must be 16, the others as they are or 1."
+        "\n- 'c' (VanillaIntervention) needs a source, and source 2 is not given. Give one, or a constant"
+        " source_representation; to skip the intervention, put None in its locations."
+    )
+    assert runs.count == 0
+
+
 def test_the_counting_of_runs_counts(runs):
     swap(BASE, [SOURCE], AT_1)
     assert runs.count == 2
