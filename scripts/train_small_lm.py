@@ -406,10 +406,10 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(options.out)  # before training, which leaves the padding of its batches in it
     model = train(
         tokenizer, seed=options.seed, steps=options.steps, interchange_steps=options.interchange_steps
     )
-    tokenizer.save_pretrained(options.out)
     model.save_pretrained(options.out)
     write_card(model, tokenizer, options)
     print((options.out / "README.md").read_text(encoding="utf-8"))
