@@ -189,9 +189,10 @@ def test_every_column_of_maps_has_words_below_it(heads, across):
         assert axes.xaxis.get_tick_params()["labelbottom"]
 
 
-def test_many_heads_fit_a_page():
+def test_many_heads_keep_to_the_width_of_a_page_and_become_small():
     figure = iv.plots.head_maps(torch.rand(32, 30, 14))
     assert figure.get_figwidth() < 12
+    assert figure.get_figheight() < 20
     assert len(maps_of(figure)) == 32
 
 
