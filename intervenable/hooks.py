@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from intervenable.sites import Passage
+from intervenable.passage import Passage
 from model_maps import Side
 
 RECORDS = "transformers.utils.output_capturing"

@@ -1,12 +1,9 @@
-"""What a run is given: its batch, its real tokens, and the position ids that padding calls for."""
+"""What a run is given: its inputs, its batch and its real tokens."""
 
 from __future__ import annotations
 
 import copy
-import inspect
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property, lru_cache
@@ -16,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from intervenable.errors import InputError, NotAvailableError, UnsupportedModelError
+from intervenable.signatures import Signature, forward_signature, misfit
 
 TOKENS = ("input_ids", "inputs_embeds")
 PER_TOKEN = (*TOKENS, "attention_mask", "position_ids", "token_type_ids")
@@ -78,37 +76,6 @@ class RunInputs:
             *((v, other.kwargs[k]) for k, v in self.kwargs.items()),
         ]
         return all(_equal(left, right) for left, right in pairs)
-
-
-def takes(model: nn.Module, name: str) -> bool:
-    """Whether a model's `forward` has a parameter of this name."""
-    return name in forward_signature(model).parameters
-
-
-class _SameSignature(inspect.Signature):
-    """A signature that is compared by identity, which makes it a cheap key."""
-
-    __slots__ = ()
-    __hash__ = object.__hash__
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-
-def forward_signature(model: nn.Module) -> _SameSignature:
-    """The signature of a model's `forward`, read once for each class."""
-    function = getattr(model.forward, "__func__", None)
-    # A `forward` put on the instance (accelerate's, for one) is read anew: another may come in its place.
-    return _signature_of(model.forward) if function is None else _method_signature(function)
-
-
-@lru_cache(maxsize=256)
-def _method_signature(function: Callable[..., Any]) -> _SameSignature:
-    return _signature_of(function, skip=1)
-
-
-def _signature_of(function: Callable[..., Any], skip: int = 0) -> _SameSignature:
-    return _SameSignature(list(inspect.signature(function).parameters.values())[skip:])
 
 
 def _equal(left: object, right: object) -> bool:
@@ -189,7 +156,7 @@ def _check_values(main: Tensor, model: nn.Module, name: str) -> None:
 def _check_names(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    signature: inspect.Signature,
+    signature: Signature,
     model: nn.Module,
     name: str,
 ) -> None:
@@ -203,7 +170,7 @@ def _check_names(
                 f"input_ids of {name} are {value.dtype}; ids are whole numbers. Vectors go in as inputs_embeds."
             )
     _check_spelling(kwargs, signature, model, name)
-    fault = _misfit(signature, len(args), tuple(kwargs))
+    fault = misfit(signature, len(args), tuple(kwargs))
     if fault is not None:
         parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         taken = ", ".join(p.name for p in parameters)
@@ -230,7 +197,7 @@ def check_options(options: Mapping[str, Any], base: RunInputs, model: nn.Module)
     if twice:
         raise InputError(f"{', '.join(twice)} was given in the base and beside it; give one of the two.")
     _check_spelling(options, signature, model, "the call")
-    fault = _misfit(signature, len(base.args), (*base.kwargs, *options))
+    fault = misfit(signature, len(base.args), (*base.kwargs, *options))
     if fault is not None:
         raise InputError(
             f"{type(model).__name__} does not take what was given beside the base, {', '.join(options)}."
@@ -238,7 +205,7 @@ def check_options(options: Mapping[str, Any], base: RunInputs, model: nn.Module)
         )
 
 
-def _check_spelling(given: Iterable[str], signature: inspect.Signature, model: nn.Module, where: str) -> None:
+def _check_spelling(given: Iterable[str], signature: Signature, model: nn.Module, where: str) -> None:
     """That no name is a slip of one the model has: those that take any keyword would not look at it."""
     for key in given:
         near = None if key in signature.parameters else _nearly(key, tuple(signature.parameters))
@@ -253,20 +220,10 @@ def _nearly(key: str, names: tuple[str, ...]) -> str | None:
     return next(iter(get_close_matches(key, names, n=1, cutoff=0.85)), None)
 
 
-@lru_cache(maxsize=256)
-def _misfit(signature: _SameSignature, positional: int, keywords: tuple[str, ...]) -> str | None:
-    """Why a call with so many positional and these keyword arguments does not fit; None if it does."""
-    try:
-        signature.bind(*range(positional), **dict.fromkeys(keywords))
-    except TypeError as error:
-        return str(error)
-    return None
-
-
 def _main_input(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    signature: inspect.Signature,
+    signature: Signature,
     model: nn.Module,
     name: str,
 ) -> Tensor:
@@ -308,90 +265,3 @@ def _copy(cache: Any) -> Any:
     parts = [cache, *getattr(cache, "layers", ())]
     tensors = [item for part in parts for item in vars(part).values() if isinstance(item, Tensor)]
     return copy.deepcopy(cache, {id(tensor): tensor.clone() for tensor in tensors})
-
-
-# --- positions under left padding -------------------------------------------------------------------------
-
-PADDING_TOLERANCE = 0.1
-"""How far a model may be from its unpadded outputs, of the largest of them; rounding in bfloat16 stays far below."""
-
-_fills_positions: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
-
-
-def with_position_ids(inputs: RunInputs, model: nn.Module) -> Mapping[str, Any]:
-    """The keyword inputs of a run, with `position_ids` that count real tokens where they are called for.
-
-    They are filled in only for left-padded input, when the caller gave none, and when the model does not itself
-    derive positions from the mask. Whether it does is found out once per model, by comparing a padded with an
-    unpadded prompt of three tokens.
-
-    Raises:
-        InputError: the model computes something else under left padding, with and without position ids.
-    """
-    kwargs = inputs.kwargs
-    if (
-        not inputs.padded_left
-        or "position_ids" in kwargs
-        or inputs.attention_mask is None
-        or not takes(model, "position_ids")
-    ):
-        return kwargs
-    if model not in _fills_positions:
-        _fills_positions[model] = _needs_position_ids(model, inputs)
-    if not _fills_positions[model]:
-        return kwargs
-    return {**kwargs, "position_ids": _counted(inputs.attention_mask)}
-
-
-def _counted(mask: Tensor) -> Tensor:
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def _needs_position_ids(model: nn.Module, inputs: RunInputs) -> bool:
-    key = "input_ids" if inputs.input_ids is not None else "inputs_embeds"
-    tokens = inputs.kwargs.get(key)
-    if tokens is None or not isinstance(inputs.attention_mask, Tensor):
-        return True
-    # Three real tokens that differ, alone and behind two of padding.
-    example = max(range(inputs.batch), key=inputs.count)
-    real = [] if inputs.real_positions is None else inputs.real_positions[example][-3:]
-    alone = tokens[example : example + 1, real]
-    padding = tokens[example : example + 1, real[:1]].repeat_interleave(2, dim=1)
-    padded = torch.cat([padding, alone], dim=1)
-    ones = inputs.attention_mask.new_ones(1, alone.shape[1])
-    mask = torch.cat([ones.new_zeros(1, 2), ones], dim=1)
-    with evaluating(model), torch.no_grad():
-        truth = first_tensor(model(**{key: alone, "attention_mask": ones}))
-        bare = first_tensor(model(**{key: padded, "attention_mask": mask}))
-        filled = first_tensor(model(**{key: padded, "attention_mask": mask, "position_ids": _counted(mask)}))
-    if truth.dim() < 3:
-        return True
-    scale = truth.abs().max().clamp(min=1e-6)
-    errors = [float((tensor[:, 2:] - truth).abs().max() / scale) for tensor in (bare, filled)]
-    if min(errors) > PADDING_TOLERANCE:
-        raise InputError(
-            f"{type(model).__name__} computes something else for left-padded prompts than for the same prompts"
-            f" without padding, with and without position_ids (off by {min(errors):.2g} of the largest output)."
-            " Pad on the right, run the examples one by one, or pass position_ids of your own."
-        )
-    return errors[1] < errors[0]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the block with every module in evaluation mode, and each as it was before afterwards."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def first_tensor(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    values = output.values() if isinstance(output, Mapping) else output
-    return next(value for value in values if isinstance(value, Tensor))

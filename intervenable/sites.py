@@ -7,7 +7,6 @@ it was.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -18,154 +17,9 @@ from torch import Tensor, nn
 from intervenable.errors import LocationError, LocationRangeError, UnsupportedModelError
 from intervenable.inputs import RunInputs
 from intervenable.locations import Units, Whole
+from intervenable.passage import Passage
+from intervenable.unit_index import UnitIndex
 from model_maps import COMPONENTS, HeadColumns, Side, Site, Sizes, columns_of, is_head_component
-
-Index = tuple[Any, ...]
-
-
-# --- one passage through a module -------------------------------------------------------------------------
-
-
-class Passage:
-    """One call of a module: what goes in, what comes out, and what our edits make of it."""
-
-    def __init__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None
-    ) -> None:
-        self.module = module
-        self.args = args
-        self.kwargs = kwargs
-        self.output = output
-        self.changed = False
-
-    def take(self, side: Side, slot: str | int | None) -> Tensor:
-        """The tensor in a slot of the inputs or of the output."""
-        found = self._input(slot) if side == "input" else _item(self.output, slot)
-        if not isinstance(found, Tensor):
-            where = "first" if slot is None else repr(slot)
-            raise UnsupportedModelError(
-                f"{type(self.module).__name__} has no tensor in the {where} {side} slot, but {type(found).__name__}."
-            )
-        return found
-
-    def put(self, side: Side, slot: str | int | None, value: Tensor) -> None:
-        """Let the call go on with another tensor in a slot; nothing of the caller's is changed."""
-        self.changed = True
-        if side == "output":
-            self.output = _with_item(self.output, slot, value)
-            return
-        key = self._input_key(slot)
-        if isinstance(key, int):
-            self.args = (*self.args[:key], value, *self.args[key + 1 :])
-        else:
-            self.kwargs = {**self.kwargs, key: value}
-
-    def _input_key(self, slot: str | int | None) -> str | int:
-        if slot is not None:
-            return slot
-        if self.args:
-            return 0
-        return "hidden_states" if "hidden_states" in self.kwargs else next(iter(self.kwargs), 0)
-
-    def _input(self, slot: str | int | None) -> Any:
-        key = self._input_key(slot)
-        if isinstance(key, int):
-            return self.args[key] if key < len(self.args) else None
-        return self.kwargs.get(key)
-
-
-def _item(output: Any, slot: str | int | None) -> Any:
-    if slot is None:
-        if isinstance(output, Tensor):
-            return output
-        if isinstance(output, Mapping):
-            return next(iter(output.values()), None)
-        return output[0] if isinstance(output, Sequence) and output else None
-    if isinstance(slot, str) and not isinstance(output, Mapping):
-        return getattr(output, slot, None)
-    return output[slot]
-
-
-def _with_item(output: Any, slot: str | int | None, value: Tensor) -> Any:
-    if isinstance(output, Tensor):
-        return value
-    if isinstance(output, Mapping):
-        key = next(iter(output)) if slot is None else slot
-        return type(output)(**{**output, str(key): value})
-    position = 0 if slot is None else int(slot)
-    items = [*output[:position], value, *output[position + 1 :]]
-    if isinstance(output, tuple) and hasattr(output, "_fields"):
-        return type(output)(*items)
-    return type(output)(items)
-
-
-# --- units -> index ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class UnitIndex:
-    """Where units are in a stream, as an index that reads them and that writes them."""
-
-    index: Index
-    """`stream[index]` is `[b, n, d]`, or `[b, heads, n, dh]` by heads."""
-
-    real: Tensor | None = None
-    """Which entries are units where examples differ in number; None if all are."""
-
-    heads: Tensor | None = None
-    """`[b, heads]`, for sites that need the heads themselves; None for all of them."""
-
-    last_position: int = -1
-    """The largest position among the units; -1 if every position is meant."""
-
-    def read(self, stream: Tensor) -> Tensor:
-        """The units; a copy, unless every position is meant."""
-        units = stream[self.index]
-        return units.clone() if self.last_position >= 0 and isinstance(self.index[0], slice) else units
-
-    def write(self, stream: Tensor, units: Tensor) -> Tensor:
-        """A copy of the stream with other units in it."""
-        result = _copy(stream)
-        if self.real is None:
-            result[self.index] = units
-        else:
-            result[self._of_real()] = units[self.real]
-        return result
-
-    def add(self, stream: Tensor, change: Tensor) -> Tensor:
-        """A copy of the stream with a change added to its units; places that fill up get nothing."""
-        if self.real is not None:
-            change = torch.where(self.real[..., None], change, torch.zeros_like(change))
-            return stream.index_put(self._tensors(stream), change, accumulate=True)
-        return self.write(stream, stream[self.index] + change)
-
-    def _of_real(self) -> Index:
-        assert self.real is not None
-        tensors = [part for part in self.index if isinstance(part, Tensor)]
-        if tensors[0].dim() == self.real.dim():  # indices of units: a slice takes the columns
-            picked: list[Any] = [part.expand(self.real.shape)[self.real] for part in tensors]
-        else:  # the last axis of the indices runs over columns
-            picked = [part.expand(*self.real.shape, part.shape[-1])[self.real] for part in tensors]
-        return (*picked, *(part for part in self.index if isinstance(part, slice)))
-
-    def _tensors(self, stream: Tensor) -> tuple[Tensor, ...]:
-        """The index with tensors alone, which `index_put` wants."""
-        parts = list(self.index)
-        if isinstance(parts[-1], slice):
-            columns = torch.arange(stream.shape[-1], device=stream.device)[parts[-1]]
-            parts = [part[..., None] for part in parts[:-1]] + [columns]
-        return tuple(parts)
-
-
-def _copy(stream: Tensor) -> Tensor:
-    """A copy laid out in memory as the original is, since kernels round differently for other layouts."""
-    copy = stream.clone()
-    if copy.stride() == stream.stride() or 0 in stream.stride():
-        return copy
-    return torch.empty_strided(stream.shape, stream.stride(), dtype=stream.dtype, device=stream.device).copy_(
-        stream
-    )
-
 
 # --- a component in a model -------------------------------------------------------------------------------
 

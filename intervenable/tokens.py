@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from intervenable.errors import InputError, UnsupportedModelError
-from intervenable.inputs import evaluating, first_tensor, forward_signature, takes
+from intervenable.padding import evaluating, first_tensor
 from intervenable.receipt import Decodes
+from intervenable.signatures import forward_signature, takes
 
 
 def embed_to_distrib(model: nn.Module, embed: Tensor, log: bool = False, logits: bool = False) -> Tensor:

@@ -1,0 +1,51 @@
+"""What the `forward` of a model takes, read once for each class."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+
+
+def takes(model: nn.Module, name: str) -> bool:
+    """Whether a model's `forward` has a parameter of this name."""
+    return name in forward_signature(model).parameters
+
+
+class Signature(inspect.Signature):
+    """A signature that is compared by identity, which makes it a cheap key."""
+
+    __slots__ = ()
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+def forward_signature(model: nn.Module) -> Signature:
+    """The signature of a model's `forward`, read once for each class."""
+    function = getattr(model.forward, "__func__", None)
+    # A `forward` put on the instance (accelerate's, for one) is read anew: another may come in its place.
+    return _signature_of(model.forward) if function is None else _method_signature(function)
+
+
+@lru_cache(maxsize=256)
+def _method_signature(function: Callable[..., Any]) -> Signature:
+    return _signature_of(function, skip=1)
+
+
+def _signature_of(function: Callable[..., Any], skip: int = 0) -> Signature:
+    return Signature(list(inspect.signature(function).parameters.values())[skip:])
+
+
+@lru_cache(maxsize=256)
+def misfit(signature: Signature, positional: int, keywords: tuple[str, ...]) -> str | None:
+    """Why a call with so many positional and these keyword arguments does not fit; None if it does."""
+    try:
+        signature.bind(*range(positional), **dict.fromkeys(keywords))
+    except TypeError as error:
+        return str(error)
+    return None

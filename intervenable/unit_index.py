@@ -1,0 +1,76 @@
+"""Units as an index into a stream: one that reads them and that writes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Index = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class UnitIndex:
+    """Where units are in a stream, as an index that reads them and that writes them."""
+
+    index: Index
+    """`stream[index]` is `[b, n, d]`, or `[b, heads, n, dh]` by heads."""
+
+    real: Tensor | None = None
+    """Which entries are units where examples differ in number; None if all are."""
+
+    heads: Tensor | None = None
+    """`[b, heads]`, for sites that need the heads themselves; None for all of them."""
+
+    last_position: int = -1
+    """The largest position among the units; -1 if every position is meant."""
+
+    def read(self, stream: Tensor) -> Tensor:
+        """The units; a copy, unless every position is meant."""
+        units = stream[self.index]
+        return units.clone() if self.last_position >= 0 and isinstance(self.index[0], slice) else units
+
+    def write(self, stream: Tensor, units: Tensor) -> Tensor:
+        """A copy of the stream with other units in it."""
+        result = _copy(stream)
+        if self.real is None:
+            result[self.index] = units
+        else:
+            result[self._of_real()] = units[self.real]
+        return result
+
+    def add(self, stream: Tensor, change: Tensor) -> Tensor:
+        """A copy of the stream with a change added to its units; places that fill up get nothing."""
+        if self.real is not None:
+            change = torch.where(self.real[..., None], change, torch.zeros_like(change))
+            return stream.index_put(self._tensors(stream), change, accumulate=True)
+        return self.write(stream, stream[self.index] + change)
+
+    def _of_real(self) -> Index:
+        assert self.real is not None
+        tensors = [part for part in self.index if isinstance(part, Tensor)]
+        if tensors[0].dim() == self.real.dim():  # indices of units: a slice takes the columns
+            picked: list[Any] = [part.expand(self.real.shape)[self.real] for part in tensors]
+        else:  # the last axis of the indices runs over columns
+            picked = [part.expand(*self.real.shape, part.shape[-1])[self.real] for part in tensors]
+        return (*picked, *(part for part in self.index if isinstance(part, slice)))
+
+    def _tensors(self, stream: Tensor) -> tuple[Tensor, ...]:
+        """The index with tensors alone, which `index_put` wants."""
+        parts = list(self.index)
+        if isinstance(parts[-1], slice):
+            columns = torch.arange(stream.shape[-1], device=stream.device)[parts[-1]]
+            parts = [part[..., None] for part in parts[:-1]] + [columns]
+        return tuple(parts)
+
+
+def _copy(stream: Tensor) -> Tensor:
+    """A copy laid out in memory as the original is, since kernels round differently for other layouts."""
+    copy = stream.clone()
+    if copy.stride() == stream.stride() or 0 in stream.stride():
+        return copy
+    return torch.empty_strided(stream.shape, stream.stride(), dtype=stream.dtype, device=stream.device).copy_(
+        stream
+    )
