@@ -25,7 +25,8 @@ from tiny_models import LAYERS, tiny, tiny_inputs
 
 POSITIONAL = (0, "block_output", "pos", 1)
 NO_FORM = (
-    "representations are RepresentationConfigs, dicts or positional lists, one or a list of them, not of type int."
+    "representations are RepresentationConfigs, dicts or positional lists, one or a list of them, not of type"
+    " int."
 )
 
 
