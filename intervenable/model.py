@@ -74,10 +74,11 @@ class IntervenableModel(nn.Module):
         self.config = config_from(config)
         self.tokenizer = tokenizer
         self._bound = bind(self.config, model)
-        self._kept = nn.ModuleDict()
+        # Under the name of the read-only property, so that parameters and state are called `interventions.<name>`.
+        kept = self._modules["interventions"] = nn.ModuleDict()
         for entry in self._bound:
-            if entry.intervention not in self._kept.values():
-                self._kept[_key(entry.name)] = entry.intervention
+            if entry.intervention not in kept.values():
+                kept[_key(entry.name)] = entry.intervention
 
     @property
     def model(self) -> nn.Module:
