@@ -133,6 +133,36 @@ def test_readings_of_a_batch_are_those_of_its_examples_filled_up_with_zeros(fami
                     assert not together[row][~mask[row]].any()
 
 
+@pytest.mark.parametrize("unit", ["pos", "h.pos"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "falcon", "llama"])
+def test_examples_with_fewer_units_are_not_touched_by_what_fills_them_up(family, unit):
+    """An edit that tells the units of an example apart, as filled-up places are a unit once more."""
+    model = tiny(family)
+    inputs = tiny_inputs(model, batch=3)
+    component = "query_output" if unit == "pos" else "head_query_output"
+    columns = by_hand.columns(family, None, component)
+    heads = [[0], [3], [1, 2]]
+    positions = [[4], [2, 0], [6, 1, 3]]
+
+    def number(base):
+        return base + torch.arange(base.shape[-2])[:, None].float() + 1
+
+    def change(stream):
+        new = stream.clone()
+        for row in range(3):
+            width = columns.flatten() if unit == "pos" else columns[heads[row]].flatten()
+            for index, position in enumerate(positions[row]):
+                new[row, position, width] += index + 1
+        return new
+
+    where = [positions] if unit == "pos" else [[heads, positions]]
+    with torch.no_grad():
+        declared = wrapped(model, at(model, component, unit, intervention=number))
+        result = declared(inputs, unit_locations={"base": where}).intervened
+        expected = by_hand.run_with(model, component, change, inputs)
+    assert_close(main_output(result), main_output(expected))
+
+
 # Padding
 
 

@@ -209,6 +209,9 @@ def offload(model, how, folder):
     cpu = torch.device("cpu")
     if how == "cpu":
         accelerate.cpu_offload(model, execution_device=cpu)
+    elif how == "whole blocks":
+        preload = [type(by_hand.block_of(model)).__name__]
+        accelerate.cpu_offload(model, execution_device=cpu, preload_module_classes=preload)
     elif how == "disk":
         accelerate.disk_offload(model, folder, execution_device=cpu)
     else:
@@ -228,7 +231,7 @@ def away(model):
     return sorted(name for name, parameter in model.named_parameters() if parameter.is_meta)
 
 
-@pytest.mark.parametrize("how", ["cpu", "disk", "dispatched"])
+@pytest.mark.parametrize("how", ["cpu", "whole blocks", "disk", "dispatched"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral", "opt"])
 def test_offloaded_models_give_the_same_with_interventions_at_every_component(family, how, tmp_path):
     here, model = tiny(family), offload(tiny(family), how, tmp_path)
@@ -247,7 +250,7 @@ def test_offloaded_models_give_the_same_with_interventions_at_every_component(fa
     assert hooks_of(model) == {}
 
 
-@pytest.mark.parametrize("how", ["cpu", "disk", "dispatched"])
+@pytest.mark.parametrize("how", ["cpu", "whole blocks", "disk", "dispatched"])
 @pytest.mark.parametrize("component", ["embedding_output", "query_output", "mlp_output", "block_output"])
 def test_weights_are_back_where_they_were_after_a_source_run_that_stopped_early(component, how, tmp_path):
     model = offload(tiny("llama"), how, tmp_path)

@@ -140,9 +140,7 @@ def test_an_intervention_without_its_source_is_an_error_and_not_left_out():
 # Constant sources
 
 
-@pytest.mark.parametrize(
-    "shape", [(HIDDEN,), (1, HIDDEN), (1, 1, HIDDEN), (2, 1, HIDDEN), (2, 3, HIDDEN), (3, HIDDEN)]
-)
+@pytest.mark.parametrize("leading", [(), (1,), (1, 1), (2, 1), (2, 3), (3,)])
 @pytest.mark.parametrize("given", ["config", "listed", "instance", "call", "call by name", "call as list"])
 def test_a_constant_source_broadcasts_wherever_it_is_given(given, leading):
     model = tiny("llama")
