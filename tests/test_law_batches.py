@@ -9,9 +9,11 @@ from declared import at, everything, heads_of, main_output, wrapped
 from torch.testing import assert_close
 
 import intervenable as iv
-from tiny_models import CASES, FAMILIES, FEATURES, PAD, RECURRENT, VOCABULARY, tiny, tiny_inputs
+from tiny_models import CASES, FEATURES, PAD, RECURRENT, VOCABULARY, tiny, tiny_inputs
 
 LANGUAGE = [case for case in CASES if case[0] not in RECURRENT]
+EACH_LAYOUT = ("gpt2", "gpt_neox", "opt", "falcon", "llama", "mixtral", "bert", "gru")
+"""A family for each way in which components are laid out in tensors."""
 LENGTHS = (7, 5, 6)
 SOURCE_LENGTHS = (4, 7, 6)
 BFLOAT16 = 0.05
@@ -89,7 +91,7 @@ def test_a_batch_with_ragged_locations_equals_its_examples_one_by_one(family, va
             assert_close(together[row : row + 1], alone, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "falcon", "llama", "mixtral", "bert", "gru"])
+@pytest.mark.parametrize("family", EACH_LAYOUT)
 def test_each_component_alone_in_a_batch_equals_its_examples_one_by_one(family):
     model = tiny(family)
     base, source = tiny_inputs(model, batch=3, seed=0), tiny_inputs(model, batch=3, seed=1)
@@ -112,7 +114,7 @@ def test_each_component_alone_in_a_batch_equals_its_examples_one_by_one(family):
                 assert changes[row] == pytest.approx(alone.receipt[0].change, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_LAYOUT)
 def test_readings_of_a_batch_are_those_of_its_examples_filled_up_with_zeros(family):
     model = tiny(family)
     inputs = tiny_inputs(model, batch=3)
