@@ -10,7 +10,7 @@ from declared import at, everything, hooks_of, located, same_bits, wrapped
 from torch import nn
 
 import intervenable as iv
-from tiny_models import CASES, FAMILIES, LANGUAGE_MODELS, RECURRENT, tiny, tiny_inputs
+from tiny_models import CASES, FAMILIES, LANGUAGE_MODELS, MULTIMODAL, RECURRENT, tiny, tiny_inputs
 
 FORMS = ("whole", "located", "negative", "ragged")
 
@@ -69,6 +69,12 @@ def test_an_identity_is_bit_identical_in_models_with_other_heads(family, head):
     model = tiny(family, head=head)
     form = "whole" if (family, head) == ("bert", "classifier") else "ragged"  # its logits have no positions
     assert places_that_differ(model, form, tiny_inputs(model), Identity) == []
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_identity_is_bit_identical_in_the_language_tower_of_a_multimodal_model(form):
+    model = tiny(MULTIMODAL)
+    assert places_that_differ(model, form, tiny_inputs(model), Rebuilt) == []
 
 
 def test_a_position_that_a_pooled_output_lacks_is_an_error_of_ours():
