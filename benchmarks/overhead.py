@@ -410,6 +410,8 @@ print("seconds", time.process_time() - begun)
 def import_times(packages: Sequence[str], rounds: int) -> list[ImportResult]:
     """Import each package in fresh processes; the first, which may compile bytecode, does not count."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # An installed package has its bytecode; a checkout must be allowed to keep its own to be compared with it.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     seconds: dict[str, list[float]] = {package: [] for package in packages}
     for number in range(rounds + 1):
         for package in packages:

@@ -188,7 +188,7 @@ def applied(edit: Edit, units: Tensor, source: Tensor | None) -> Tensor:
         EditError: the result does not fit where it belongs.
     """
     intervention = edit.bound.intervention
-    given = units
+    given = units.clone()  # a class of the user's may work in place; what was there must stay what it was
     if source is not None:
         source = source.to(units.device)
         if edit.from_source and source.dim() == units.dim():
@@ -196,7 +196,7 @@ def applied(edit: Edit, units: Tensor, source: Tensor | None) -> Tensor:
                 [u if s == 1 else s for u, s in zip(units.shape, source.shape, strict=True)]
             )
     if intervention.sees == "concatenated":
-        given = _concatenated(units)
+        given = _concatenated(given)
         source = _concatenated(source) if edit.from_source and source is not None else source
     try:
         new: Any = intervention(given, source, edit.subspaces)

@@ -335,3 +335,28 @@ def test_gradients_flow_through_a_reading(family):
 
     assert_same_gradients(result, expected)
     assert torch.equal(value[0, 1], torch.zeros(HIDDEN))  # only the second example has two units
+
+
+class _InPlace(iv.Intervention):
+    """Breaks the rule that an intervention makes a new tensor."""
+
+    def forward(self, base: torch.Tensor) -> torch.Tensor:
+        return base.mul_(2)
+
+
+@pytest.mark.parametrize("locations", [None, {"base": 1}], ids=["whole", "located"])
+@pytest.mark.parametrize("component", ["block_input", "block_mid", "mlp_output"])
+def test_an_intervention_that_works_in_place_has_the_effect_of_one_that_does_not(component, locations):
+    model = tiny("llama")
+    embeds = torch.randn(2, 5, model.config.hidden_size)
+    before = embeds.clone()
+    outputs = [
+        iv.IntervenableModel(iv.RepresentationConfig(0, component, intervention=intervention), model)(
+            {"inputs_embeds": embeds}, unit_locations=locations
+        )
+        for intervention in (_InPlace(), iv.ScaleIntervention(2.0))
+    ]
+    assert torch.equal(outputs[0].intervened.logits, outputs[1].intervened.logits)
+    assert [line.change for line in outputs[0].receipt] == [line.change for line in outputs[1].receipt]
+    assert all(line.change > 0 for line in outputs[0].receipt)
+    assert torch.equal(embeds, before)
