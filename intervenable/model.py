@@ -21,6 +21,7 @@ from intervenable.plan import Plan, make_plan
 from intervenable.receipt import Decodes, Explanation, Receipt
 from intervenable.runs import Fired, plain_run, run_base, run_source
 from interventions import Intervention
+from interventions.temperature import Tempered
 
 
 class IntervenableModel(nn.Module):
@@ -172,6 +173,19 @@ class IntervenableModel(nn.Module):
         explanation = Explanation(plan, self.tokenizer)
         (file or sys.stdout).write(f"{explanation}\n")
         return explanation
+
+    def set_temperature(self, value: float | Tensor) -> None:
+        """Set the temperature of every intervention that has one, as a schedule does while training.
+
+        Raises:
+            ConfigError: none of the interventions has a temperature.
+        """
+        tempered = [entry for entry in self.interventions.values() if isinstance(entry, Tempered)]
+        if not tempered:
+            kinds = ", ".join(sorted({type(entry).__name__ for entry in self.interventions.values()}))
+            raise ConfigError(f"No intervention of this model has a temperature. It has: {kinds or 'none'}.")
+        for intervention in tempered:
+            intervention.set_temperature(value)
 
     def _plan(self, *call: Any) -> Plan:
         return make_plan(self._bound, self.model, *call)

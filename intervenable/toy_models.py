@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """The sizes of an `MLPClassifier`, under the names that the configs of transformers give them."""
+
+    hidden_size: int
+    """Size of the input and of every hidden layer."""
+
+    num_hidden_layers: int
+    """Number of hidden layers."""
+
+    num_labels: int
+    """Number of classes."""
 
 
 class MLPBlock(nn.Module):
@@ -49,6 +65,7 @@ class MLPClassifier(nn.Module):
         for name, size in (("width", width), ("layers", layers), ("classes", classes)):
             if size < 1:
                 raise ValueError(f"{name}={size}: it must be 1 or more.")
+        self.config = MLPConfig(hidden_size=width, num_hidden_layers=layers, num_labels=classes)
         self.layers = nn.ModuleList(MLPBlock(width) for _ in range(layers))
         self.score = nn.Linear(width, classes)
 

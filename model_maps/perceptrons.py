@@ -7,11 +7,10 @@ from model_maps.schema import ModelMap, Site
 from model_maps.vocabulary import COMPONENTS
 
 _PLACED = {
-    # Without a config to say how wide it is, the tensors themselves do.
-    "block_input": Site("", "input", width="any"),
-    "block_output": Site("", width="any"),
-    "mlp_pre_activation": Site("act", "input", width="any"),
-    "mlp_activation": Site("act", width="any"),
+    "block_input": Site("", "input"),
+    "block_output": Site(""),
+    "mlp_pre_activation": Site("act", "input"),
+    "mlp_activation": Site("act"),
     "logits": Site("score", width="any"),
 }
 

@@ -485,3 +485,21 @@ def test_wrapping_leaves_the_model_as_it_was():
     assert all(parameter.requires_grad for parameter in language_model.parameters())
     assert all(torch.equal(before[name], value) for name, value in language_model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in language_model.modules())
+
+
+def test_a_temperature_reaches_every_intervention_that_has_one() -> None:
+    kinds = [iv.SigmoidMaskIntervention, iv.BoundlessRotatedSpaceIntervention, iv.VanillaIntervention]
+    places = [iv.RepresentationConfig(layer, "block_output") for layer in range(3)]
+    model = iv.IntervenableModel(iv.IntervenableConfig(places, kinds), iv.MLPClassifier(4, 3, 2))
+    model.set_temperature(0.25)
+    mask, boundless, _ = model.interventions.values()
+    assert mask.temperature.item() == boundless.temperature.item() == 0.25
+
+
+def test_a_temperature_that_nothing_has_cannot_be_set() -> None:
+    model = iv.IntervenableModel(iv.RepresentationConfig(0), iv.MLPClassifier(4, 1, 2))
+    with pytest.raises(iv.ConfigError) as error:
+        model.set_temperature(1.0)
+    assert str(error.value) == (
+        "No intervention of this model has a temperature. It has: VanillaIntervention."
+    )
