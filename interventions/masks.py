@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from interventions.base import Intervention, Json, Parts, Sees
 from interventions.precision import working_dtype
-from interventions.rotation import OrthogonalWeight, difference_of, swap_in_basis
+from interventions.rotation import OrthogonalWeight, SharedSwapInBasis, difference_of
 from interventions.subspaces import Subspaces
 from interventions.temperature import Tempered
 
@@ -77,7 +77,7 @@ class SigmoidMaskIntervention(Tempered, Intervention):
         return (base.to(weights.dtype) + weights * difference_of(base, source)).to(base.dtype)
 
 
-class SigmoidMaskRotatedSpaceIntervention(Tempered, Intervention):
+class SigmoidMaskRotatedSpaceIntervention(SharedSwapInBasis):
     """Swap each coordinate of a learned rotated basis by a learned share.
 
     With an orthogonal matrix `R` and `m = sigmoid(mask / T)`, the result is `b + ((s - b) R * m) R^T`.
@@ -100,7 +100,6 @@ class SigmoidMaskRotatedSpaceIntervention(Tempered, Intervention):
         tensor([0.8808, 0.8808, 0.8808])
     """
 
-    sees: Sees = "concatenated"
     mask: nn.Parameter
     """`[embed_dim]`, before temperature and sigmoid; starts at 100, a share of 0.88 at temperature 50."""
 
@@ -131,13 +130,3 @@ class SigmoidMaskRotatedSpaceIntervention(Tempered, Intervention):
             result: `(embed_dim,)`, between 0 and 1.
         """
         return torch.sigmoid(self.mask.to(dtype) / self.temperature.to(dtype))
-
-    def forward(self, base: Tensor, source: Tensor | None = None, subspaces: Subspaces = None) -> Tensor:
-        """Return the base with each chosen rotated coordinate moved by its share towards the source's."""
-        base, source = self.operands(base, source)
-        basis = self.rotation(working_dtype(base))
-        weights = self.mask_weights(basis.dtype)
-        mask = self.chosen(subspaces, base, basis.shape[1])
-        return swap_in_basis(
-            base, difference_of(base, source), basis, weights if mask is None else weights * mask
-        )

@@ -209,7 +209,28 @@ class LowRankRotatedSpaceIntervention(Intervention):
         return swap_in_basis(base, difference_of(base, source), self.rotation(working_dtype(base)), mask)
 
 
-class BoundlessRotatedSpaceIntervention(Tempered, Intervention):
+class SharedSwapInBasis(Tempered, Intervention):
+    """Swap each coordinate of a learned basis by a share of its own. A subclass writes `mask_weights`."""
+
+    sees: Sees = "concatenated"
+    rotation: OrthogonalWeight
+
+    def mask_weights(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the share by which each rotated coordinate is swapped, `(embed_dim,)`, between 0 and 1."""
+        raise NotImplementedError(f"{type(self).__name__} has no mask_weights(dtype) yet; write it.")
+
+    def forward(self, base: Tensor, source: Tensor | None = None, subspaces: Subspaces = None) -> Tensor:
+        """Return the base with each chosen rotated coordinate moved by its share towards the source's."""
+        base, source = self.operands(base, source)
+        basis = self.rotation(working_dtype(base))
+        weights = self.mask_weights(basis.dtype)
+        mask = self.chosen(subspaces, base, basis.shape[1])
+        return swap_in_basis(
+            base, difference_of(base, source), basis, weights if mask is None else weights * mask
+        )
+
+
+class BoundlessRotatedSpaceIntervention(SharedSwapInBasis):
     """Swap in a learned basis, and learn how many of its coordinates to swap.
 
     The result is `b + ((s - b) R * m) R^T`, where `m_i = sigmoid((i + 1/2) / T) * sigmoid((k - i - 1/2) / T)`
@@ -239,7 +260,6 @@ class BoundlessRotatedSpaceIntervention(Tempered, Intervention):
         tensor([9.9331e-01, 9.9331e-01, 6.6929e-03, 3.0590e-07])
     """
 
-    sees: Sees = "concatenated"
     intervention_boundaries: nn.Parameter
     """`[1]`, beta: the share of the coordinates below the boundary, used clamped to 0.001 to 1."""
 
@@ -274,13 +294,3 @@ class BoundlessRotatedSpaceIntervention(Tempered, Intervention):
         positions = torch.arange(width, dtype=dtype, device=beta.device) + 0.5
         boundary = beta.clamp(1e-3, 1.0) * width
         return torch.sigmoid(positions / temperature) * torch.sigmoid((boundary - positions) / temperature)
-
-    def forward(self, base: Tensor, source: Tensor | None = None, subspaces: Subspaces = None) -> Tensor:
-        """Return the base with each chosen rotated coordinate moved by its share towards the source's."""
-        base, source = self.operands(base, source)
-        basis = self.rotation(working_dtype(base))
-        weights = self.mask_weights(basis.dtype)
-        mask = self.chosen(subspaces, base, basis.shape[1])
-        return swap_in_basis(
-            base, difference_of(base, source), basis, weights if mask is None else weights * mask
-        )
