@@ -13,6 +13,9 @@
     ├── SubspaceError (ValueError)            subspaces that say nothing sensible
     │   └── SubspaceRangeError (IndexError)   a coordinate or part that does not exist
     ├── EditError (ValueError)                an intervention gave back something unusable
+    ├── CacheError (ValueError)               activations that cannot be joined, averaged or cut as asked
+    │   └── MissingActivationError (KeyError) an activation that was not collected
+    ├── StorageError (ValueError)             a file that is damaged, or none of ours
     ├── NotFiredError (RuntimeError)          an intervention ran another number of times than planned
     ├── NotAvailableError (NotImplementedError)   known, and not there yet
     └── MissingExtraError (ImportError)   a feature needs a package that is not installed
@@ -84,6 +87,20 @@ class SubspaceRangeError(SubspaceError, IndexError):
 
 class EditError(IntervenableError, ValueError):
     """An intervention gave back something that cannot be written where it belongs."""
+
+
+class CacheError(IntervenableError, ValueError):
+    """Activations that cannot be joined, averaged or cut in the way that was asked."""
+
+
+class MissingActivationError(CacheError, KeyError):
+    """An activation that was not collected; the message says what was, and how to have it."""
+
+    __str__ = Exception.__str__  # that of KeyError would show the message in quotes
+
+
+class StorageError(IntervenableError, ValueError):
+    """A file that is damaged, or was not written by this library."""
 
 
 class NotFiredError(IntervenableError, RuntimeError):
