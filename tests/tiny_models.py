@@ -8,6 +8,7 @@ out, biases are not zero.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 Padding = Literal["left", "right"]
 
 HIDDEN, LAYERS, HEADS, KEY_VALUE_HEADS, HEAD_DIM, MLP, VOCABULARY, LABELS = 16, 3, 4, 2, 6, 40, 72, 5
+DECODER_LAYERS = 4
+"""Layers of the decoders of models that have an encoder too."""
 FEATURES = 10
 """Width of the input of the models that do not read tokens."""
 
@@ -42,6 +45,21 @@ _ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
 _WIDE = {**_LLAMA, "head_dim": HEAD_DIM}
 _KEY_VALUE_VARIANTS = {"full": {"num_key_value_heads": HEADS}, "single": {"num_key_value_heads": 1}}
 _EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2}
+_T5 = {
+    "d_model": HIDDEN,
+    "d_kv": HEAD_DIM,
+    "d_ff": MLP,
+    "num_layers": LAYERS,
+    "num_decoder_layers": DECODER_LAYERS,
+    "num_heads": HEADS,
+    # Few and near, so that they tell the positions of short inputs apart.
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 6,
+    "feed_forward_proj": "relu",
+    "decoder_start_token_id": 0,
+}
+_T5_VARIANTS = {"gated": {"feed_forward_proj": "gated-gelu"}}
+_T5_HEADS = {"lm": "ForConditionalGeneration"}
 _TWO_KINDS_OF_LAYER = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     "sliding_window": 4,
@@ -143,6 +161,9 @@ _FAMILIES: Mapping[str, Family] = {
         {**_NAMED, "intermediate_size": MLP, "max_position_embeddings": 32},
         heads={"lm": "ForMaskedLM"},
     ),
+    "t5": Family("T5", _T5, variants=_T5_VARIANTS, heads=_T5_HEADS),
+    "mt5": Family("MT5", _T5, variants=_T5_VARIANTS, heads=_T5_HEADS),
+    "umt5": Family("UMT5", _T5, variants=_T5_VARIANTS, heads=_T5_HEADS),
     "gemma3_multimodal": Family(
         "Gemma3",
         {
@@ -166,7 +187,9 @@ _RECURRENT: Mapping[str, Callable[..., nn.Module]] = {"gru": nn.GRU, "lstm": nn.
 MULTIMODAL = "gemma3_multimodal"
 """A family with a config for each tower, used with text alone and not among `FAMILIES`."""
 ENCODERS = ("bert",)
-DECODERS = tuple(name for name in _FAMILIES if name not in (*ENCODERS, MULTIMODAL))
+ENCODER_DECODERS = ("t5", "mt5", "umt5")
+"""Families with two stacks, whose components have other names, and not among `FAMILIES` either."""
+DECODERS = tuple(name for name in _FAMILIES if name not in (*ENCODERS, *ENCODER_DECODERS, MULTIMODAL))
 """Families of causal language models."""
 LANGUAGE_MODELS = (*DECODERS, *ENCODERS)
 """Families that read tokens."""
@@ -178,6 +201,10 @@ VARIANTS: Mapping[str, tuple[str, ...]] = {
 """Family -> its variants, besides the plain one (None)."""
 CASES = tuple((name, variant) for name in FAMILIES for variant in (None, *VARIANTS[name]))
 """Every `(family, variant)`."""
+ENCODER_DECODER_CASES = tuple(
+    (name, variant) for name in ENCODER_DECODERS for variant in (None, *_FAMILIES[name].variants)
+)
+"""Every `(family, variant)` with two stacks."""
 
 
 def tiny(
@@ -232,11 +259,22 @@ def tiny_inputs(
 ) -> dict[str, Tensor]:
     """Random inputs for a tiny model, as keyword arguments.
 
-    With padding, row `i` has `i` positions less than `length` (never less than 2) and its mask says so.
+    With padding, row `i` has `i` positions less than `length` (never less than 2) and its mask says so. A decoder
+    beside an encoder is given two positions less than `length`, padded alike.
     """
     generator = torch.Generator().manual_seed(seed)
     if isinstance(model, nn.RNNBase):
         return {"input": torch.randn(batch, length, FEATURES, generator=generator)}
+    inputs = _tokens(batch, length, padding, generator)
+    if "decoder_input_ids" in inspect.signature(model.forward).parameters:
+        decoder = _tokens(batch, length - 2, padding, generator)
+        inputs |= {f"decoder_{name}": value for name, value in decoder.items()}
+    return inputs
+
+
+def _tokens(
+    batch: int, length: int, padding: Padding | None, generator: torch.Generator
+) -> dict[str, Tensor]:
     tokens = torch.randint(3, VOCABULARY, (batch, length), generator=generator)
     mask = torch.ones_like(tokens)
     for row in range(batch if padding else 0):
