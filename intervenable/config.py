@@ -30,8 +30,10 @@ from intervenable.config_fields import (
     ModelType,
     Name,
     Partition,
+    Renormalize,
     UnitName,
     Values,
+    Where,
     WholeNumber,
     is_module_path,
     types_from,
@@ -42,8 +44,9 @@ from intervenable.errors import (
     NotAvailableError,
     each_named,
 )
+from intervenable.locations import level_faults
 from interventions import Intervention, VanillaIntervention
-from model_maps import COMPONENTS, is_head_component
+from model_maps import COMPONENTS
 
 # --- one representation -----------------------------------------------------------------------------------
 
@@ -72,7 +75,8 @@ class RepresentationConfig(Declared):
     """Component name (`model_maps.COMPONENTS`), or a module path ending in `.input` or `.output`."""
 
     unit: UnitName = "pos"
-    """What is exchanged: positions (`pos`), heads (`h`), or positions of heads (`h.pos`)."""
+    """What is exchanged: positions (`pos`), heads (`h`), positions of heads (`h.pos`); of attention matrices those of
+    heads (`h`), their rows (`h.query`) or their entries (`h.query.key`)."""
 
     max_number_of_units: Count = 1
     """How many units an intervention that sees them concatenated is made for. No limit for the others."""
@@ -109,6 +113,15 @@ class RepresentationConfig(Declared):
     name: Name = None
     """Unique name; by default made from layer, component and unit."""
 
+    where: Where = None
+    """Locations that hold unless a call gives `unit_locations`: for `pos` an entry or a list of them, for the other
+    units a mapping such as `{"heads": 3, "queries": "last", "keys": "Spain"}`, where what is left out is all. A pair
+    `(source, base)` where the two differ."""
+
+    renormalize: Renormalize = "none"
+    """What becomes of the edited rows of an attention pattern: nothing (`none`), they are divided by their sum
+    (`rows`), or it is an error if one does not sum to one (`check`)."""
+
     # Type checkers would otherwise take pydantic's fields, by name and just as annotated, for all there is.
     if TYPE_CHECKING:
 
@@ -129,6 +142,8 @@ class RepresentationConfig(Declared):
         "source_representation",
         "latent_dim",
         "name",
+        "where",
+        "renormalize",
     )
     RENAMED: ClassVar[Mapping[str, str]] = {
         "intervenable_layer": "layer",
@@ -143,6 +158,9 @@ class RepresentationConfig(Declared):
         if fields.get("layer") is not None:
             yield from _layer_faults(fields["layer"], component)
         yield from _unit_faults(unit, component)
+        yield from _where_faults(fields.get("where"), unit)
+        if fields.get("renormalize", "none") != "none" and component != "attention_pattern":
+            yield ConfigError(f"renormalize is for rows of 'attention_pattern', and not for {component!r}.")
         yield from _object_faults(fields)
 
     def __hash__(self) -> int:
@@ -165,15 +183,28 @@ def _unit_faults(unit: str, component: str) -> Iterable[ConfigError]:
             yield ConfigError(
                 f"unit {unit!r} needs heads, and the module path {component!r} names none: use 'pos'."
             )
-    elif is_head_component(component):
-        if unit == "pos":
-            yield ConfigError(
-                f"unit 'pos' does not fit {component!r}, which is split into heads: use 'h' or 'h.pos'."
-            )
-    elif unit != "pos":
+        return
+    known = COMPONENTS[component]
+    if unit in known.units:
+        return
+    fitting = " or ".join(map(repr, known.units))
+    if known.axes == "heads":
+        yield ConfigError(f"unit {unit!r} does not fit {component!r}, which is split into heads: use {fitting}.")
+    elif known.axes == "matrix":
+        yield ConfigError(
+            f"unit {unit!r} does not fit {component!r}, a matrix of queries by keys for each head: use {fitting}."
+        )
+    else:
         by_heads = f"head_{component}"
         hint = f", or the component {by_heads!r}" if by_heads in COMPONENTS else ""
         yield ConfigError(f"unit {unit!r} does not fit {component!r}, which has no heads: use 'pos'{hint}.")
+
+
+def _where_faults(where: Any, unit: str) -> Iterable[ConfigError]:
+    """Levels that a unit does not have, on either side."""
+    for side in where if isinstance(where, tuple) else (where,):
+        if isinstance(side, Mapping):
+            yield from (ConfigError(fault) for fault in level_faults(side, unit))
 
 
 def _object_faults(fields: Mapping[str, Any]) -> Iterable[ConfigError]:

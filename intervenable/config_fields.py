@@ -13,26 +13,19 @@ from pydantic import BeforeValidator, PlainSerializer, ValidationInfo, WithJsonS
 from torch import Tensor
 
 import interventions
+import model_maps
 from intervenable.errors import ConfigError, NotAvailableError, UnknownNameError, unknown_name
 from interventions import Intervention
 from interventions.signatures import pattern_of_function
 from interventions.subspaces import parse_partition, partition_to_config
-from model_maps import COMPONENTS
+from model_maps import ALIASES, COMPONENTS
 
-UNITS = ("pos", "h", "h.pos")
+UNITS = tuple(dict.fromkeys(unit for units in model_maps.UNITS.values() for unit in units))
 
 MODULE_PATH = re.compile(r"[A-Za-z_]\w*(\[-?\d+\]|\.\w+)*\.(input|output)")
 """A component given as a module path: `model.layers[3].mlp.output`."""
 
-LATER_COMPONENTS = (
-    "attention_pattern",
-    "attention_scores",
-    "attention_scores_masked",
-    "attention_weight",
-    "rotary_key",
-    "rotary_query",
-)
-LATER_UNITS = {"t": "steps of a recurrent net", "h.query.key": "entries of attention matrices"}
+LATER_UNITS = {"t": "steps of a recurrent net"}
 
 
 def is_module_path(component: str) -> bool:
@@ -46,10 +39,7 @@ def is_module_path(component: str) -> bool:
 def _component_from(component: object) -> str:
     if not isinstance(component, str):
         raise ConfigError(f"component is {component!r}; it must be a name or a module path.")
-    if component in LATER_COMPONENTS:
-        raise NotAvailableError(
-            f"Component {component!r} is not available yet. Allowed: {', '.join(sorted(COMPONENTS))}."
-        )
+    component = ALIASES.get(component, component)
     if component not in COMPONENTS and not is_module_path(component):
         raise UnknownNameError(
             unknown_name("component", component, COMPONENTS)
@@ -128,6 +118,36 @@ def _key_json(key: Hashable) -> object:
     if not isinstance(key, (str, int, float)):
         raise ConfigError(f"The key {key!r} does not go into JSON: use a text, a number or a tuple of them.")
     return key
+
+
+RENORMALIZE = ("none", "rows", "check")
+
+
+def _renormalize_from(value: object) -> str:
+    if value not in RENORMALIZE:
+        raise UnknownNameError(unknown_name("renormalize", value, RENORMALIZE))
+    return str(value)
+
+
+# --- where ------------------------------------------------------------------------------------------------
+
+
+def _where_from(value: Any) -> Any:
+    """Locations as they are written; `{"source": ..., "base": ...}`, as JSON has a pair, as the pair."""
+    if isinstance(value, Mapping) and value and set(value) <= {"source", "base"}:
+        return (value.get("source"), value.get("base"))
+    if isinstance(value, tuple) and len(value) != 2:
+        raise ConfigError(
+            f"where is {value!r}, a tuple of {len(value)}, and a tuple is a (source, base) pair."
+            " Write a list for a set of positions."
+        )
+    return value
+
+
+def _where_json(value: Any) -> object:
+    if isinstance(value, tuple):
+        return {"source": value[0], "base": value[1]}
+    return value
 
 
 # --- interventions ----------------------------------------------------------------------------------------
@@ -324,6 +344,15 @@ Name = Annotated[
     str | None,
     BeforeValidator(_name_from),
     WithJsonSchema({"type": ["string", "null"], "pattern": "^[^/]+$"}),
+]
+Renormalize = Annotated[
+    str, BeforeValidator(_renormalize_from), WithJsonSchema({"type": "string", "enum": list(RENORMALIZE)})
+]
+Where = Annotated[
+    Any,
+    BeforeValidator(_where_from),
+    in_json(_where_json),
+    _schema("locations", "integer", "string", "array", "object", "null"),
 ]
 Mode = Annotated[str, BeforeValidator(_mode_from), WithJsonSchema({"type": "string", "enum": ["parallel"]})]
 ModelType = Annotated[str | None, BeforeValidator(_model_type_from)]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from intervenable.attention_mode import AttentionMode, InsideHook
 from intervenable.passage import Passage
 from model_maps import Side
 
@@ -30,11 +31,14 @@ RECORDS = "transformers.utils.output_capturing"
 
 
 class Hook(NamedTuple):
-    """Something to do at each passage through one side of a module."""
+    """Something to do at each passage through one side of a module, or inside it."""
 
     module: nn.Module
     side: Side
     act: Callable[[Passage], None]
+
+    inside: InsideHook | None = None
+    """What to do inside the module; it has `act` as well, and the module is not hooked otherwise."""
 
 
 class Gate:
@@ -54,6 +58,47 @@ class Gate:
     def open(self) -> bool:
         """Whether hooks act in this thread now."""
         return get_ident() in self._threads
+
+
+class _Modes:
+    """The attention modes that are on in each thread, for one run."""
+
+    def __init__(self) -> None:
+        self._on: dict[int, list[AttentionMode]] = {}
+
+    def put_on(self, mode: AttentionMode) -> None:
+        self._on.setdefault(get_ident(), []).append(mode)
+        mode.__enter__()
+
+    def take_off(self) -> None:
+        """Take off the last one put on in this thread, if there is any."""
+        modes = self._on.get(get_ident())
+        if modes:
+            modes.pop().__exit__(None, None, None)
+
+    def take_all_off(self) -> None:
+        """Take off what a run has left on that ended inside an attention module."""
+        while self._on.get(get_ident()):
+            self.take_off()
+
+
+def _register_inside(
+    module: nn.Module, hooks: Sequence[InsideHook], gate: Gate, modes: _Modes
+) -> list[RemovableHandle]:
+    """Let hooks see inside a module: a mode is on from where the module is entered to where it is left."""
+
+    def before(module: nn.Module, *rest: Any) -> None:
+        if gate.open():
+            modes.put_on(AttentionMode(module, hooks, Passage(module, *rest).take("input", None)))
+
+    def after(module: nn.Module, *rest: Any) -> None:
+        if gate.open():
+            modes.take_off()
+
+    return [
+        module.register_forward_pre_hook(before, with_kwargs=True),
+        module.register_forward_hook(after, with_kwargs=True, always_call=True, prepend=True),
+    ]
 
 
 def _register(hook: Hook, gate: Gate) -> RemovableHandle:
@@ -108,21 +153,38 @@ def hooked(hooks: Sequence[Hook], model: nn.Module, *, recomputed: bool = False)
     layers = _checkpointed_layers(hooks, model)
     again = {layer: recomputed and not _reentrant(layer) for layer in layers.values()}
     passing: list[RemovableHandle] = []
+    modes = _Modes()
+
+    def kept(module: nn.Module) -> list[RemovableHandle]:
+        return recomputation.handles if module in layers and again[layers[module]] else passing
+
     try:
         for hook in hooks:
-            stays = hook.module in layers and again[layers[hook.module]]
-            (recomputation.handles if stays else passing).append(_register(hook, gate))
+            if hook.inside is None:
+                kept(hook.module).append(_register(hook, gate))
+        for module, inside in _by_module(hooks).items():
+            kept(module).extend(_register_inside(module, inside, gate, modes))
         with _watched(again, gate):
             yield recomputation
     except BaseException:
         recomputation.remove()
         raise
     finally:
+        modes.take_all_off()
         gate.leave()
         for handle in passing:
             handle.remove()
         if not recomputation.waits:
             recomputation.remove()
+
+
+def _by_module(hooks: Sequence[Hook]) -> dict[nn.Module, list[InsideHook]]:
+    """The hooks inside modules, by module, in their order."""
+    found: dict[nn.Module, list[InsideHook]] = {}
+    for hook in hooks:
+        if hook.inside is not None:
+            found.setdefault(hook.module, []).append(hook.inside)
+    return found
 
 
 # --- gradient checkpointing -------------------------------------------------------------------------------

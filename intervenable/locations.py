@@ -1,9 +1,11 @@
 """What users write for positions and heads -> index tensors. The only file that reads unit locations.
 
-The full form is a pair `(source locations, base locations)`, each `[interventions][batch][units]` (for `h.pos`:
-`[interventions][2 levels][batch][units]`, heads first). Short forms: an int is one position in source and base,
+The full form is a pair `(source locations, base locations)`, each `[interventions][batch][units]` (for `h.pos` and
+`h.query`: `[interventions][2 levels][batch][units]`, heads first; for `h.query.key`: three levels). In the place of
+an intervention a mapping names its levels, with what holds for every example: `{"heads": 3, "keys": [0, 1]}`; a level
+left out is all of it. Short forms: an int is one position in source and base,
 a **tuple** `(source, base)` is a pair, a **list** of ints is a set of positions. With unit `h` they count heads,
-with `h.pos` they are positions of every head. None in the place of an intervention skips it; None for all of a
+with `h.pos` they are positions of every head, with `h.query` rows of every head. None in the place of an intervention skips it; None for all of a
 side means whole tensors.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, Literal
 
@@ -22,7 +25,18 @@ from intervenable.errors import LocationError, LocationRangeError, raise_listed
 from intervenable.inputs import RunInputs
 
 RelativeTo = Literal["tokens", "tensor"]
-LEVELS = {"pos": ("positions",), "h": ("heads",), "h.pos": ("heads", "positions")}
+Level = Literal["heads", "positions", "queries", "keys"]
+LEVELS: Mapping[str, tuple[Level, ...]] = {
+    "pos": ("positions",),
+    "h": ("heads",),
+    "h.pos": ("heads", "positions"),
+    "h.query": ("heads", "queries"),
+    "h.query.key": ("heads", "queries", "keys"),
+}
+"""The levels of each unit, in the order in which locations nest."""
+
+RELATIONS = ("self", "others")
+"""Keys told by the query: the query's own position, or every key but that."""
 
 
 @dataclass(frozen=True)
@@ -37,21 +51,38 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Units:
-    """The units of one intervention in one run, for each example; checked, and counted from 0."""
+    """The units of one intervention in one run, for each example; checked, and counted from 0.
 
-    positions: tuple[tuple[int, ...], ...] | None
-    """Tensor indices along the position axis, for each example; None means every position (unit `h`)."""
+    Each level has tensor indices along its axis for each example; None means all there are, or that the component
+    has no such axis.
+    """
 
+    positions: tuple[tuple[int, ...], ...] | None = None
     heads: tuple[tuple[int, ...], ...] | None = None
-    """Heads, for each example; None if the unit has no heads."""
+    queries: tuple[tuple[int, ...], ...] | None = None
+    keys: tuple[tuple[int, ...], ...] | None = None
 
-    def __len__(self) -> int:
-        return len(self.positions or self.heads or ())
+    relation: str | None = None
+    """Which of the entries are meant: those where the key is the query (`self`), or is not (`others`)."""
 
     @property
+    def levels(self) -> dict[Level, tuple[tuple[int, ...], ...]]:
+        """The levels that are located, in the order in which they nest."""
+        named: list[tuple[Level, tuple[tuple[int, ...], ...] | None]] = [
+            ("heads", self.heads),
+            ("positions", self.positions),
+            ("queries", self.queries),
+            ("keys", self.keys),
+        ]
+        return {name: rows for name, rows in named if rows is not None}
+
+    def __len__(self) -> int:
+        return len(next(iter(self.levels.values()), ()))
+
+    @cached_property
     def counts(self) -> tuple[tuple[int, ...], ...]:
         """For each example the number of its units, level by level."""
-        levels = [level for level in (self.heads, self.positions) if level is not None]
+        levels = self.levels.values()
         return tuple(tuple(len(level[example]) for level in levels) for example in range(len(self)))
 
     @cached_property
@@ -73,28 +104,28 @@ class Units:
         return slice(first, last + 1) if self.positions[0] == tuple(range(first, last + 1)) else None
 
     @cached_property
-    def position_index(self) -> Tensor | None:
-        """`[batch, positions]`, shorter examples filled up with their last position."""
-        return None if self.positions is None else torch.tensor(_filled(self.positions))
-
-    @cached_property
-    def head_index(self) -> Tensor | None:
-        """`[batch, heads]`, shorter examples filled up with their last head."""
-        return None if self.heads is None else torch.tensor(_filled(self.heads))
+    def filled(self) -> dict[Level, Tensor]:
+        """For each located level `[batch, n]`, shorter examples filled up with their last unit."""
+        return {name: torch.tensor(_filled(rows)) for name, rows in self.levels.items()}
 
     @cached_property
     def real(self) -> Tensor | None:
-        """Which entries are units and which fill up: `[batch, n]` or `[batch, heads, n]`; None if all are units."""
-        if not self.ragged:
+        """Which entries are units and which fill up: a mask with an axis for each level, `[batch, n, ...]`.
+
+        None if all are units.
+        """
+        if not self.ragged and self.relation is None:
             return None
-        masks = []
-        for level in (self.heads, self.positions):
-            if level is not None:
-                width = max(map(len, level))
-                masks.append(torch.tensor([[i < len(row) for i in range(width)] for row in level]))
-        if len(masks) == 1:
-            return masks[0]
-        return masks[0][:, :, None] & masks[1][:, None, :]
+        levels = self.levels
+        mask = torch.ones(len(self), *[max(map(len, rows)) for rows in levels.values()], dtype=torch.bool)
+        for axis, rows in enumerate(levels.values(), 1):
+            width = mask.shape[axis]
+            there = torch.tensor([[i < len(row) for i in range(width)] for row in rows])
+            mask &= there.view(len(rows), *[width if other == axis else 1 for other in range(1, mask.dim())])
+        if self.relation is not None:
+            own = self.filled["queries"][:, None, :, None] == self.filled["keys"][:, None, None, :]
+            mask = mask & (own if self.relation == "self" else ~own)
+        return mask
 
 
 def _filled(rows: Sequence[tuple[int, ...]]) -> list[list[int]]:
@@ -110,6 +141,16 @@ class Subject:
     unit: str
     heads: int | None
     writes: bool
+    where: Any = None
+    """Its own locations, for calls that give none."""
+
+    causal: bool = False
+    """Whether no query of it reads a key behind itself."""
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """What its locations say."""
+        return LEVELS[self.unit]
 
 
 Slot = Whole | Skipped | Units
@@ -153,10 +194,13 @@ def read_locations(
     """
     if relative_to not in ("tokens", "tensor"):
         raise LocationError(f"relative_to={relative_to!r} is unknown. Allowed: 'tokens', 'tensor'.")
-    source_side, base_side = _sides(unit_locations)
     faults: list[LocationError] = []
     found: tuple[list[Slot], list[Slot]] = ([], [])
-    spread = [_spread(side, subjects, name) for side, name in ((source_side, "source"), (base_side, "base"))]
+    if unit_locations is None:
+        spread = list(zip(*map(_declared, subjects), strict=True)) or [(), ()]
+    else:
+        sides = zip(_sides(unit_locations), ("source", "base"), strict=True)
+        spread = [tuple(_spread(side, subjects, name)) for side, name in sides]
     for index, subject in enumerate(subjects):
         for side, (slots, inputs) in enumerate(zip(spread, (sources[index], base), strict=True)):
             slot: Slot = Skipped() if inputs is None else Whole()
@@ -173,6 +217,35 @@ def read_locations(
     return found
 
 
+def _declared(subject: Subject) -> tuple[Any, Any]:
+    """The locations that a representation brings itself, for its source and for the base."""
+    where = subject.where
+    if where is None:
+        return _NOT_GIVEN, _NOT_GIVEN
+    sides = where if isinstance(where, tuple) else (where, where)
+    source, base = (_NOT_GIVEN if side is None else _declared_side(side, subject) for side in sides)
+    return source, base
+
+
+def _declared_side(side: Any, subject: Subject) -> Any:
+    if isinstance(side, Mapping) or _is_mask(side):
+        return side
+    value = _plain(side)
+    return value if _depth(value) > 1 else _short(value, f"declared ({subject.name!r})")
+
+
+def level_faults(side: Mapping[Any, Any], unit: str) -> list[str]:
+    """What is wrong with the names of the levels in a mapping, for the units it is to locate."""
+    allowed = LEVELS.get(unit, ())
+    wrong = [name for name in side if name not in allowed]
+    if not wrong:
+        return []
+    names = ", ".join(map(repr, wrong))
+    near = get_close_matches(str(wrong[0]), allowed, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return [f"The locations name {names}, and unit {unit!r} has {', '.join(allowed)}.{hint}"]
+
+
 def lists_each_intervention(unit_locations: object) -> bool:
     """Whether base locations were given for each intervention by itself, so that None there skips one."""
     return _lists_each(_plain(_sides(unit_locations)[1]))
@@ -180,7 +253,10 @@ def lists_each_intervention(unit_locations: object) -> bool:
 
 def _lists_each(value: Any) -> bool:
     """Whether a side, as plain lists, has an entry for each intervention and not positions for all."""
-    return isinstance(value, list) and (_depth(value) > 2 or (bool(value) and all(i is None for i in value)))
+    if not isinstance(value, list):
+        return False
+    each = any(isinstance(item, Mapping) for item in value) or all(item is None for item in value)
+    return _depth(value) > 2 or (bool(value) and each)
 
 
 _NOT_GIVEN = Whole()
@@ -229,6 +305,8 @@ def _plain(value: Any) -> Any:
     """Tensors, arrays and ranges as lists of ints; masks and everything else as they are."""
     if value is None or type(value) is int:  # nearly all there is, on every call
         return value
+    if isinstance(value, Mapping):
+        return dict(value)
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if _is_mask(value):
@@ -253,7 +331,7 @@ def _spread(side: Any, subjects: Sequence[Subject], name: str) -> list[Any]:
     """One side, an entry for each intervention: None skips, Whole is everything, a list is as deep as its unit."""
     if isinstance(side, Whole):
         return [side] * len(subjects)
-    if _is_mask(side):
+    if _is_mask(side) or isinstance(side, Mapping):
         return [side] * len(subjects)
     value = _plain(side)
     if not _lists_each(value):
@@ -309,38 +387,104 @@ def _units(
     slot: Any, subject: Subject, inputs: RunInputs, where: str, relative_to: RelativeTo, *, writes: bool
 ) -> Units:
     """The units of one intervention in one run: every example, normalised and checked."""
-    names = LEVELS[subject.unit]
     if _is_mask(slot):
         return _masked(slot, subject, inputs, where)
-    if isinstance(slot, _Everywhere):
-        levels = [[list(slot.entries)] * inputs.batch]
-        if len(names) == 2:
-            levels.insert(0, [[slice(None)]] * inputs.batch)
-    elif len(names) == 2:
-        if not isinstance(slot, list) or len(slot) != 2:
-            raise LocationError(
-                f"The {where} must be two lists, heads and positions (unit 'h.pos'), not {slot!r}."
-            )
-        levels = slot
-    else:
-        levels = [slot]
-    found: dict[str, tuple[tuple[int, ...], ...]] = {}
-    for name, level in zip(names, levels, strict=True):
-        found[name] = _level(level, name, subject, inputs, where, relative_to)
+    relation = None
+    levels = _by_level(slot, subject, inputs.batch, where)
+    if levels.get("keys") in RELATIONS:
+        relation, levels["keys"] = levels["keys"], [[slice(None)]] * inputs.batch
+    found = {
+        name: _level(level, name, subject, inputs, where, relative_to) for name, level in levels.items()
+    }
+    units = Units(**found, relation=relation)  # type: ignore[arg-type]  # the names of levels are its fields
     if writes and subject.writes:
         for name, rows in found.items():
-            for example, row in enumerate(rows):
-                twice = sorted({unit for unit in row if row.count(unit) > 1})
-                if twice:
-                    raise LocationError(
-                        f"The {where} name {name} {', '.join(map(str, twice))} more than once for example {example}."
-                        " Each can be written once."
-                    )
-    return Units(found.get("positions"), found.get("heads"))
+            _check_once(rows, name, where)
+        if subject.causal and relation is None and "keys" in found and _spelled_out(levels["keys"]):
+            _check_reach(units, inputs, where)
+    return units
+
+
+def _by_level(slot: Any, subject: Subject, batch: int, where: str) -> dict[Level, Any]:
+    """What a slot says of each level, as lists with one for each example (a relation of keys stays its name)."""
+    names = subject.levels
+    if isinstance(slot, _Everywhere):
+        if len(names) > 2:
+            raise LocationError(
+                f"The {where} are {list(slot.entries)!r}, which could be rows or columns of an attention matrix. Name"
+                f" the levels: {{'queries': ..., 'keys': ...}}, and 'heads' unless all of them are meant."
+            )
+        everywhere = [list(slot.entries)] * batch
+        return {names[0]: [[slice(None)]] * batch, names[1]: everywhere} if len(names) == 2 else {names[0]: everywhere}
+    if isinstance(slot, Mapping):
+        faults = level_faults(slot, subject.unit)
+        if faults:
+            raise LocationError(f"{faults[0]} ({where.capitalize()}.)")
+        return {name: _for_each_example(slot.get(name), name, batch, where) for name in names}
+    if len(names) == 1:
+        return {names[0]: slot}
+    if not isinstance(slot, list) or len(slot) != len(names):
+        raise LocationError(
+            f"The {where} must be {_NUMBERS[len(names)]} lists, {_and(names)} (unit {subject.unit!r}), not {slot!r}."
+        )
+    return dict(zip(names, slot, strict=True))
+
+
+_NUMBERS = {2: "two", 3: "three"}
+
+
+def _and(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _for_each_example(value: Any, name: Level, batch: int, where: str) -> Any:
+    """What a mapping says of one level, the same for each example."""
+    if value is None:
+        return [[slice(None)]] * batch
+    if name == "keys" and isinstance(value, str) and value in RELATIONS:
+        return value
+    entries = _plain(value)
+    entries = entries if isinstance(entries, list) else [entries]
+    if not entries:
+        raise LocationError(f"The {where} name no {name}. Give at least one, or leave {name!r} out for all.")
+    return [entries] * batch
+
+
+def _check_once(rows: tuple[tuple[int, ...], ...], name: str, where: str) -> None:
+    """That nothing is written twice."""
+    for example, row in enumerate(rows):
+        twice = sorted({unit for unit in row if row.count(unit) > 1})
+        if twice:
+            raise LocationError(
+                f"The {where} name {name} {', '.join(map(str, twice))} more than once for example {example}."
+                " Each can be written once."
+            )
+
+
+def _spelled_out(level: list[list[Any]]) -> bool:
+    """Whether units are named one by one: a slice of keys may reach further than some query reads."""
+    return not any(isinstance(entry, slice) or entry == "all" for row in level for entry in row)
+
+
+def _check_reach(units: Units, inputs: RunInputs, where: str) -> None:
+    """That each key is read by one of the queries at least: none reads a key behind itself."""
+    assert units.queries is not None
+    assert units.keys is not None
+    for example, (queries, keys) in enumerate(zip(units.queries, units.keys, strict=True)):
+        unread = [key for key in keys if key > max(queries)]
+        if not unread:
+            continue
+        real = inputs.real_positions
+        named = unread if real is None else [real[example].index(key) for key in unread if key in real[example]]
+        last = max(queries) if real is None else real[example].index(max(queries))
+        raise LocationError(
+            f"The {where} name keys {', '.join(map(str, named))} for example {example}, which the causal mask hides"
+            f" from all queries chosen (the last is {last}): nothing would change. Choose later queries or earlier keys."
+        )
 
 
 def _level(
-    level: Any, name: str, subject: Subject, inputs: RunInputs, where: str, relative_to: RelativeTo
+    level: Any, name: Level, subject: Subject, inputs: RunInputs, where: str, relative_to: RelativeTo
 ) -> tuple[tuple[int, ...], ...]:
     if not isinstance(level, list) or not all(isinstance(row, list) for row in level):
         raise LocationError(f"The {where} must list the {name} of each example, [[...], ...], not {level!r}.")
@@ -351,11 +495,11 @@ def _level(
     rows = []
     for example, row in enumerate(level):
         size = subject.heads if name == "heads" else inputs.count(example)
-        if relative_to == "tensor" and name == "positions":
+        if relative_to == "tensor" and name != "heads":
             size = inputs.length
         units = _counted(row, size or 0, name, example, where)
         real = inputs.real_positions
-        if name == "positions" and relative_to == "tokens" and real is not None:
+        if name != "heads" and relative_to == "tokens" and real is not None:
             units = tuple(real[example][unit] for unit in units)
         rows.append(units)
     return tuple(rows)
@@ -371,7 +515,7 @@ def _counted(row: list[Any], size: int, name: str, example: int, where: str) -> 
         if isinstance(entry, bool) or not isinstance(entry, int):
             raise LocationError(f"{entry!r} in the {where} is not an index: give ints or slices.")
         if not -size <= entry < size:
-            kind = "Head" if name == "heads" else "Position"
+            kind = {"heads": "Head", "queries": "Query", "keys": "Key"}.get(name, "Position")
             there = f"{name} 0 to {size - 1} (or -{size} to -1)" if size else f"no {name}"
             raise LocationRangeError(
                 f"{kind} {entry} in the {where} is out of range for example {example}, which has {there}."

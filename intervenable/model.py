@@ -220,9 +220,13 @@ def _readings(plan: Plan, fired: list[Fired]) -> tuple[dict[str, Tensor], dict[s
             continue
         if isinstance(edit.units, Units) and edit.units.real is not None:
             mask = edit.units.real.to(values.device)
-            if mask.dim() < values.dim() - 1:  # unit `h`: all positions of each head
-                mask = mask[..., None].expand(values.shape[:-1])
-            values = torch.where(mask[..., None], values, torch.zeros_like(values))
+            if edit.bound.site.matrix:  # entries; where rows or whole matrices are located, all that is in them
+                mask = mask.view(*mask.shape, *[1] * (values.dim() - mask.dim())).expand(values.shape)
+                values = torch.where(mask, values, torch.zeros_like(values))
+            else:
+                if mask.dim() < values.dim() - 1:  # unit `h`: all positions of each head
+                    mask = mask[..., None].expand(values.shape[:-1])
+                values = torch.where(mask[..., None], values, torch.zeros_like(values))
             masks[edit.bound.name] = mask
         collected[edit.bound.name] = values
     return collected, masks

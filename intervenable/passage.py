@@ -22,6 +22,8 @@ class Passage:
         self.kwargs = kwargs
         self.output = output
         self.changed = False
+        self.repeated = False
+        """Whether this is not the first passage of its kind in one call of the module."""
 
     def take(self, side: Side, slot: str | int | None) -> Tensor:
         """The tensor in a slot of the inputs or of the output."""
@@ -57,6 +59,24 @@ class Passage:
         if isinstance(key, int):
             return self.args[key] if key < len(self.args) else None
         return self.kwargs.get(key)
+
+
+class InsidePassage(Passage):
+    """One tensor that a module computes inside itself, and what our edits make of it."""
+
+    def __init__(self, module: nn.Module, tensor: Tensor, repeated: bool = False) -> None:
+        super().__init__(module, (), {})
+        self.tensor = tensor
+        self.repeated = repeated
+
+    def take(self, side: Side, slot: str | int | None) -> Tensor:
+        """The tensor."""
+        return self.tensor
+
+    def put(self, side: Side, slot: str | int | None, value: Tensor) -> None:
+        """Let the module go on with another tensor."""
+        self.changed = True
+        self.tensor = value
 
 
 def _item(output: Any, slot: str | int | None) -> Any:

@@ -151,7 +151,14 @@ def make_plan(
 
 def _subjects(bound: Sequence[BoundRepresentation]) -> list[Subject]:
     return [
-        Subject(entry.name, entry.config.unit, entry.site.heads, not entry.intervention.collects)
+        Subject(
+            entry.name,
+            entry.config.unit,
+            entry.site.heads,
+            not entry.intervention.collects,
+            entry.config.where,
+            entry.site.causal,
+        )
         for entry in bound
     ]
 

@@ -18,7 +18,7 @@ from intervenable.padding import with_position_ids
 from intervenable.passage import Passage
 from intervenable.plan import Capture, Edit, Plan, error_of
 from intervenable.signatures import takes
-from intervenable.sites import BoundSite
+from intervenable.sites import BoundSite, hook_at
 from interventions import InterventionError
 
 
@@ -86,7 +86,7 @@ def run_source(model: nn.Module, inputs: RunInputs, captures: Sequence[Capture])
 
         return act
 
-    hooks = [Hook(site.module, site.side, capture(what)) for site, what in zip(sites, captures, strict=True)]
+    hooks = [hook_at(site, capture(what)) for site, what in zip(sites, captures, strict=True)]
     added, gathering = _gather_added(sites, inputs)
     # Before any hook is there, since it may take runs of the model to tell.
     kwargs = with_own_caches(with_position_ids(inputs, model))
@@ -146,19 +146,22 @@ def run_base(
             index = site.index(edit.units, inputs, _device(passage, site))
             old = site.read(passage, index, inputs, added.get(id(site)))
             new = applied(edit, old, source)
-            record.times += 1
+            record.times += not passage.repeated
             if edit.bound.intervention.collects:
-                record.collected = new
+                if not passage.repeated:
+                    record.collected = new
                 return
             norms = partial(_norm_of_change, old.detach(), new.detach(), index.real)
             # Located units are few, and most receipts are never read; whole activations are not kept for them.
             record.norms = norms if isinstance(edit.units, Units) else partial(_same_tensor, norms())
             site.write(passage, index, inputs, old, new)
+            if edit.bound.config.renormalize != "none":
+                site.renormalize(passage, index, edit.bound.config.renormalize == "rows")
 
         return act
 
     hooks = [
-        Hook(site.module, site.side, edit_hook(edit, record))
+        hook_at(site, edit_hook(edit, record), writes=not edit.bound.intervention.collects)
         for site, edit, record in zip(sites, plan.edits, fired, strict=True)
     ]
     # What is added is read after the edits at its own place, which are hooked first.
@@ -229,9 +232,10 @@ def _separated(joined: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _norm_of_change(old: Tensor, new: Tensor, real: Tensor | None) -> Tensor:
-    change = (new - old).float()
+    change = torch.where(new == old, torch.zeros_like(old), new - old).float()  # masked scores are -inf in both
     if real is not None:
-        change = torch.where(real[..., None], change, torch.zeros_like(change))
+        mask = real if real.dim() == change.dim() else real[..., None]
+        change = torch.where(mask, change, torch.zeros_like(change))
     return change.flatten(1).norm(dim=1) if change.dim() > 1 else change.abs()
 
 

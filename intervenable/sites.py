@@ -7,6 +7,7 @@ it was.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -14,16 +15,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from intervenable.errors import LocationError, LocationRangeError, UnsupportedModelError
+from intervenable.attention_mode import InsideHook, floor_of
+from intervenable.errors import EditError, LocationError, LocationRangeError, UnsupportedModelError
+from intervenable.hooks import Hook
 from intervenable.inputs import RunInputs
-from intervenable.locations import Units, Whole
+from intervenable.locations import Level, Units, Whole
 from intervenable.passage import Passage
 from intervenable.unit_index import UnitIndex
 from model_maps import COMPONENTS, HeadColumns, Side, Site, Sizes, columns_of, is_head_component
 
 # --- a component in a model -------------------------------------------------------------------------------
 
-Kind = Literal["stored", "sum", "per_head", "norm_scale"]
+Kind = Literal["stored", "sum", "per_head", "norm_scale", "inside"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,10 +72,23 @@ class BoundSite:
     read_only: str = ""
     """Why it cannot be written, if it cannot."""
 
+    head_counts: tuple[int, int] = (0, 0)
+    """For what is computed inside an attention module: its query heads and its key-value heads."""
+
+    causal: bool = False
+    """Whether it is a matrix in which no query reads a key behind itself."""
+
     @property
     def heads(self) -> int | None:
         """How many heads its units can name; None if it has none."""
+        if self.kind == "inside":
+            return self.head_counts[1 if self.component == "rotary_key" else 0]
         return self.columns.heads if self.by_heads and self.columns else None
+
+    @property
+    def matrix(self) -> bool:
+        """Whether it is a matrix of queries by keys for each head."""
+        return self.kind == "inside" and COMPONENTS[self.component].axes == "matrix"
 
     @property
     def label(self) -> str:
@@ -103,6 +119,8 @@ class BoundSite:
 
     def index(self, units: Units | Whole, inputs: RunInputs, device: torch.device) -> UnitIndex:
         """The units of one run as an index into this site's stream, on its device."""
+        if self.kind == "inside":
+            return self._index_inside(units, inputs, device)
         located = units if isinstance(units, Units) else None
         real = None if located is None else _on(located.real, device)
         last = -1 if located is None else located.last_position
@@ -112,14 +130,14 @@ class BoundSite:
                 return UnitIndex((slice(None), slice(None), columns))
             if located.span is not None and isinstance(columns, slice):
                 return UnitIndex((slice(None), located.span, columns), None, None, last)
-            positions = _on(located.position_index, device)
+            positions = _on(located.filled["positions"], device)
             rows = torch.arange(len(positions), device=device)[:, None]
             if isinstance(columns, slice):
                 return UnitIndex((rows, positions, columns), real, None, last)
             return UnitIndex((rows[..., None], positions[..., None], columns), real, None, last)
         batch = inputs.batch if located is None else len(located)
-        heads = None if located is None else _on(located.head_index, device)
-        positions = None if located is None else _on(located.position_index, device)
+        filled = {} if located is None else located.filled
+        heads, positions = (_on(filled.get(level), device) for level in ("heads", "positions"))
         if positions is None:
             positions = torch.arange(inputs.length, device=device)[None].expand(batch, -1)
         if real is not None and real.dim() == 2:  # unit `h`: all positions of each head
@@ -128,6 +146,29 @@ class BoundSite:
         return UnitIndex(
             (rows, positions[:, None, :, None], self._head_columns(heads, batch, device)), real, heads, last
         )
+
+    def _index_inside(self, units: Units | Whole, inputs: RunInputs, device: torch.device) -> UnitIndex:
+        """An index into `[b, heads, positions, dh]` or `[b, heads, queries, keys]`."""
+        if isinstance(units, Whole):
+            return UnitIndex((slice(None),) * 4)
+        batch, real = len(units), _on(units.real, device)
+        sizes: dict[Level, int] = {"heads": self.heads or 0, "positions": inputs.length}
+        if self.matrix:
+            sizes = {"heads": self.heads or 0, "queries": inputs.length, "keys": inputs.length}
+        parts = [torch.arange(batch, device=device)[:, None]]
+        for level, size in sizes.items():
+            if level not in units.filled:  # not located: all there are
+                parts.append(torch.arange(size, device=device).expand(batch, -1))
+                real = None if real is None else real[..., None].expand(*real.shape, size)
+            else:
+                parts.append(_on(units.filled[level], device))
+        # Each part along an axis of its own, the batch along the first of them.
+        spread = [
+            part.view(batch, *(part.shape[1] if other == axis else 1 for other in range(1, len(parts))))
+            for axis, part in enumerate(parts)
+        ]
+        columns = () if self.matrix else (slice(None),)
+        return UnitIndex((*spread, *columns), real, None, units.last_position)
 
     def _head_columns(self, heads: Tensor | None, batch: int, device: torch.device) -> Tensor:
         """The columns of each head, `[b, heads, 1, dh]`."""
@@ -165,6 +206,8 @@ class BoundSite:
             values = self._as_stream(passage.take("input", None), inputs)
             added_by_heads = index.read(values) @ self._output_weights(index.heads, values.device)
             return added_by_heads.to(passage.take(self.side, self.slot).dtype)  # autocast may have another
+        if self.kind == "inside":
+            return self._read_inside(self._protected(passage.take(self.side, None)), index)
         if self.kind == "norm_scale":
             return index.read(
                 norm_scale(passage.module, self._as_stream(passage.take("input", None), inputs))
@@ -191,6 +234,9 @@ class BoundSite:
     def write(self, passage: Passage, index: UnitIndex, inputs: RunInputs, old: Tensor, new: Tensor) -> None:
         """Let the model go on with `new` where it had `old` (as `read` gave it)."""
         tensor = passage.take(self.side, self.slot)
+        if self.kind == "inside":
+            passage.put(self.side, None, self._written_inside(tensor, index, new))
+            return
         stream = self._as_stream(tensor, inputs)
         if self.kind == "per_head":
             change = new - old
@@ -207,6 +253,58 @@ class BoundSite:
         else:
             result = index.write(stream, new)
         passage.put(self.side, self.slot, self._from_stream(result, tensor, inputs))
+
+    # -- inside an attention module
+
+    def _protected(self, scores: Tensor) -> Tensor:
+        """Scores with -inf where they are masked; anything else as it is."""
+        if self.component != "attention_scores":
+            return scores
+        return scores.masked_fill(scores <= floor_of(scores.dtype), -torch.inf)
+
+    def _read_inside(self, stream: Tensor, index: UnitIndex) -> Tensor:
+        if index.last_position >= stream.shape[2]:
+            raise LocationRangeError(
+                f"Position {index.last_position} is out of range in {self.label}, which has {stream.shape[2]} here."
+            )
+        return index.read(stream)
+
+    def _written_inside(self, tensor: Tensor, index: UnitIndex, new: Tensor) -> Tensor:
+        result = index.write(tensor, new)
+        if self.component == "attention_scores":
+            return torch.where(tensor <= floor_of(tensor.dtype), tensor, result)
+        return result
+
+    def renormalize(self, passage: Passage, index: UnitIndex, divide: bool) -> None:
+        """Make the rows of a pattern that an edit touched sum to one, or find out that they do not.
+
+        Rows without any mass stay as they are.
+
+        Args:
+            passage: Where the pattern passes, edited.
+            index: What was edited.
+            divide: Whether to divide the rows by their sums; otherwise they are only looked at.
+
+        Raises:
+            EditError: a row does not sum to one and is not to be divided.
+        """
+        pattern = passage.take(self.side, self.slot)
+        touched = index.write(torch.zeros_like(pattern, dtype=torch.bool), torch.ones((), dtype=torch.bool))
+        rows = touched.any(-1, keepdim=True)
+        sums = pattern.sum(-1, keepdim=True)
+        if divide:
+            whole = rows & (sums > 0)
+            passage.put(self.side, self.slot, torch.where(whole, pattern / sums.where(whole, 1.0), pattern))
+            return
+        off = torch.where(rows, (sums - 1).abs(), torch.zeros_like(sums))
+        tolerance = 4 * pattern.shape[-1] ** 0.5 * torch.finfo(pattern.dtype).eps + 1e-5
+        if bool((off > tolerance).any()):
+            example, head, query, _ = (int(i) for i in (off == off.max()).nonzero()[0])
+            raise EditError(
+                f"{self.label}: after the edit the row of query {query} of head {head} in example {example} sums to"
+                f" {float(sums[example, head, query, 0]):.4g}, not to 1. Give a pattern whose rows do, or set"
+                " renormalize='rows' or 'none'."
+            )
 
     def _output_weights(self, heads: Tensor | None, device: torch.device) -> Tensor:
         """The output projection by heads: `[b or 1, heads, dh, D]`."""
@@ -273,6 +371,22 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
+# --- hooking ----------------------------------------------------------------------------------------------
+
+
+def hook_at(site: BoundSite, act: Callable[[Passage], None], *, writes: bool = False) -> Hook:
+    """What is done at each passage of a site, as a hook.
+
+    Args:
+        site: Where.
+        act: What; it is given the passage, from which the site reads and to which it writes.
+        writes: Whether it may change what it is given.
+    """
+    if site.kind != "inside":
+        return Hook(site.module, site.side, act)
+    return Hook(site.module, site.side, act, InsideHook(site.component, act, writes, *site.head_counts))
+
+
 # --- binding ----------------------------------------------------------------------------------------------
 
 
@@ -284,6 +398,8 @@ def bind_site(
     prefix: str,
     sizes: Sizes,
     plus: BoundSite | None,
+    *,
+    causal: bool = False,
 ) -> BoundSite:
     """A map's site in a model: the module found, widths taken from its live weight where it has one.
 
@@ -295,9 +411,12 @@ def bind_site(
         prefix: Path of the block, "" outside the blocks.
         sizes: Sizes of the model.
         plus: The bound site of `site.plus`, if it has one.
+        causal: Whether no position reads from one behind itself there.
     """
     path = ".".join(part for part in (prefix, site.path) if part)
     module = module_at(model, path, component)
+    if COMPONENTS[component].inside is not None:
+        return _bind_inside(model, component, layer, module, path, sizes, causal=causal)
     live = live_width(module, site.side)
     columns = columns_of(site, sizes, width=live)
     by_heads = is_head_component(component)
@@ -329,6 +448,41 @@ def bind_site(
         site.flat,
         plus,
         site.read_only,
+    )
+
+
+FUSED_KERNELS = ("flash", "flex", "paged", "kernels", "/")
+"""Parts of the names of attention implementations that never show scores or a pattern to torch."""
+
+
+def _bind_inside(
+    model: nn.Module,
+    component: str,
+    layer: int | None,
+    module: nn.Module,
+    path: str,
+    sizes: Sizes,
+    *,
+    causal: bool,
+) -> BoundSite:
+    """What an attention module computes inside itself, if it does so where it can be seen."""
+    config: Any = getattr(module, "config", getattr(model, "config", None))
+    implementation = getattr(config, "_attn_implementation", None) or "eager"
+    if any(name in implementation for name in FUSED_KERNELS):
+        raise UnsupportedModelError(
+            f"{component} cannot be seen under attn_implementation={implementation!r}, a kernel that computes attention"
+            " as a whole. Load the model with 'sdpa' or 'eager', or call model.set_attn_implementation('sdpa')."
+        )
+    if sizes.query_heads is None or sizes.key_value_heads is None:
+        raise UnsupportedModelError(
+            f"{component}: the number of heads in {type(model).__name__} is not known."
+        )
+    matrix = COMPONENTS[component].axes == "matrix"
+    width = None if matrix else sizes.head_dim
+    heads = (sizes.query_heads, sizes.key_value_heads)
+    return BoundSite(
+        component, layer, module, path, "output", None, "inside", width, head_counts=heads, causal=causal and matrix,
+        by_heads=not matrix,
     )
 
 

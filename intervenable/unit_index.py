@@ -38,7 +38,7 @@ class UnitIndex:
         if self.real is None:
             result[self.index] = units
         else:
-            result[self._of_real()] = units[self.real]
+            result[self._of_real()] = units[self.real] if units.dim() else units
         return result
 
     def add(self, stream: Tensor, change: Tensor) -> Tensor:

@@ -12,11 +12,14 @@ from model_maps.lookup import (
 )
 from model_maps.schema import HeadColumns, Layout, ModelMap, Part, Side, Site, Variant, Width
 from model_maps.sizes import Sizes, columns_of, sizes_of
-from model_maps.vocabulary import COMPONENTS, Component, is_head_component
+from model_maps.vocabulary import ALIASES, COMPONENTS, UNITS, Axes, Component, is_head_component
 
 __all__ = [
+    "ALIASES",
     "COMPONENTS",
+    "UNITS",
     "AbsentComponentError",
+    "Axes",
     "Component",
     "Head",
     "HeadColumns",

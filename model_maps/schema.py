@@ -181,6 +181,9 @@ class ModelMap:
         known = COMPONENTS[component]
         if known.heads_of or known.derived_from:
             return self.site(known.heads_of or known.derived_from or "")
+        if known.inside:
+            around = self.site(known.inside)
+            return None if around is None else Site(around.path, width="any")
         if component == "block_mid":
             added = self.site("attention_contribution")
             return dataclasses.replace(added, plus="block_input") if self.sequential and added else None
@@ -191,7 +194,7 @@ class ModelMap:
         if self.site(component) is not None:
             return ""
         known = COMPONENTS[component]
-        below = known.heads_of or known.derived_from or known.fallback
+        below = known.heads_of or known.derived_from or known.inside or known.fallback
         if component in self.absent:
             return self.absent[component]
         if component == "block_mid" and not self.sequential:

@@ -2,7 +2,8 @@
 
 One table for all architectures: a `ModelMap` says where a component lives in one of them, this table says
 what the word means everywhere. Symbols: `b` batch, `s` positions, `D` hidden size, `H` query heads,
-`K` key-value heads, `dh` width of a head, `M` width of the MLP, `V` vocabulary, `E` experts.
+`K` key-value heads, `dh` width of a head, `M` width of the MLP, `V` vocabulary, `E` experts, `q` and `k` positions
+of queries (rows) and keys (columns).
 """
 
 from __future__ import annotations
@@ -12,6 +13,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 Scope = Literal["block", "model"]
+Axes = Literal["stream", "heads", "matrix"]
+
+UNITS: Mapping[Axes, tuple[str, ...]] = {
+    "stream": ("pos",),
+    "heads": ("h", "h.pos"),
+    "matrix": ("h", "h.query", "h.query.key"),
+}
+"""The units in which the tensors of each kind are located."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +45,17 @@ class Component:
     fallback: str | None = None
     """The component that this one equals in architectures whose map does not place it apart."""
 
+    inside: str | None = None
+    """The component at whose module this one is computed, by a function and not by a module of its own."""
+
+    axes: Axes = "stream"
+    """Whether it is a vector at each position, one for each head there, or a matrix of queries by keys."""
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """The units in which it is located."""
+        return UNITS[self.axes]
+
 
 COMPONENTS: Mapping[str, Component] = {
     "embedding_output": Component("[b, s, D]", "output of the token embedding", scope="model"),
@@ -53,18 +73,55 @@ COMPONENTS: Mapping[str, Component] = {
     "attention_contribution": Component(
         "[b, s, D]", "what attention adds to the residual stream", fallback="attention_output"
     ),
-    "head_query_output": Component("[b, H, s, dh]", "query projection by heads", heads_of="query_output"),
-    "head_key_output": Component("[b, K, s, dh]", "key projection by key-value heads", heads_of="key_output"),
+    "head_query_output": Component("[b, H, s, dh]", "query projection by heads", heads_of="query_output", axes="heads"),
+    "head_key_output": Component("[b, K, s, dh]", "key projection by key-value heads", heads_of="key_output", axes="heads"),
     "head_value_output": Component(
-        "[b, K, s, dh]", "value projection by key-value heads", heads_of="value_output"
+        "[b, K, s, dh]", "value projection by key-value heads", heads_of="value_output", axes="heads"
     ),
     "head_attention_value_output": Component(
-        "[b, H, s, dh]", "pattern times values by heads", heads_of="attention_value_output"
+        "[b, H, s, dh]", "pattern times values by heads", heads_of="attention_value_output", axes="heads"
     ),
     "head_attention_output": Component(
         "[b, H, s, D]",
         "what each head adds to the attention output, without bias",
         derived_from="attention_value_output",
+        axes="heads",
+    ),
+    "rotary_query": Component(
+        "[b, H, s, dh]", "queries after rotary embedding", inside="attention_input", axes="heads"
+    ),
+    "rotary_key": Component(
+        "[b, K, s, dh]", "keys after rotary embedding", inside="attention_input", axes="heads"
+    ),
+    "expanded_head_key": Component(
+        "[b, H, s, dh]",
+        "keys as each query head reads them: shared heads repeated",
+        inside="attention_input",
+        axes="heads",
+    ),
+    "expanded_head_value": Component(
+        "[b, H, s, dh]",
+        "values as each query head reads them: shared heads repeated",
+        inside="attention_input",
+        axes="heads",
+    ),
+    "attention_scores": Component(
+        "[b, H, q, k]",
+        "input of the softmax; entries under the mask read as -inf and cannot be changed",
+        inside="attention_input",
+        axes="matrix",
+    ),
+    "attention_scores_masked": Component(
+        "[b, H, q, k]",
+        "input of the softmax as it is, entries under the mask included",
+        inside="attention_input",
+        axes="matrix",
+    ),
+    "attention_pattern": Component(
+        "[b, H, q, k]",
+        "output of the softmax, before dropout: how much each query reads of each key",
+        inside="attention_input",
+        axes="matrix",
     ),
     "mlp_input": Component("[b, s, D]", "input of the MLP, after its norm"),
     "mlp_pre_activation": Component("[b, s, M]", "input of the nonlinearity (gate projection if gated)"),
@@ -90,7 +147,10 @@ COMPONENTS: Mapping[str, Component] = {
 }
 
 
+ALIASES: Mapping[str, str] = {"attention_weight": "attention_pattern"}
+"""Other names of components."""
+
+
 def is_head_component(name: str) -> bool:
-    """Whether `name` carries a head axis, so that its units are `h` and `h.pos`."""
-    component = COMPONENTS[name]
-    return component.heads_of is not None or name == "head_attention_output"
+    """Whether `name` has a vector for each head and position, so that its units are `h` and `h.pos`."""
+    return COMPONENTS[name].axes == "heads"
