@@ -189,7 +189,9 @@ def _unit_faults(unit: str, component: str) -> Iterable[ConfigError]:
         return
     fitting = " or ".join(map(repr, known.units))
     if known.axes == "heads":
-        yield ConfigError(f"unit {unit!r} does not fit {component!r}, which is split into heads: use {fitting}.")
+        yield ConfigError(
+            f"unit {unit!r} does not fit {component!r}, which is split into heads: use {fitting}."
+        )
     elif known.axes == "matrix":
         yield ConfigError(
             f"unit {unit!r} does not fit {component!r}, a matrix of queries by keys for each head: use {fitting}."

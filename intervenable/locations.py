@@ -393,9 +393,7 @@ def _units(
     levels = _by_level(slot, subject, inputs.batch, where)
     if levels.get("keys") in RELATIONS:
         relation, levels["keys"] = levels["keys"], [[slice(None)]] * inputs.batch
-    found = {
-        name: _level(level, name, subject, inputs, where, relative_to) for name, level in levels.items()
-    }
+    found = {name: _level(level, name, subject, inputs, where, relative_to) for name, level in levels.items()}
     units = Units(**found, relation=relation)  # type: ignore[arg-type]  # the names of levels are its fields
     if writes and subject.writes:
         for name, rows in found.items():
@@ -415,7 +413,11 @@ def _by_level(slot: Any, subject: Subject, batch: int, where: str) -> dict[Level
                 f" the levels: {{'queries': ..., 'keys': ...}}, and 'heads' unless all of them are meant."
             )
         everywhere = [list(slot.entries)] * batch
-        return {names[0]: [[slice(None)]] * batch, names[1]: everywhere} if len(names) == 2 else {names[0]: everywhere}
+        return (
+            {names[0]: [[slice(None)]] * batch, names[1]: everywhere}
+            if len(names) == 2
+            else {names[0]: everywhere}
+        )
     if isinstance(slot, Mapping):
         faults = level_faults(slot, subject.unit)
         if faults:
@@ -475,7 +477,9 @@ def _check_reach(units: Units, inputs: RunInputs, where: str) -> None:
         if not unread:
             continue
         real = inputs.real_positions
-        named = unread if real is None else [real[example].index(key) for key in unread if key in real[example]]
+        named = (
+            unread if real is None else [real[example].index(key) for key in unread if key in real[example]]
+        )
         last = max(queries) if real is None else real[example].index(max(queries))
         raise LocationError(
             f"The {where} name keys {', '.join(map(str, named))} for example {example}, which the causal mask hides"

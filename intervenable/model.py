@@ -220,7 +220,9 @@ def _readings(plan: Plan, fired: list[Fired]) -> tuple[dict[str, Tensor], dict[s
             continue
         if isinstance(edit.units, Units) and edit.units.real is not None:
             mask = edit.units.real.to(values.device)
-            if edit.bound.site.matrix:  # entries; where rows or whole matrices are located, all that is in them
+            if (
+                edit.bound.site.matrix
+            ):  # entries; where rows or whole matrices are located, all that is in them
                 mask = mask.view(*mask.shape, *[1] * (values.dim() - mask.dim())).expand(values.shape)
                 values = torch.where(mask, values, torch.zeros_like(values))
             else:

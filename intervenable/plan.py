@@ -22,6 +22,7 @@ from intervenable.errors import (
 )
 from intervenable.inputs import RunInputs, read_inputs
 from intervenable.locations import (
+    Level,
     RelativeTo,
     Skipped,
     Slot,
@@ -31,6 +32,7 @@ from intervenable.locations import (
     lists_each_intervention,
     read_locations,
 )
+from intervenable.unit_index import broadcasts
 from interventions import SubspacePerPosition
 from interventions.fixed import CoordinatewiseIntervention
 from interventions.subspaces import select
@@ -337,6 +339,15 @@ def _check_pair(
                     f"{entry.name!r} has {_counts(have)} source units and {_counts(want)} base units for example"
                     f" {example}. Give as many, or one source unit for all."
                 )
+        if entry.site.matrix and "keys" not in base.levels:
+            _check_lengths(entry, source_inputs, base_inputs)
+        return
+    if entry.site.matrix:
+        if isinstance(source, Units) or isinstance(base, Units):
+            raise LocationError(
+                f"{entry.name!r} has locations on one side and the whole matrix on the other. Give both, or neither."
+            )
+        _check_lengths(entry, source_inputs, base_inputs)
         return
     have_all = source_inputs.length if isinstance(source, Whole) else None
     want_all = base_inputs.length if isinstance(base, Whole) else None
@@ -355,6 +366,16 @@ def _check_pair(
         )
 
 
+def _check_lengths(entry: BoundRepresentation, source: RunInputs, base: RunInputs) -> None:
+    """That whole rows or matrices of attention come from a source as long as the base."""
+    if source.length != base.length:
+        raise LocationError(
+            f"{entry.name!r} would put attention over {source.length} source positions into attention over"
+            f" {base.length} base positions. Locate as many queries and keys in both (unit 'h.query.key'), or choose"
+            " a source as long as the base."
+        )
+
+
 def _counts(counts: tuple[int, ...]) -> str:
     return " x ".join(map(str, counts))
 
@@ -362,6 +383,9 @@ def _counts(counts: tuple[int, ...]) -> str:
 def _check_constant(entry: BoundRepresentation, constant: Tensor, slot: Slot, base: RunInputs) -> None:
     """That a constant source broadcasts to the units it goes to, as far as they are known before the run."""
     width = entry.site.width
+    if entry.site.matrix:
+        _check_constant_matrix(entry, constant, slot, base)
+        return
     if width is None or entry.intervention.sees == "raw":
         return
     shape: list[int | None] = [base.batch]
@@ -384,6 +408,26 @@ def _check_constant(entry: BoundRepresentation, constant: Tensor, slot: Slot, ba
             f"The source representation of {entry.name!r} has shape {tuple(constant.shape)}, which does not broadcast"
             f" to its units, {tuple(shape)}. The last axis must be {width}, the others as they are or 1."
         )
+
+
+def _check_constant_matrix(entry: BoundRepresentation, constant: Tensor, slot: Slot, base: RunInputs) -> None:
+    """That a constant source broadcasts to the located entries of the matrices, or to the matrices as a whole."""
+    whole = (base.batch, entry.site.heads or 0, base.length, base.length)
+    located = whole
+    if isinstance(slot, Units):
+        counts = {name: max(map(len, rows)) for name, rows in slot.levels.items()}
+        located = (
+            base.batch,
+            *(counts.get(n, size) for n, size in zip(_MATRIX_LEVELS, whole[1:], strict=True)),
+        )
+    if not any(broadcasts(constant.shape, shape) for shape in (located, whole)):
+        raise SourceError(
+            f"The source representation of {entry.name!r} has shape {tuple(constant.shape)}, which broadcasts neither"
+            f" to its entries, {located}, nor to whole matrices of [batch, heads, queries, keys], {whole}."
+        )
+
+
+_MATRIX_LEVELS: tuple[Level, ...] = ("heads", "queries", "keys")
 
 
 # --- subspaces --------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, overload
 
@@ -43,13 +43,25 @@ class ReceiptLine:
     """Heads; None if the component has none, or for all of them."""
 
     tokens: tuple[str, ...] | None
-    """The tokens at these positions; None if no tokenizer is known."""
+    """The tokens at these positions, or keys; None if no tokenizer is known."""
 
     fired: int
     """How often the intervention was applied."""
 
     change: float
     """Euclidean norm of what it changed, all units of the example together."""
+
+    queries: tuple[int, ...] | None = None
+    """Rows of an attention matrix, counted in real tokens; None for all of them."""
+
+    keys: tuple[int, ...] | None = None
+    """Columns of an attention matrix, counted in real tokens; None for all of them."""
+
+    query_tokens: tuple[str, ...] | None = None
+    """The tokens at these queries; None if no tokenizer is known, or for all of them."""
+
+    relation: str | None = None
+    """Which of the entries are meant: `self` or `others`; None for all of them."""
 
 
 class Receipt(Sequence[ReceiptLine]):
@@ -85,13 +97,9 @@ class Receipt(Sequence[ReceiptLine]):
                     intervention=type(edit.bound.intervention).__name__,
                     example=example,
                     site=site_text(edit.bound),
-                    positions=token_positions(edit.units, base, example),
-                    heads=edit.units.heads[example]
-                    if isinstance(edit.units, Units) and edit.units.heads
-                    else None,
-                    tokens=tokens_at(edit.units, base, example, self._tokenizer),
                     fired=record.times,
                     change=change,
+                    **units_of(edit.bound, edit.units, base, example, self._tokenizer),
                 )
 
     @overload
@@ -111,8 +119,8 @@ class Receipt(Sequence[ReceiptLine]):
                 line.name,
                 str(line.example),
                 line.site,
-                units_text(line.heads, line.positions),
-                tokens_text(line.tokens),
+                units_text(vars(line)),
+                tokens_text(line.tokens, line.query_tokens),
                 str(line.fired),
                 f"{line.change:.4g}",
             )
@@ -157,8 +165,12 @@ def _planned(plan: Plan, tokenizer: Decodes | None) -> Iterator[dict[str, str]]:
             fed = "its own constant"
         if edit.bound.index in feeds:
             run, capture = feeds[edit.bound.index]
-            fed = f"{run.label}: {_touches(capture.units, run.inputs, tokenizer)}"
-        yield {**_place(edit.bound), "touches": _touches(edit.units, plan.base, tokenizer), "fed by": fed}
+            fed = f"{run.label}: {_touches(edit.bound, capture.units, run.inputs, tokenizer)}"
+        yield {
+            **_place(edit.bound),
+            "touches": _touches(edit.bound, edit.units, plan.base, tokenizer),
+            "fed by": fed,
+        }
 
 
 def _left_out(bound: BoundRepresentation) -> dict[str, str]:
@@ -176,61 +188,94 @@ def _place(bound: BoundRepresentation) -> dict[str, str]:
     }
 
 
-def _touches(units: Units | Whole, inputs: RunInputs, tokenizer: Decodes | None) -> str:
+def _touches(
+    bound: BoundRepresentation, units: Units | Whole, inputs: RunInputs, tokenizer: Decodes | None
+) -> str:
     """The units of every example: one text if they are all alike."""
     texts = []
     examples = len(units) if isinstance(units, Units) else inputs.batch
     for example in range(examples):
-        heads = units.heads[example] if isinstance(units, Units) and units.heads else None
-        text = units_text(heads, token_positions(units, inputs, example))
-        named = isinstance(units, Units) and units.positions is not None
-        tokens = tokens_at(units, inputs, example, tokenizer) if named else None
-        texts.append(f"{text} {tokens_text(tokens)}" if tokens else text)
+        found = units_of(bound, units, inputs, example, tokenizer)
+        text = units_text(found)
+        named = isinstance(units, Units) and (units.positions or units.queries)
+        tokens = found["tokens"] if named else None
+        texts.append(f"{text} {tokens_text(tokens, found['query_tokens'])}" if tokens else text)
     if len(set(texts)) == 1:
         return texts[0]
     return "; ".join(f"[{example}] {text}" for example, text in enumerate(texts))
 
 
+def units_of(
+    bound: BoundRepresentation,
+    units: Units | Whole,
+    inputs: RunInputs,
+    example: int,
+    tokenizer: Decodes | None,
+) -> dict[str, Any]:
+    """The units of one example, as a `ReceiptLine` has them."""
+    levels = units.levels if isinstance(units, Units) else {}
+    heads = levels.get("heads")
+    found: dict[str, Any] = {
+        "heads": None if heads is None else heads[example],
+        **{level: _counted(levels.get(level), inputs, example) for level in ("positions", "queries", "keys")},
+        "relation": units.relation if isinstance(units, Units) else None,
+        "query_tokens": None,
+    }
+    read = levels.get("keys" if bound.site.matrix else "positions")
+    found["tokens"] = _tokens_at(read, inputs, example, tokenizer)
+    if "queries" in levels:
+        found["query_tokens"] = _tokens_at(levels["queries"], inputs, example, tokenizer)
+    return found
+
+
 def site_text(bound: BoundRepresentation) -> str:
     """A site as module path and side."""
+    if bound.site.kind == "inside":
+        return f"inside {bound.site.path}"
     return f"{bound.site.path or '(the model)'}.{bound.site.side}"
 
 
-def token_positions(units: Units | Whole, inputs: RunInputs, example: int) -> tuple[int, ...] | None:
-    """Positions of one example counted in real tokens (padding counts from -1 down); None for all."""
-    if isinstance(units, Whole) or units.positions is None:
-        return None
+def _counted(
+    level: tuple[tuple[int, ...], ...] | None, inputs: RunInputs, example: int
+) -> tuple[int, ...] | None:
+    """Units of one example counted in real tokens (padding counts from -1 down); None for all."""
     real = inputs.real_positions
-    if real is None:
-        return units.positions[example]
+    if level is None or real is None:
+        return None if level is None else level[example]
     counted = {index: position for position, index in enumerate(real[example])}
-    return tuple(counted.get(index, -1) for index in units.positions[example])
+    return tuple(counted.get(index, -1) for index in level[example])
 
 
-def tokens_at(
-    units: Units | Whole, inputs: RunInputs, example: int, tokenizer: Decodes | None
+def _tokens_at(
+    level: tuple[tuple[int, ...], ...] | None, inputs: RunInputs, example: int, tokenizer: Decodes | None
 ) -> tuple[str, ...] | None:
     """The text of each token that one example's units are at; None where there are no tokens or no tokenizer."""
     if tokenizer is None or inputs.input_ids is None:
         return None
     row = inputs.input_ids[example]
-    if isinstance(units, Units) and units.positions is not None:
-        indices: Sequence[int] = units.positions[example]
+    if level is not None:
+        indices: Sequence[int] = level[example]
     else:
         indices = range(inputs.length) if inputs.real_positions is None else inputs.real_positions[example]
     return tuple(tokenizer.decode([int(row[index])]) for index in indices)
 
 
-def units_text(heads: tuple[int, ...] | None, positions: tuple[int, ...] | None) -> str:
-    """Units as text: `heads 1,2 x positions 4`."""
-    parts = [] if heads is None else [f"heads {','.join(map(str, heads))}"]
-    parts.append("all positions" if positions is None else f"positions {','.join(map(str, positions))}")
+def units_text(units: Mapping[str, Any]) -> str:
+    """Units as text: `heads 1,2 x positions 4`, `heads 0 x queries 6 x keys 3`."""
+    levels = ["queries", "keys"] if units["queries"] or units["keys"] else ["positions"]
+    parts = [] if units["heads"] is None else [f"heads {','.join(map(str, units['heads']))}"]
+    for level in levels:
+        located = units[level]
+        parts.append(f"all {level}" if located is None else f"{level} {','.join(map(str, located))}")
+    if units["relation"] is not None:
+        parts[-1] = {"self": "the key itself", "others": "all other keys"}[units["relation"]]
     return " x ".join(parts)
 
 
-def tokens_text(tokens: Sequence[str] | None) -> str:
-    """Tokens as text, quoted so that spaces show."""
-    return "-" if tokens is None else " ".join(map(repr, tokens))
+def tokens_text(tokens: Sequence[str] | None, queries: Sequence[str] | None = None) -> str:
+    """Tokens as text, quoted so that spaces show; what queries read after an arrow."""
+    read = "-" if tokens is None else " ".join(map(repr, tokens))
+    return read if queries is None else f"{' '.join(map(repr, queries))} -> {read}"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -19,6 +19,7 @@ from intervenable.passage import Passage
 from intervenable.plan import Capture, Edit, Plan, error_of
 from intervenable.signatures import takes
 from intervenable.sites import BoundSite, hook_at
+from intervenable.unit_index import UnitIndex, broadcasts
 from interventions import InterventionError
 
 
@@ -145,7 +146,7 @@ def run_base(
         def act(passage: Passage) -> None:
             index = site.index(edit.units, inputs, _device(passage, site))
             old = site.read(passage, index, inputs, added.get(id(site)))
-            new = applied(edit, old, source)
+            new = applied(edit, old, _located(source, old, index, passage, edit))
             record.times += not passage.repeated
             if edit.bound.intervention.collects:
                 if not passage.repeated:
@@ -179,6 +180,17 @@ def run_base(
     if wrong:
         raise NotFiredError(f"Each intervention is to be applied once in a run; {'; '.join(wrong)}.")
     return BaseRun(output, [replace(record) for record in fired])  # a recomputation counts on in the others
+
+
+def _located(
+    source: Tensor | None, units: Tensor, index: UnitIndex, passage: Passage, edit: Edit
+) -> Tensor | None:
+    """A source for the units: of a constant that is given for whole attention matrices, what is at the units."""
+    site = edit.bound.site
+    if source is None or edit.from_source or not site.matrix or broadcasts(source.shape, units.shape):
+        return source
+    whole = passage.take(site.side, site.slot)
+    return index.read(source.to(whole.device).expand(whole.shape))
 
 
 def applied(edit: Edit, units: Tensor, source: Tensor | None) -> Tensor:
@@ -232,7 +244,9 @@ def _separated(joined: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _norm_of_change(old: Tensor, new: Tensor, real: Tensor | None) -> Tensor:
-    change = torch.where(new == old, torch.zeros_like(old), new - old).float()  # masked scores are -inf in both
+    change = torch.where(
+        new == old, torch.zeros_like(old), new - old
+    ).float()  # masked scores are -inf in both
     if real is not None:
         mask = real if real.dim() == change.dim() else real[..., None]
         change = torch.where(mask, change, torch.zeros_like(change))

@@ -481,7 +481,16 @@ def _bind_inside(
     width = None if matrix else sizes.head_dim
     heads = (sizes.query_heads, sizes.key_value_heads)
     return BoundSite(
-        component, layer, module, path, "output", None, "inside", width, head_counts=heads, causal=causal and matrix,
+        component,
+        layer,
+        module,
+        path,
+        "output",
+        None,
+        "inside",
+        width,
+        head_counts=heads,
+        causal=causal and matrix,
         by_heads=not matrix,
     )
 

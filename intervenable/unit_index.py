@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,15 @@ class UnitIndex:
             columns = torch.arange(stream.shape[-1], device=stream.device)[parts[-1]]
             parts = [part[..., None] for part in parts[:-1]] + [columns]
         return tuple(parts)
+
+
+def broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
+    """Whether a tensor of one shape broadcasts to another, leading axes of size 1 aside."""
+    while len(shape) > len(to) and shape[0] == 1:
+        shape = shape[1:]
+    return len(shape) <= len(to) and all(
+        size in (1, other) for size, other in zip(reversed(shape), reversed(to), strict=False)
+    )
 
 
 def _copy(stream: Tensor) -> Tensor:
