@@ -79,7 +79,7 @@ def bind(config: IntervenableConfig, model: nn.Module) -> tuple[BoundRepresentat
     _check_model_type(config, model)
     faults: list[Fault] = []
     sites: list[BoundSite | None] = []
-    places = _Places(model)
+    places = Places(model)
     for index, entry in enumerate(config.representations):
         try:
             sites.append(places.site(entry))
@@ -132,7 +132,7 @@ def _check_model_type(config: IntervenableConfig, model: nn.Module) -> None:
 # --- where ------------------------------------------------------------------------------------------------
 
 
-class _Places:
+class Places:
     """Finds sites in one model; what they share is looked up once."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -147,10 +147,19 @@ class _Places:
                 f"moe_key={entry.moe_key}: no mapped architecture has its experts as modules of their own."
                 " Leave it out, or name the expert by its module path."
             )
-        if is_module_path(entry.component):
-            return bind_path(self.model, entry.component)
-        layer = None if COMPONENTS[entry.component].scope == "model" else self._layer(entry.layer or 0)
-        return self._component(entry.component, layer)
+        return self.at(entry.component, entry.layer or 0)
+
+    def at(self, component: str, layer: int | None) -> BoundSite:
+        """The site of a component or a module path; `layer` counts for what is inside the blocks alone."""
+        if is_module_path(component):
+            return bind_path(self.model, component)
+        inside = COMPONENTS[component].scope == "block"
+        return self._component(component, self._layer(layer or 0) if inside else None)
+
+    @property
+    def layers(self) -> int:
+        """How many blocks the model has; 1 if it is one itself."""
+        return len(self._blocks()) if self.map.blocks else 1  # type: ignore[arg-type]  # a ModuleList
 
     def _component(self, component: str, layer: int | None) -> BoundSite:
         try:
@@ -177,7 +186,7 @@ class _Places:
         return module_at(self.model, self.map.blocks, "the list of blocks")
 
     def _layer(self, layer: int) -> int:
-        count = len(self._blocks()) if self.map.blocks else 1  # type: ignore[arg-type]  # a ModuleList
+        count = self.layers
         if not -count <= layer < count:
             raise LayerRangeError(
                 f"Layer {layer} is out of range: {type(self.model).__name__} has layers 0 to {count - 1}."
