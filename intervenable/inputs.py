@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property, lru_cache
 from typing import Any
@@ -14,9 +14,18 @@ from torch import Tensor, nn
 
 from intervenable.errors import InputError, NotAvailableError, UnsupportedModelError
 from intervenable.signatures import Signature, forward_signature, misfit
+from model_maps import Stack, UnmappedModelError, find_map
 
 TOKENS = ("input_ids", "inputs_embeds")
-PER_TOKEN = (*TOKENS, "attention_mask", "position_ids", "token_type_ids")
+DECODER_TOKENS = ("decoder_input_ids", "decoder_inputs_embeds")
+PER_TOKEN = (
+    *TOKENS,
+    "attention_mask",
+    "position_ids",
+    "token_type_ids",
+    *DECODER_TOKENS,
+    "decoder_attention_mask",
+)
 """Inputs that say something of each token."""
 
 
@@ -47,6 +56,24 @@ class RunInputs:
 
     time_first: bool = False
     """Whether the position axis of its tensors comes first (a torch recurrent net without `batch_first`)."""
+
+    decoder: RunInputs | None = None
+    """The same run, counted in the positions of its decoder; None if the model has none, or was given none."""
+
+    def of(self, stack: Stack | None) -> RunInputs:
+        """The same run, counted in the positions of one stack of a model of two.
+
+        Raises:
+            InputError: the decoder was given nothing.
+        """
+        if stack != "decoder":
+            return self
+        if self.decoder is None:
+            raise InputError(
+                "The decoder is given nothing, so that it has no positions. Give decoder_input_ids, or labels to a"
+                " model that makes them of those."
+            )
+        return self.decoder
 
     @cached_property
     def real_positions(self) -> list[list[int]] | None:
@@ -123,18 +150,51 @@ def read_inputs(given: object, model: nn.Module, name: str) -> RunInputs:
     time_first = isinstance(model, nn.RNNBase) and not model.batch_first and main.dim() == 3
     batch, length = _batch_and_length(main, time_first, name)
     named = {**dict(zip(signature.parameters, args, strict=False)), **kwargs}
-    mask = named.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        if mask.shape != (batch, length):
-            raise InputError(
-                f"The attention_mask of {name} has shape {tuple(mask.shape)}, and its tokens {(batch, length)}."
-            )
-    else:
-        mask = None
+    mask = _mask(named, "attention_mask", (batch, length), name)
     ids = named.get("input_ids")
     if ids is None and args and not args[0].is_floating_point() and args[0].dim() == 2:
         ids = args[0]
-    return RunInputs(args, kwargs, given, batch, length, mask, ids, time_first)
+    inputs = RunInputs(args, kwargs, given, batch, length, mask, ids, time_first)
+    if "decoder_input_ids" not in signature.parameters:
+        return inputs
+    return replace(inputs, decoder=_decoder(inputs, named, model, name))
+
+
+def _mask(named: Mapping[str, Any], key: str, shape: tuple[int, int], name: str) -> Tensor | None:
+    """A mask that says which positions are real, if one was given."""
+    mask = named.get(key)
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    if mask.shape != shape:
+        raise InputError(f"The {key} of {name} has shape {tuple(mask.shape)}, and its tokens {shape}.")
+    return mask
+
+
+def _decoder(inputs: RunInputs, named: Mapping[str, Any], model: nn.Module, name: str) -> RunInputs | None:
+    """What the decoder of a model of two stacks is given, or makes of what the model is given."""
+    tokens = next((named[key] for key in DECODER_TOKENS if named.get(key) is not None), None)
+    ids = named.get("decoder_input_ids")
+    if tokens is None:
+        reads = _decoder_reads(model)
+        tokens = None if reads is None else named.get(reads)
+        if tokens is None:
+            return None
+    batch, length = tokens.shape[:2]
+    if batch != inputs.batch:
+        raise InputError(
+            f"{name} gives the encoder {inputs.batch} examples and the decoder {batch}. Give both the same number."
+        )
+    mask = _mask(named, "decoder_attention_mask", (batch, length), name)
+    return replace(inputs, length=length, attention_mask=mask, input_ids=ids)
+
+
+def _decoder_reads(model: nn.Module) -> str | None:
+    """The input of which a model makes its decoder's, where it is given none."""
+    try:
+        described = find_map([cls.__name__ for cls in type(model).__mro__], getattr(model, "config", None))
+    except UnmappedModelError:
+        return "labels" if hasattr(model, "prepare_decoder_input_ids_from_labels") else None
+    return described.decoder_reads
 
 
 def _check_values(main: Tensor, model: nn.Module, name: str) -> None:
@@ -232,6 +292,11 @@ def _main_input(
     for value in candidates:
         if isinstance(value, Tensor) and value.dim() >= 1:
             return value
+    encoded = kwargs.get("encoder_outputs")
+    if encoded is not None:  # the encoder's part is done: its positions are those of what it gave
+        states = encoded.get("last_hidden_state") if isinstance(encoded, Mapping) else encoded[0]
+        if isinstance(states, Tensor):
+            return states
     expected = " or ".join(dict.fromkeys(str(key) for key in names if key and key in signature.parameters))
     given = ", ".join(kwargs) or "nothing"
     raise InputError(f"{name} has no {expected}, which {type(model).__name__} needs. Given: {given}.")
@@ -262,6 +327,12 @@ def with_own_caches(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def _copy(cache: Any) -> Any:
     # Tensors are cloned by hand, because deepcopy refuses those that are inside an autograd graph.
+    return copy.deepcopy(cache, {id(tensor): tensor.clone() for tensor in _tensors_of(cache)})
+
+
+def _tensors_of(cache: Any) -> list[Tensor]:
+    # A cache of two stacks is a cache for each attention.
+    inner = [value for value in vars(cache).values() if hasattr(value, "get_seq_length")]
     parts = [cache, *getattr(cache, "layers", ())]
-    tensors = [item for part in parts for item in vars(part).values() if isinstance(item, Tensor)]
-    return copy.deepcopy(cache, {id(tensor): tensor.clone() for tensor in tensors})
+    own = [item for part in parts for item in vars(part).values() if isinstance(item, Tensor)]
+    return own + [tensor for part in inner for tensor in _tensors_of(part)]

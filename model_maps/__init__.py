@@ -1,6 +1,6 @@
 """Where the parts of a model are: data about architectures, without any framework."""
 
-from model_maps.families import Head, family, lacking
+from model_maps.families import Head, family, lacking, prefixed
 from model_maps.lookup import (
     AbsentComponentError,
     UnknownNameError,
@@ -12,7 +12,16 @@ from model_maps.lookup import (
 )
 from model_maps.schema import HeadColumns, Layout, ModelMap, Part, Side, Site, Variant, Width
 from model_maps.sizes import Sizes, columns_of, sizes_of
-from model_maps.vocabulary import ALIASES, COMPONENTS, UNITS, Axes, Component, is_head_component
+from model_maps.vocabulary import (
+    ALIASES,
+    COMPONENTS,
+    UNITS,
+    Axes,
+    Component,
+    Prefix,
+    Stack,
+    is_head_component,
+)
 
 __all__ = [
     "ALIASES",
@@ -26,9 +35,11 @@ __all__ = [
     "Layout",
     "ModelMap",
     "Part",
+    "Prefix",
     "Side",
     "Site",
     "Sizes",
+    "Stack",
     "UnknownNameError",
     "UnmappedModelError",
     "Variant",
@@ -40,6 +51,7 @@ __all__ = [
     "is_head_component",
     "known_classes",
     "lacking",
+    "prefixed",
     "register_map",
     "sizes_of",
 ]

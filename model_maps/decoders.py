@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from model_maps.families import FUSED_EXPERTS, Head, family, lacking
+from model_maps.families import FUSED_EXPERTS, NO_EXPERTS, NO_ROTARY, Head, family, lacking
 from model_maps.schema import ModelMap, Site, Variant
 
 CHOSEN_INSIDE = (
@@ -37,6 +37,7 @@ GPT2 = family(
         "final_norm_input": Site("ln_f", "input"),
         "final_norm_output": Site("ln_f"),
     },
+    absent=NO_EXPERTS | NO_ROTARY,
     positions_derived_from_mask=False,
 )
 
@@ -67,6 +68,9 @@ GPT_NEO = family(
         "final_norm_input": Site("ln_f", "input"),
         "final_norm_output": Site("ln_f"),
     },
+    absent=NO_EXPERTS | NO_ROTARY,
+    # Its triangular masks are buffers, which no config leaves out.
+    variants=(Variant("is_causal", False, causal=True),),
     positions_derived_from_mask=False,
 )
 
@@ -168,6 +172,7 @@ OPT = family(
         "final_norm_input": Site("final_layer_norm", "input"),
         "final_norm_output": Site("final_layer_norm"),
     },
+    absent=NO_EXPERTS | NO_ROTARY,
     variants=(
         Variant(
             "do_layer_norm_before",
@@ -235,6 +240,7 @@ BLOOM = family(
         "final_norm_input": Site("ln_f", "input"),
         "final_norm_output": Site("ln_f"),
     },
+    absent=NO_EXPERTS | NO_ROTARY,
     variants=(
         Variant(
             "apply_residual_connection_post_layernorm",
@@ -289,6 +295,7 @@ FALCON = family(
     },
     sequential=False,
     variants=(
+        Variant("alibi", True, absent=NO_ROTARY),
         Variant("parallel_attn", False, sequential=True),
         # The new blocks are parallel whatever `parallel_attn` says.
         Variant("new_decoder_architecture", True, sequential=False),
@@ -395,6 +402,8 @@ SANDWICH = family(
         "attention_contribution": Site("post_attention_layernorm"),
         "mlp_contribution": Site("post_feedforward_layernorm"),
     },
+    # Gemma 3 as an encoder.
+    variants=(Variant("use_bidirectional_attention", True, causal=False),),
     positions_derived_from_mask=False,
 )
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from model_maps.families import NO_EXPERTS, Head, family, lacking
-from model_maps.schema import ModelMap, Site
+from model_maps.families import NO_EXPERTS, NO_ROTARY, Head, family, lacking
+from model_maps.schema import ModelMap, Site, Variant
 
 BERT = family(
     heads=[
@@ -45,12 +45,15 @@ BERT = family(
         "mlp_contribution": Site("output.dropout"),
     },
     absent=NO_EXPERTS
+    | NO_ROTARY
     | lacking(
         "final_norm_input",
         "final_norm_output",
         why="each of its blocks ends in a norm and none follows the last block",
     ),
+    variants=(Variant("is_decoder", True, causal=True),),
     positions_derived_from_mask=False,
+    causal=False,
 )
 
 ENCODERS: tuple[ModelMap, ...] = BERT

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from model_maps.schema import ModelMap, Site, Variant, Width
-from model_maps.vocabulary import COMPONENTS
+from model_maps.vocabulary import COMPONENTS, Prefix, Stack
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,9 @@ class Head:
 
     width: Width = "any"
     """Size of the logits' last axis."""
+
+    decoder_reads: Literal["labels", "input_ids"] | None = None
+    """Of which inputs these classes make the decoder's where they are given none; None if of none."""
 
 
 def lacking(*components: str, why: str) -> dict[str, str]:
@@ -45,6 +49,9 @@ NO_EXPERTS = lacking(
 )
 """What architectures without a mixture of experts lack."""
 
+NO_ROTARY = lacking("rotary_query", "rotary_key", why="it has no rotary embedding")
+"""What architectures lack that tell positions in another way."""
+
 FUSED_EXPERTS = lacking(
     "mlp_pre_activation",
     "mlp_activation",
@@ -54,26 +61,32 @@ FUSED_EXPERTS = lacking(
 """What architectures lack whose experts are three-dimensional parameters."""
 
 
+SWITCHED_OFF = Variant("is_causal", False, causal=False)
+"""The switch by which transformers lets nearly every causal mask be left out."""
+
+
 def family(
     *,
     heads: Iterable[Head],
-    blocks: str,
+    blocks: str | Mapping[Stack, str],
     sites: Mapping[str, Site],
     absent: Mapping[str, str] = NO_EXPERTS,
     sequential: bool = True,
     variants: tuple[Variant, ...] = (),
     positions_derived_from_mask: bool | None = None,
+    causal: bool = True,
 ) -> tuple[ModelMap, ...]:
     """The maps of a family, one for each kind of head, from a table that starts at its stack of blocks.
 
     Args:
         heads: The kinds of head, each with its classes and with where the stack is in them.
-        blocks: Path of the list of blocks, from the stack.
+        blocks: Path of the list of blocks, from the stack; with an encoder and a decoder, one for each of them.
         sites: Component -> site; the paths of components of the whole model are from the stack.
         absent: Component -> why the family has none.
         sequential: Whether the MLP reads the stream after attention was added.
         variants: Differences that depend on the config; paths as in `sites`.
         positions_derived_from_mask: Whether positions are derived from the attention mask.
+        causal: Whether positions read nothing of later ones.
 
     Example:
         >>> heads = [Head(None, ("Tiny",), ""), Head("lm_head", ("TinyForCausalLM",), "model.")]
@@ -83,6 +96,7 @@ def family(
         ('norm', 'model.norm', 'model.layers')
     """
     maps = []
+    variants = (SWITCHED_OFF, *variants) if causal else variants
     for head in heads:
         placed = _below(head.prefix, sites)
         missing = dict(absent)
@@ -93,7 +107,7 @@ def family(
         maps.append(
             ModelMap(
                 classes=head.classes,
-                blocks=head.prefix + blocks,
+                blocks=head.prefix + blocks if isinstance(blocks, str) else None,
                 sites=placed,
                 absent=missing,
                 sequential=sequential,
@@ -101,9 +115,29 @@ def family(
                     replace(variant, sites=_below(head.prefix, variant.sites)) for variant in variants
                 ),
                 positions_derived_from_mask=positions_derived_from_mask,
+                causal=causal,
+                stacks={}
+                if isinstance(blocks, str)
+                else {stack: head.prefix + path for stack, path in blocks.items()},
+                decoder_reads=head.decoder_reads,
             )
         )
     return tuple(maps)
+
+
+def prefixed(prefix: Prefix, sites: Mapping[str, Site], below: str = "") -> dict[str, Site]:
+    """The sites of one stack by their names in a model of two.
+
+    Args:
+        prefix: Which stack, or "cross" for the decoder's attention to the encoder.
+        sites: Word -> site, as in a model of one stack.
+        below: Path of the stack, with a dot at its end, for what is not in its blocks.
+
+    Example:
+        >>> prefixed("decoder", {"final_norm_output": Site("norm")}, "decoder.")["decoder_final_norm_output"].path
+        'decoder.norm'
+    """
+    return {f"{prefix}_{word}": site for word, site in _below(below, sites).items()}
 
 
 def _below(prefix: str, sites: Mapping[str, Site]) -> dict[str, Site]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 from model_maps.decoders import DECODERS
+from model_maps.encoder_decoders import ENCODER_DECODERS
 from model_maps.encoders import ENCODERS
 from model_maps.perceptrons import PERCEPTRONS
 from model_maps.recurrent import RECURRENT
@@ -108,5 +109,5 @@ def component_site(model_map: ModelMap, component: str) -> Site:
 
 
 _MAPS: dict[str, ModelMap] = {}
-for _row in (*DECODERS, *ENCODERS, *RECURRENT, *PERCEPTRONS):
+for _row in (*DECODERS, *ENCODERS, *ENCODER_DECODERS, *RECURRENT, *PERCEPTRONS):
     register_map(_row)

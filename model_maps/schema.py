@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal
 
-from model_maps.vocabulary import COMPONENTS
+from model_maps.vocabulary import COMPONENTS, Component, Stack
 
 Side = Literal["input", "output"]
 Part = Literal["query", "key", "value"]
@@ -113,6 +113,9 @@ class Variant:
     sequential: bool | None = None
     """Whether the MLP reads the stream after attention was added then; None: as without the variant."""
 
+    causal: bool | None = None
+    """Whether positions read nothing of later ones then; None: as without the variant."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelMap:
@@ -128,7 +131,7 @@ class ModelMap:
     """Component -> where it is. Views by heads and derived components follow and are not listed."""
 
     absent: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Component -> why this architecture has none, for the error message."""
+    """Component -> why this architecture has none, for the error message. Without prefix: why no stack has one."""
 
     sequential: bool = True
     """Whether the MLP reads the stream after attention was added, so that `block_mid` exists."""
@@ -139,6 +142,15 @@ class ModelMap:
     positions_derived_from_mask: bool | None = None
     """Whether the model derives positions from the attention mask; None: to be found out by a run."""
 
+    causal: bool = True
+    """Whether positions read nothing of later ones (with two stacks: in the decoder)."""
+
+    stacks: Mapping[Stack, str] = dataclasses.field(default_factory=dict)
+    """With two stacks the path of each one's list of blocks (`blocks` is None then); else empty."""
+
+    decoder_reads: Literal["labels", "input_ids"] | None = None
+    """Of which inputs the model makes the decoder's, one position for each, where it is given none."""
+
     def __post_init__(self) -> None:
         for name in (*self.sites, *self.absent):
             if name not in COMPONENTS:
@@ -148,6 +160,7 @@ class ModelMap:
                 )
         object.__setattr__(self, "sites", MappingProxyType(dict(self.sites)))
         object.__setattr__(self, "absent", MappingProxyType(dict(self.absent)))
+        object.__setattr__(self, "stacks", MappingProxyType(dict(self.stacks)))
 
     def __reduce__(self) -> tuple[type[ModelMap], tuple[object, ...]]:
         # A read-only view of a dict can be neither copied nor pickled; models that hold a map should be both.
@@ -166,6 +179,7 @@ class ModelMap:
                     sites={**sites, **variant.sites},
                     absent={**absent, **variant.absent},
                     sequential=result.sequential if variant.sequential is None else variant.sequential,
+                    causal=result.causal if variant.causal is None else variant.causal,
                 )
         return dataclasses.replace(result, variants=())
 
@@ -176,30 +190,75 @@ class ModelMap:
         """
         if component in self.sites:
             return self.sites[component]
-        if component in self.absent:
-            return None
         known = COMPONENTS[component]
+        if component in self.absent or known.word in self.absent:
+            return None
         if known.heads_of or known.derived_from:
             return self.site(known.heads_of or known.derived_from or "")
         if known.inside:
             around = self.site(known.inside)
             return None if around is None else Site(around.path, width="any")
-        if component == "block_mid":
-            added = self.site("attention_contribution")
-            return dataclasses.replace(added, plus="block_input") if self.sequential and added else None
+        if known.word == "block_mid" and self.sequential and known.prefix != "cross":
+            added = self.site(component.replace("block_mid", "attention_contribution"))
+            below = component.replace("block_mid", "block_input")
+            return None if added is None else dataclasses.replace(added, plus=below)
         return self.site(known.fallback) if known.fallback else None
+
+    def blocks_of(self, component: str) -> str | None:
+        """Path of the list of blocks that a component is in; None if this architecture has no such list.
+
+        Example:
+            >>> stacks = {"encoder": "encoder.layers", "decoder": "decoder.layers"}
+            >>> two = ModelMap(("Tiny",), None, {}, stacks=stacks)
+            >>> two.blocks_of("encoder_mlp_output"), two.blocks_of("cross_attention_pattern")
+            ('encoder.layers', 'decoder.layers')
+        """
+        prefix = COMPONENTS[component].prefix
+        if prefix == "":
+            return self.blocks
+        return self.stacks.get("decoder" if prefix == "cross" else prefix)
+
+    def stack_of(self, component: str) -> Stack | None:
+        """The stack whose positions a component has (a matrix: in its rows); None if there is but one."""
+        # Of what has no prefix, a model of two stacks has its head alone, which is the decoder's.
+        return COMPONENTS[component].stack or ("decoder" if self.stacks else None)
+
+    def causal_at(self, component: str) -> bool:
+        """Whether what a position has of a component depends on nothing at later positions of its stack.
+
+        Of attention patterns: whether keys after the query are masked.
+        """
+        return self.causal and COMPONENTS[component].prefix in ("", "decoder")
 
     def reason(self, component: str) -> str:
         """Why this architecture lacks a component, as the end of a sentence; "" if it has it."""
         if self.site(component) is not None:
             return ""
         known = COMPONENTS[component]
-        below = known.heads_of or known.derived_from or known.inside or known.fallback
-        if component in self.absent:
-            return self.absent[component]
-        if component == "block_mid" and not self.sequential:
+        if known.prefix and not self.stacks:
+            return self._has_one_stack(known)
+        if self.stacks and not known.prefix and component not in self.absent:
+            return self._has_two_stacks(component)
+        if component in self.absent or known.word in self.absent:
+            return self.absent.get(component) or self.absent[known.word]
+        if known.word == "block_mid" and not self.sequential:
             return "it adds attention and MLP in parallel, so there is no stream between them"
+        below = known.heads_of or known.derived_from or known.inside or known.fallback
         return self.reason(below) if below else "its map does not place it"
+
+    def _has_one_stack(self, known: Component) -> str:
+        if known.prefix == "cross":
+            return "it has one stack of blocks and no attention from one to another"
+        if self.site(known.word) is None:
+            return self.reason(known.word)
+        return f"it has one stack of blocks, so say {known.word!r}"
+
+    def _has_two_stacks(self, word: str) -> str:
+        names = [name for name, known in COMPONENTS.items() if known.prefix and known.word == word]
+        there = [repr(name) for name in names if self.site(name) is not None]
+        if not there:
+            return self.reason(names[0])
+        return f"it has an encoder and a decoder, so say {', '.join(there[:-1])} or {there[-1]}"
 
     def components(self) -> tuple[str, ...]:
         """Every component this architecture has, in the order of the vocabulary."""

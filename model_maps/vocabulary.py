@@ -4,16 +4,21 @@ One table for all architectures: a `ModelMap` says where a component lives in on
 what the word means everywhere. Symbols: `b` batch, `s` positions, `D` hidden size, `H` query heads,
 `K` key-value heads, `dh` width of a head, `M` width of the MLP, `V` vocabulary, `E` experts, `q` and `k` positions
 of queries (rows) and keys (columns).
+
+In a model of two stacks each word says which: `encoder_block_output`, `decoder_block_output`. What the decoder's
+blocks do to attend to the encoder begins with `cross_`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Scope = Literal["block", "model"]
 Axes = Literal["stream", "heads", "matrix"]
+Stack = Literal["encoder", "decoder"]
+Prefix = Literal["", "encoder", "decoder", "cross"]
 
 UNITS: Mapping[Axes, tuple[str, ...]] = {
     "stream": ("pos",),
@@ -51,13 +56,41 @@ class Component:
     axes: Axes = "stream"
     """Whether it is a vector at each position, one for each head there, or a matrix of queries by keys."""
 
+    word: str = ""
+    """The component's name without its prefix."""
+
+    prefix: Prefix = ""
+    """Which stack of a model of two it is in, or "cross": the decoder's attention to the encoder."""
+
+    @property
+    def stack(self) -> Stack | None:
+        """The stack whose positions it has (a matrix: in its rows); None where there is but one stack."""
+        if self.prefix == "cross":
+            return "encoder" if self.word in OF_KEYS else "decoder"
+        return self.prefix or None
+
+    @property
+    def key_stack(self) -> Stack | None:
+        """The stack whose positions the columns of a matrix have."""
+        return "encoder" if self.prefix == "cross" else self.stack
+
     @property
     def units(self) -> tuple[str, ...]:
         """The units in which it is located."""
         return UNITS[self.axes]
 
 
-COMPONENTS: Mapping[str, Component] = {
+OF_KEYS = (
+    "key_output",
+    "value_output",
+    "head_key_output",
+    "head_value_output",
+    "expanded_head_key",
+    "expanded_head_value",
+)
+"""Words for what is at the positions that are read, and not at those that read: other ones in cross attention."""
+
+_WORDS: Mapping[str, Component] = {
     "embedding_output": Component("[b, s, D]", "output of the token embedding", scope="model"),
     "block_input": Component("[b, s, D]", "residual stream entering the block"),
     "block_mid": Component("[b, s, D]", "residual stream after attention is added (sequential blocks)"),
@@ -73,8 +106,12 @@ COMPONENTS: Mapping[str, Component] = {
     "attention_contribution": Component(
         "[b, s, D]", "what attention adds to the residual stream", fallback="attention_output"
     ),
-    "head_query_output": Component("[b, H, s, dh]", "query projection by heads", heads_of="query_output", axes="heads"),
-    "head_key_output": Component("[b, K, s, dh]", "key projection by key-value heads", heads_of="key_output", axes="heads"),
+    "head_query_output": Component(
+        "[b, H, s, dh]", "query projection by heads", heads_of="query_output", axes="heads"
+    ),
+    "head_key_output": Component(
+        "[b, K, s, dh]", "key projection by key-value heads", heads_of="key_output", axes="heads"
+    ),
     "head_value_output": Component(
         "[b, K, s, dh]", "value projection by key-value heads", heads_of="value_output", axes="heads"
     ),
@@ -147,7 +184,67 @@ COMPONENTS: Mapping[str, Component] = {
 }
 
 
-ALIASES: Mapping[str, str] = {"attention_weight": "attention_pattern"}
+_IN_A_STACK = tuple(word for word in _WORDS if word != "logits")
+"""What an encoder and a decoder have, each for itself."""
+
+_IN_CROSS_ATTENTION = (
+    "block_mid",
+    "attention_input",
+    "query_output",
+    "key_output",
+    "value_output",
+    "attention_value_output",
+    "attention_output",
+    "attention_contribution",
+    "head_query_output",
+    "head_key_output",
+    "head_value_output",
+    "head_attention_value_output",
+    "head_attention_output",
+    "expanded_head_key",
+    "expanded_head_value",
+    "attention_scores",
+    "attention_scores_masked",
+    "attention_pattern",
+)
+"""What a decoder's attention to the encoder has; the rest of its blocks is the decoder's."""
+
+
+def _in(prefix: Prefix, words: Iterable[str], where: str) -> dict[str, Component]:
+    """The components of one stack, by their names."""
+
+    def named(word: str | None) -> str | None:
+        return word and f"{prefix}_{word}"
+
+    return {
+        f"{prefix}_{word}": replace(
+            known,
+            meaning=f"{where}: {known.meaning}",
+            word=word,
+            prefix=prefix,
+            heads_of=named(known.heads_of),
+            derived_from=named(known.derived_from),
+            fallback=named(known.fallback),
+            inside=named(known.inside),
+        )
+        for word in words
+        for known in (_WORDS[word],)
+    }
+
+
+COMPONENTS: Mapping[str, Component] = {
+    **{word: replace(known, word=word) for word, known in _WORDS.items()},
+    **_in("encoder", _IN_A_STACK, "in the encoder"),
+    **_in("decoder", _IN_A_STACK, "in the decoder"),
+    **_in("cross", _IN_CROSS_ATTENTION, "in the decoder's attention to the encoder"),
+}
+"""Every component by its name."""
+
+
+ALIASES: Mapping[str, str] = {
+    f"{prefix}attention_weight": f"{prefix}attention_pattern"
+    for prefix in ("", "encoder_", "decoder_", "cross_")
+}
 """Other names of components."""
 
 

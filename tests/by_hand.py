@@ -63,9 +63,8 @@ def module_at(model: nn.Module, component: str, layer: int = LAYER) -> tuple[nn.
     """The module a map names for a component, and the map's site."""
     described = map_of(model)
     site = described.site(component)
-    block = (
-        [described.blocks, str(layer)] if COMPONENTS[component].scope == "block" and described.blocks else []
-    )
+    blocks = described.blocks_of(component) if COMPONENTS[component].scope == "block" else None
+    block = [blocks, str(layer)] if blocks else []
     return model.get_submodule(".".join([*block, site.path]).strip(".")), site
 
 
