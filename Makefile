@@ -7,6 +7,7 @@
 PYTHON ?= python3
 VENV := .venv
 PEERS_VENV := .venv-peers
+EASYROUTINE_VENV := .venv-easyroutine
 BENCH ?=
 
 # Small tensors: one thread a process is fastest, and two processes then never wait for each other.
@@ -14,7 +15,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 REQUIREMENTS := pyproject.toml constraints.txt
 
-.PHONY: help demo test lint format types smollm2 test-smollm2 peers bench tutorials clean
+.PHONY: help demo test lint format types smollm2 test-smollm2 peers bench bench-attention bench-easyroutine tutorials clean
 
 help:
 	@echo "make demo          run the main job on the language model that ships with the library"
@@ -24,6 +25,8 @@ help:
 	@echo "make test-smollm2  fetch SmolLM2-135M once, run the tests that need it"
 	@echo "make peers         install the pinned peers, run the comparisons with them"
 	@echo "make bench         what a swap costs, against the peers (BENCH=--quick, BENCH=--help)"
+	@echo "make bench-attention    what reading and editing patterns costs, likewise"
+	@echo "make bench-easyroutine  the same in easyroutine, whose environment is its own"
 	@echo "make tutorials     run every notebook from top to bottom"
 	@echo "make clean         remove the environments, caches and outputs"
 	@echo "make PYTHON=python3.12 ... chooses the interpreter of new environments"
@@ -77,9 +80,24 @@ peers: $(PEERS_VENV)/.peers
 bench: $(PEERS_VENV)/.peers
 	$(ONE_THREAD) $(PEERS_VENV)/bin/python -m benchmarks.overhead $(BENCH)
 
+bench-attention: $(PEERS_VENV)/.peers
+	$(ONE_THREAD) $(PEERS_VENV)/bin/python -m benchmarks.attention $(BENCH)
+
+# It asks for an old transformers and a vllm that only its other half uses: benchmarks/easyroutine.md.
+$(EASYROUTINE_VENV)/.easyroutine: benchmarks/easyroutine.txt
+	$(PYTHON) -m venv $(EASYROUTINE_VENV)
+	$(EASYROUTINE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	$(EASYROUTINE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps easyroutine==1.1.5
+	@touch $@
+
+bench-easyroutine: $(EASYROUTINE_VENV)/.easyroutine smollm2
+	$(ONE_THREAD) $(EASYROUTINE_VENV)/bin/python -m benchmarks.easyroutine_check
+	$(ONE_THREAD) $(EASYROUTINE_VENV)/bin/python -m benchmarks.attention --only easyroutine --batches 1 \
+		--models tiny-llama smollm2 --baseline "eager, output_attentions" $(BENCH)
+
 tutorials: $(VENV)/.dev
 	$(ONE_THREAD) $(VENV)/bin/python scripts/run_tutorials.py
 
 clean:
-	rm -rf $(VENV) $(PEERS_VENV) out dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS_VENV) $(EASYROUTINE_VENV) out dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
