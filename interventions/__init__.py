@@ -19,6 +19,7 @@ from interventions.errors import (
 from interventions.fixed import (
     AdditionIntervention,
     CollectIntervention,
+    KnockoutIntervention,
     NoiseIntervention,
     ScaleIntervention,
     SkipIntervention,
@@ -68,6 +69,7 @@ __all__ = [
     "InterventionError",
     "InterventionShapeError",
     "JumpReLUAutoencoderIntervention",
+    "KnockoutIntervention",
     "LobireftIntervention",
     "LoreftIntervention",
     "LowRankRotatedSpaceIntervention",
@@ -108,6 +110,7 @@ for _cls in (
     ConsreftIntervention,
     DireftIntervention,
     JumpReLUAutoencoderIntervention,
+    KnockoutIntervention,
     LobireftIntervention,
     LoreftIntervention,
     LowRankRotatedSpaceIntervention,

@@ -96,6 +96,26 @@ class ZeroIntervention(CoordinatewiseIntervention):
         return self.edited(base, torch.zeros((), dtype=base.dtype, device=base.device), subspaces)
 
 
+class KnockoutIntervention(CoordinatewiseIntervention):
+    """Forbid attention: `b <- -inf`, a score that the softmax gives no weight, on the chosen coordinates.
+
+    For attention scores. What was forbidden is shared out among what is left of its row; a row of which nothing is
+    left reads nothing. Geva et al. (2023), "Dissecting Recall of Factual Associations in Auto-Regressive Language
+    Models", https://arxiv.org/abs/2304.14767, call this attention knockout.
+
+    Example:
+        >>> KnockoutIntervention()(torch.tensor([2.0, 1.0, 0.0]), subspaces=[1]).softmax(-1)
+        tensor([0.8808, 0.0000, 0.1192])
+    """
+
+    needs_source: ClassVar[bool] = False
+
+    def forward(self, base: Tensor, source: Tensor | None = None, subspaces: Subspaces = None) -> Tensor:
+        """Return -inf on the chosen coordinates, the base on the others."""
+        self.check_width(base)
+        return self.edited(base, torch.full_like(base, -torch.inf), subspaces)
+
+
 class AdditionIntervention(CoordinatewiseIntervention):
     """Add the source, for instance a steering vector: `b <- b + s` on the chosen coordinates.
 
