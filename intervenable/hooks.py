@@ -383,6 +383,11 @@ class EarlyStop:
             if holder is not None
         ]
 
+    @property
+    def ended(self) -> bool:
+        """Whether the run was ended."""
+        return self._wanted
+
     def request(self, path: str) -> None:
         """End the run now, or as soon as may be."""
         self._wanted = True

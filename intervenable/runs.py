@@ -41,6 +41,23 @@ class Fired:
         return torch.zeros(batch) if self.norms is None else self.norms()
 
 
+@dataclass(frozen=True)
+class Observers:
+    """What looks on in a base run."""
+
+    before: Sequence[Hook] = ()
+    """What sees each place as the edits there find it."""
+
+    after: Sequence[Hook] = ()
+    """What sees each place as the edits there leave it."""
+
+    gathering: Sequence[Hook] = ()
+    """What keeps streams that are read as a part of another."""
+
+    stop: EarlyStop | None = None
+    """Ends the run when all has been seen."""
+
+
 @dataclass
 class BaseRun:
     """The outcome of a base run."""
@@ -88,23 +105,23 @@ def run_source(model: nn.Module, inputs: RunInputs, captures: Sequence[Capture])
         return act
 
     hooks = [hook_at(site, capture(what)) for site, what in zip(sites, captures, strict=True)]
-    added, gathering = _gather_added(sites, inputs)
+    added, gathering = gather_added(sites, inputs)
     # Before any hook is there, since it may take runs of the model to tell.
     kwargs = with_own_caches(with_position_ids(inputs, model))
     with stop, hooked([*gathering, *hooks, *stop.hooks], model):
-        model(*inputs.args, **kwargs, **_without_cache(model, inputs))
+        model(*inputs.args, **kwargs, **without_cache(model, inputs))
     missing = [what.bound.name for what in captures if what.bound.index not in found]
     if missing:
         raise NotFiredError(f"The source run did not reach the place of {', '.join(map(repr, missing))}.")
     return found
 
 
-def _without_cache(model: nn.Module, inputs: RunInputs) -> dict[str, Any]:
+def without_cache(model: nn.Module, inputs: RunInputs) -> dict[str, Any]:
     """Options that keep a run which only reads from filling a key-value cache."""
     return {"use_cache": False} if takes(model, "use_cache") and "use_cache" not in inputs.kwargs else {}
 
 
-def _gather_added(sites: Sequence[BoundSite], inputs: RunInputs) -> tuple[dict[int, Tensor], list[Hook]]:
+def gather_added(sites: Sequence[BoundSite], inputs: RunInputs) -> tuple[dict[int, Tensor], list[Hook]]:
     """Hooks that keep, for each site read as a sum, the stream to add, and where they keep it."""
     streams: dict[int, Tensor] = {}
 
@@ -126,9 +143,15 @@ def _device(passage: Passage, site: BoundSite) -> torch.device:
 
 
 def run_base(
-    model: nn.Module, plan: Plan, sources: Mapping[int, Tensor], options: Mapping[str, Any]
+    model: nn.Module,
+    plan: Plan,
+    sources: Mapping[int, Tensor],
+    options: Mapping[str, Any],
+    observers: Observers | None = None,
 ) -> BaseRun:
     """Run the base with all edits of the plan, in declared order where several meet.
+
+    Where observers end the run early there is no output, and edits further on are not applied.
 
     Raises:
         NotFiredError: an edit was not applied exactly once.
@@ -137,7 +160,7 @@ def run_base(
     inputs = plan.base
     fired = [Fired() for _ in plan.edits]
     sites = [edit.bound.site for edit in plan.edits]
-    added, gathering = _gather_added(sites, inputs)
+    added, gathering = gather_added(sites, inputs)
 
     def edit_hook(edit: Edit, record: Fired) -> Callable[[Passage], None]:
         site = edit.bound.site
@@ -167,7 +190,11 @@ def run_base(
     ]
     # What is added is read after the edits at its own place, which are hooked first.
     kwargs = with_own_caches(with_position_ids(inputs, model))
-    with hooked([*hooks, *gathering], model, recomputed=True) as recomputation:
+    look = observers or Observers()
+    stop = look.stop or EarlyStop(model, ())
+    everything = [*look.before, *hooks, *look.after, *gathering, *look.gathering, *stop.hooks]
+    output = None
+    with stop, hooked(everything, model, recomputed=True) as recomputation:
         output = model(*inputs.args, **kwargs, **with_own_caches(options))
         output = recomputation.until_freed(output)
         for record in fired:
@@ -175,7 +202,7 @@ def run_base(
     wrong = [
         f"{edit.bound.name!r} ({edit.bound.site.path or type(model).__name__}) was applied {record.times} times"
         for edit, record in zip(plan.edits, fired, strict=True)
-        if record.times != 1
+        if record.times != 1 and not (stop.ended and record.times == 0)
     ]
     if wrong:
         raise NotFiredError(f"Each intervention is to be applied once in a run; {'; '.join(wrong)}.")
