@@ -18,7 +18,7 @@ from intervenable.errors import ConfigError, NotAvailableError, UnknownNameError
 from interventions import Intervention
 from interventions.signatures import pattern_of_function
 from interventions.subspaces import parse_partition, partition_to_config
-from model_maps import ALIASES, COMPONENTS
+from model_maps import ALIASES, COMPONENTS, WORDS
 
 UNITS = tuple(dict.fromkeys(unit for units in model_maps.UNITS.values() for unit in units))
 
@@ -42,8 +42,9 @@ def _component_from(component: object) -> str:
     component = ALIASES.get(component, component)
     if component not in COMPONENTS and not is_module_path(component):
         raise UnknownNameError(
-            unknown_name("component", component, COMPONENTS)
-            + " A module path ending in .input or .output is a component too."
+            unknown_name("component", component, COMPONENTS, listed=WORDS)
+            + " With encoder_, decoder_ or cross_ before it in a model of two stacks."
+            " A module path ending in .input or .output is a component too."
         )
     return component
 

@@ -123,13 +123,19 @@ class RenamedWarning(IntervenableWarning, DeprecationWarning):
     """An old name was used; the message says the new one."""
 
 
-def unknown_name(kind: str, name: object, allowed: Iterable[str], where: str = "") -> str:
-    """The message for a name that a table does not have: the name, the nearest match, the names it has."""
+def unknown_name(
+    kind: str, name: object, allowed: Iterable[str], where: str = "", listed: Iterable[str] | None = None
+) -> str:
+    """The message for a name that a table does not have: the name, the nearest match, the names it has.
+
+    Where these are too many to list, `listed` says which to list.
+    """
     names = sorted(allowed)
     near = get_close_matches(str(name), names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     place = f" {where}" if where else ""
-    return f"Unknown {kind} {name!r}{place}.{hint}\nAllowed: {', '.join(names)}."
+    shown = names if listed is None else sorted(listed)
+    return f"Unknown {kind} {name!r}{place}.{hint}\nAllowed: {', '.join(shown)}."
 
 
 def each_named(error: Fault, place: str) -> list[Fault]:

@@ -240,6 +240,9 @@ COMPONENTS: Mapping[str, Component] = {
 }
 """Every component by its name."""
 
+WORDS = tuple(_WORDS)
+"""The names without a prefix, in a model of one stack all there are."""
+
 
 ALIASES: Mapping[str, str] = {
     f"{prefix}attention_weight": f"{prefix}attention_pattern"

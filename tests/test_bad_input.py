@@ -11,14 +11,14 @@ from torch import nn
 from transformers import BatchEncoding
 
 import intervenable as iv
-from model_maps import COMPONENTS, find_map
+from model_maps import COMPONENTS, WORDS, find_map
 from tiny_models import HEADS, HIDDEN, KEY_VALUE_HEADS, LAYERS, MLP, tiny, tiny_inputs
 
 NAME = "layer_0.block_output.pos"
 LLAMA, GPT2 = tiny("llama"), tiny("gpt2")
 BASE, SOURCE = tiny_inputs(LLAMA), tiny_inputs(LLAMA, seed=1)
 AT_1 = {"sources->base": 1}
-ALL_COMPONENTS = ", ".join(sorted(COMPONENTS))
+ALL_COMPONENTS = ", ".join(sorted(WORDS))
 
 
 def bound(
@@ -83,7 +83,8 @@ DECLARED = [
         iv.UnknownNameError,
         LookupError,
         f"representation 0: Unknown component 'block_ouput'. Did you mean 'block_output'?\nAllowed:"
-        f" {ALL_COMPONENTS}. A module path ending in .input or .output is a component too.",
+        f" {ALL_COMPONENTS}. With encoder_, decoder_ or cross_ before it in a model of two stacks."
+        " A module path ending in .input or .output is a component too.",
     ),
     Case(
         "component of a later release",
@@ -916,7 +917,7 @@ def test_every_component_that_an_architecture_lacks_is_refused_with_the_reason(f
     model = tiny(family)
     found = find_map([type(model).__name__], model.config)
     for component in sorted(set(COMPONENTS) - set(found.components())):
-        unit = "h" if component.startswith("head_") else "pos"
+        unit = COMPONENTS[component].units[0]
         with pytest.raises(iv.UnsupportedModelError) as caught:
             bound({"component": component, "unit": unit}, model=model)
         start, reason, rest = str(caught.value).split(":", 2)

@@ -11,6 +11,7 @@ import pytest
 import model_maps
 from model_maps import (
     COMPONENTS,
+    WORDS,
     AbsentComponentError,
     ModelMap,
     Site,
@@ -187,12 +188,16 @@ def test_every_component_is_either_placed_or_explained(name):
 
 
 def test_only_components_with_a_head_axis_have_head_units():
-    assert {name for name in COMPONENTS if is_head_component(name)} == {
+    assert {name for name in WORDS if is_head_component(name)} == {
         "head_query_output",
         "head_key_output",
         "head_value_output",
         "head_attention_value_output",
         "head_attention_output",
+        "rotary_query",
+        "rotary_key",
+        "expanded_head_key",
+        "expanded_head_value",
     }
 
 

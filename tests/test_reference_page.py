@@ -9,7 +9,7 @@ import pytest
 
 import interventions
 from interventions import Intervention
-from model_maps import COMPONENTS, is_head_component
+from model_maps import COMPONENTS, WORDS
 
 PAGE = (Path(__file__).parents[1] / "docs" / "components-and-interventions.md").read_text()
 COMPONENT_ROWS, INTERVENTION_ROWS = (
@@ -26,15 +26,26 @@ BUILT_IN = {
 
 
 def test_every_component_has_a_row_and_every_row_is_a_component() -> None:
-    assert list(COMPONENT_ROWS) == list(COMPONENTS)
+    assert list(COMPONENT_ROWS) == list(WORDS)
 
 
-@pytest.mark.parametrize("name", COMPONENTS)
+@pytest.mark.parametrize("name", WORDS)
 def test_a_row_gives_the_shape_and_units_of_its_component(name: str) -> None:
-    row = COMPONENT_ROWS[name]
-    assert f"`{COMPONENTS[name].shape}`" in row
-    assert row.endswith("| `h`, `h.pos` |" if is_head_component(name) else "| `pos` |")
-    assert ("no `layer`" in row) == (COMPONENTS[name].scope == "model")
+    known, row = COMPONENTS[name], COMPONENT_ROWS[name]
+    assert f"`{known.shape}`" in row
+    assert row.endswith("| " + ", ".join(f"`{unit}`" for unit in known.units) + " |")
+    assert ("no `layer`" in row) == (known.scope == "model")
+
+
+def test_the_page_says_which_words_take_which_prefix() -> None:
+    part = PAGE.split("## Models of two stacks")[1].split("\n## ")[0]
+    crossing = {name.removeprefix("cross_") for name in COMPONENTS if name.startswith("cross_")}
+    said = part.split("`cross_` goes before")[1].split(".\n")[0]
+    assert set(re.findall(r"`(\w+)`", said)) == crossing
+    for prefix in ("encoder", "decoder"):
+        assert {name for name in COMPONENTS if name.startswith(f"{prefix}_")} == {
+            f"{prefix}_{word}" for word in WORDS if word != "logits"
+        }
 
 
 def test_every_intervention_has_a_row_and_every_row_is_an_intervention() -> None:
