@@ -3,10 +3,10 @@
 No module hands these over, so the functions themselves are met: the products of queries with keys and of pattern
 with values, the softmax between them, and `scaled_dot_product_attention`, which does all three at once and is redone
 by hand where a score or a probability is to be changed. That works alike for every architecture that computes
-attention in torch, with whatever it adds to its scores (masks, windows, soft-caps, ALiBi, relative positions, sinks).
+attention in torch, with whatever it adds to its scores: masks, windows, soft-caps, ALiBi, relative positions, sinks.
 
-A `TorchFunctionMode` is known to its own thread alone. `hooks` puts it on when an attention module is entered and takes
-it off when it is left; in all other modules nothing is slowed down.
+A `TorchFunctionMode` is known to its own thread alone. `hooks` puts it on when an attention module is entered and
+takes it off when it is left; in all other modules nothing is slowed down.
 """
 
 from __future__ import annotations
@@ -198,13 +198,11 @@ class AttentionMode(TorchFunctionMode):
         last = along in (-1, given.dim() - 1)
         keys = self._call.keys
         if scores is None or not last or not self._is_matrix(scores):
-            result: Tensor = func(*args, **kwargs)
-            return result
+            return func(*args, **kwargs)  # type: ignore[no-any-return]
         if keys is None:
             keys = scores.shape[3]
         if scores.shape[3] - keys not in (0, 1):
-            result = func(*args, **kwargs)
-            return result
+            return func(*args, **kwargs)  # type: ignore[no-any-return]
         self._call.scored = True
         sink = scores.shape[3] > keys  # a column that takes weight and stands for no key
         dead = None
@@ -291,7 +289,7 @@ class AttentionMode(TorchFunctionMode):
         scores = self._shown(seen, *SCORES)
         dead = None
         if mask is not None or scores is not seen:  # else each query reads itself at least
-            # As the kernel does: rows that are -inf altogether give zeros, others that are masked are the model's own.
+            # As the kernel does: rows that are -inf altogether give zeros; others that are masked are the model's.
             floor = floor_of(scores.dtype)
             died = (seen > floor).any(-1, keepdim=True) & ~(scores > floor).any(-1, keepdim=True)
             dead = died | (scores == -torch.inf).all(-1, keepdim=True)

@@ -168,7 +168,16 @@ class Places:
             raise UnsupportedModelError(str(error)) from error
         plus = None if site.plus is None else self._component(site.plus, layer)
         prefix = "" if layer is None else self._block(layer)
-        return bind_site(self.model, component, site, layer, prefix, self.sizes, plus)
+        return bind_site(
+            self.model,
+            component,
+            site,
+            layer,
+            prefix,
+            self.sizes,
+            plus,
+            causal=self.map.causal_at(component),
+        )
 
     @property
     def map(self) -> ModelMap:

@@ -68,13 +68,13 @@ class _Modes:
 
     def put_on(self, mode: AttentionMode) -> None:
         self._on.setdefault(get_ident(), []).append(mode)
-        mode.__enter__()
+        mode.__enter__()  # type: ignore[no-untyped-call]
 
     def take_off(self) -> None:
         """Take off the last one put on in this thread, if there is any."""
         modes = self._on.get(get_ident())
         if modes:
-            modes.pop().__exit__(None, None, None)
+            modes.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def take_all_off(self) -> None:
         """Take off what a run has left on that ended inside an attention module."""

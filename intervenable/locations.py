@@ -2,11 +2,11 @@
 
 The full form is a pair `(source locations, base locations)`, each `[interventions][batch][units]` (for `h.pos` and
 `h.query`: `[interventions][2 levels][batch][units]`, heads first; for `h.query.key`: three levels). In the place of
-an intervention a mapping names its levels, with what holds for every example: `{"heads": 3, "keys": [0, 1]}`; a level
-left out is all of it. Short forms: an int is one position in source and base,
-a **tuple** `(source, base)` is a pair, a **list** of ints is a set of positions. With unit `h` they count heads,
-with `h.pos` they are positions of every head, with `h.query` rows of every head. None in the place of an intervention skips it; None for all of a
-side means whole tensors.
+an intervention a mapping may name its levels, with what holds for every example: `{"heads": 3, "keys": [0, 1]}`; a
+level left out is all of it. Short forms: an int is one position in source and base, a **tuple** `(source, base)` is
+a pair, a **list** of ints is a set of positions. With unit `h` they count heads, with `h.pos` they are positions of
+every head, with `h.query` rows of every head. None in the place of an intervention skips it; None for all of a side
+means whole tensors.
 """
 
 from __future__ import annotations
@@ -394,7 +394,7 @@ def _units(
     if levels.get("keys") in RELATIONS:
         relation, levels["keys"] = levels["keys"], [[slice(None)]] * inputs.batch
     found = {name: _level(level, name, subject, inputs, where, relative_to) for name, level in levels.items()}
-    units = Units(**found, relation=relation)  # type: ignore[arg-type]  # the names of levels are its fields
+    units = Units(**found, relation=relation)
     if writes and subject.writes:
         for name, rows in found.items():
             _check_once(rows, name, where)
@@ -483,7 +483,8 @@ def _check_reach(units: Units, inputs: RunInputs, where: str) -> None:
         last = max(queries) if real is None else real[example].index(max(queries))
         raise LocationError(
             f"The {where} name keys {', '.join(map(str, named))} for example {example}, which the causal mask hides"
-            f" from all queries chosen (the last is {last}): nothing would change. Choose later queries or earlier keys."
+            f" from all queries chosen (the last is {last}): nothing would change. Choose later queries, or earlier"
+            " keys."
         )
 
 

@@ -413,7 +413,7 @@ def _check_constant(entry: BoundRepresentation, constant: Tensor, slot: Slot, ba
 def _check_constant_matrix(entry: BoundRepresentation, constant: Tensor, slot: Slot, base: RunInputs) -> None:
     """That a constant source broadcasts to the located entries of the matrices, or to the matrices as a whole."""
     whole = (base.batch, entry.site.heads or 0, base.length, base.length)
-    located = whole
+    located: tuple[int, ...] = whole
     if isinstance(slot, Units):
         counts = {name: max(map(len, rows)) for name, rows in slot.levels.items()}
         located = (

@@ -470,8 +470,9 @@ def _bind_inside(
     implementation = getattr(config, "_attn_implementation", None) or "eager"
     if any(name in implementation for name in FUSED_KERNELS):
         raise UnsupportedModelError(
-            f"{component} cannot be seen under attn_implementation={implementation!r}, a kernel that computes attention"
-            " as a whole. Load the model with 'sdpa' or 'eager', or call model.set_attn_implementation('sdpa')."
+            f"{component} cannot be seen under attn_implementation={implementation!r}, a kernel that computes"
+            " attention as a whole. Load the model with 'sdpa' or 'eager', or call"
+            " model.set_attn_implementation('sdpa')."
         )
     if sizes.query_heads is None or sizes.key_value_heads is None:
         raise UnsupportedModelError(
