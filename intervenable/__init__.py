@@ -44,8 +44,11 @@ from intervenable.errors import (
 from intervenable.locations import get_loc
 from intervenable.model import IntervenableModel
 from intervenable.output import IntervenableOutput
+from intervenable.position_entries import Aligned, PerExample, Regex, Role, Sampled, Segment, Span, Words
+from intervenable.position_resolver import PositionResolver, positions
 from intervenable.receipt import Explanation, Receipt, ReceiptLine
 from intervenable.small_lm import load_small_lm
+from intervenable.token_text import TokenView, align
 from intervenable.tokens import embed_to_distrib, format_token, top_vals
 from intervenable.toy_models import MLPClassifier
 from interventions import (
@@ -83,6 +86,7 @@ from model_maps import ModelMap, Site, register_map
 
 __all__ = [
     "AdditionIntervention",
+    "Aligned",
     "AutoencoderIntervention",
     "BoundlessRotatedSpaceIntervention",
     "CacheError",
@@ -120,31 +124,42 @@ __all__ = [
     "NotAvailableError",
     "NotFiredError",
     "PCARotatedSpaceIntervention",
+    "PerExample",
+    "PositionResolver",
     "Receipt",
     "ReceiptLine",
+    "Regex",
     "RenamedWarning",
     "RepresentationConfig",
+    "Role",
     "RotatedSpaceIntervention",
+    "Sampled",
     "ScaleIntervention",
+    "Segment",
     "SigmoidMaskIntervention",
     "SigmoidMaskRotatedSpaceIntervention",
     "Site",
     "SkipIntervention",
     "SourceError",
+    "Span",
     "StorageError",
     "SubspaceError",
     "SubspacePerPosition",
     "SubspaceRangeError",
     "SubtractionIntervention",
+    "TokenView",
     "UnknownNameError",
     "UnsupportedModelError",
     "VanillaIntervention",
+    "Words",
     "ZeroIntervention",
     "__version__",
+    "align",
     "embed_to_distrib",
     "format_token",
     "get_loc",
     "load_small_lm",
+    "positions",
     "register_callable",
     "register_intervention",
     "register_map",
