@@ -5,8 +5,8 @@ more: it gives a `RepresentationConfig` if one layer is meant by a number, and a
 `IntervenableConfig` to take. What is done is said by the same options everywhere:
 
 `at`
-    `"pattern"` (default): after the softmax; what is left of a row is not made up for. `"scores"`: before it, so that
-    the other keys take over. Entries under the model's mask stay as they are in either.
+    `"pattern"` (default): after the softmax; what is taken from a row is not made up for. `"scores"`: before it, so
+    that the other keys take over; what the model's mask hides stays hidden whatever is done.
 `mode`
     `"scale"`: multiply by `factor`. `"mask"`, for scores alone: the entry gets no weight at all, and a row that has
     nothing left becomes zeros. `"set"`: put `values` there. Left out it is `"set"` if there are values, `"mask"` for
@@ -14,7 +14,8 @@ more: it gives a `RepresentationConfig` if one layer is meant by a number, and a
 `factor`
     0 (default) ablates, 0.5 halves, 2 doubles.
 `values`
-    New entries, broadcast to `[batch, heads, queries, keys]` of those chosen.
+    New entries, broadcast to `[batch, heads, queries, keys]` of those chosen. A pattern has them as they are, also
+    where the model's mask hides the keys.
 `renormalize`
     `"rows"` divides the edited rows of a pattern by their sum (rows without mass stay zero), `"check"` raises if one
     does not sum to one, `"none"` (default) leaves them.
