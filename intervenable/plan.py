@@ -293,8 +293,14 @@ def _check_batches(base: RunInputs, sources: Mapping[int, RunInputs]) -> None:
 
 
 def _check_units(entry: BoundRepresentation, slot: Slot, base: RunInputs) -> None:
-    """What the layout that an intervention sees asks of its units."""
+    """What the layout that an intervention sees asks of its units, and what they ask of the run."""
     sees = entry.intervention.sees
+    past = base.kwargs.get("past_key_values")
+    if entry.site.matrix and past is not None and past.get_seq_length() > 0:
+        raise LocationError(
+            f"{entry.name!r} is a matrix over all keys, and the base brings {past.get_seq_length()} of them in"
+            " past_key_values, where they cannot be named. Give the whole prompt instead."
+        )
     if sees == "raw" and isinstance(slot, Units):
         raise LocationError(
             f"{entry.name!r} ({type(entry.intervention).__name__}) sees whole activations (sees='raw'):"
