@@ -243,7 +243,13 @@ def _listed(value: object) -> list[object]:
         )
     if value and not isinstance(value[0], (RepresentationConfig, Mapping, list, tuple)):
         return [value]  # the fields of one, by position
-    return list(value)
+    listed: list[object] = []
+    for item in value:
+        several = (
+            isinstance(item, (list, tuple)) and item and isinstance(item[0], (RepresentationConfig, Mapping))
+        )
+        listed.extend(item if several else [item])  # what a function of `attention` gives for several layers
+    return listed
 
 
 def _representations_from(value: object) -> list[RepresentationConfig]:
