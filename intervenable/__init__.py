@@ -17,7 +17,10 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 from intervenable._version import __version__
+from intervenable.cache import ActivationCache
+from intervenable.collecting import collect
 from intervenable.config import IntervenableConfig, RepresentationConfig
+from intervenable.derived_activations import NormStatistics, head_vectors, norm_statistics
 from intervenable.errors import (
     CacheError,
     ConfigError,
@@ -44,6 +47,7 @@ from intervenable.errors import (
 from intervenable.locations import get_loc
 from intervenable.model import IntervenableModel
 from intervenable.output import IntervenableOutput
+from intervenable.pattern_statistics import pattern_blocks, uniform_pattern, value_weighted_pattern
 from intervenable.position_entries import Aligned, PerExample, Regex, Role, Sampled, Segment, Span, Words
 from intervenable.position_resolver import PositionResolver, positions
 from intervenable.receipt import Explanation, Receipt, ReceiptLine
@@ -85,6 +89,7 @@ from interventions import (
 from model_maps import ModelMap, Site, register_map
 
 __all__ = [
+    "ActivationCache",
     "AdditionIntervention",
     "Aligned",
     "AutoencoderIntervention",
@@ -121,6 +126,7 @@ __all__ = [
     "NodireftIntervention",
     "NoiseIntervention",
     "NoreftIntervention",
+    "NormStatistics",
     "NotAvailableError",
     "NotFiredError",
     "PCARotatedSpaceIntervention",
@@ -155,15 +161,21 @@ __all__ = [
     "ZeroIntervention",
     "__version__",
     "align",
+    "collect",
     "embed_to_distrib",
     "format_token",
     "get_loc",
+    "head_vectors",
     "load_small_lm",
+    "norm_statistics",
+    "pattern_blocks",
     "positions",
     "register_callable",
     "register_intervention",
     "register_map",
     "top_vals",
+    "uniform_pattern",
+    "value_weighted_pattern",
 ]
 
 if _TYPE_CHECKING:

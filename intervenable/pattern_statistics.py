@@ -140,7 +140,8 @@ def value_weighted_pattern(pattern: Tensor, vectors: Tensor) -> Tensor:
             f"The pattern is {_shape(pattern)} and the vectors are {_shape(vectors)}: for (..., H, q, k) they must be"
             " (..., H, k, d)."
         )
-    return pattern * norms[..., None, :]
+    weighted: Tensor = pattern * norms[..., None, :]
+    return weighted
 
 
 def repeated_heads(tensor: Tensor, heads: int, axis: int) -> Tensor:

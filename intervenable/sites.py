@@ -306,6 +306,10 @@ class BoundSite:
                 " renormalize='rows' or 'none'."
             )
 
+    def output_projection(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """The output projection by heads, `[heads, dh, D]`, and its bias, `[D]`, if it has one."""
+        return self._output_weights(None, device)[0], _parameter(self.module, "bias", device)
+
     def _output_weights(self, heads: Tensor | None, device: torch.device) -> Tensor:
         """The output projection by heads: `[b or 1, heads, dh, D]`."""
         assert self.columns is not None
