@@ -152,14 +152,26 @@ class Places:
     def at(self, component: str, layer: int | None) -> BoundSite:
         """The site of a component or a module path; `layer` counts for what is inside the blocks alone."""
         if is_module_path(component):
-            return bind_path(self.model, component)
+            return bind_path(self.model, component, self._map_if_any)
         inside = COMPONENTS[component].scope == "block"
-        return self._component(component, self._layer(layer or 0) if inside else None)
+        return self._component(component, self._layer(component, layer or 0) if inside else None)
 
     @property
     def layers(self) -> int:
-        """How many blocks the model has; 1 if it is one itself."""
-        return len(self._blocks()) if self.map.blocks else 1  # type: ignore[arg-type]  # a ModuleList
+        """How many blocks the model has; 1 if it is one itself. Of two stacks those of the deeper one."""
+        inside = [name for name in self.map.components() if COMPONENTS[name].scope == "block"]
+        return max((self.layers_of(name) for name in inside), default=0)
+
+    def layers_of(self, component: str) -> int:
+        """How many blocks a component is in: those of its stack, in a model of two."""
+        blocks = self.map.blocks_of(component)
+        if blocks is None:
+            if self.map.stacks:  # a name of the other kind of model, whose error says which to take
+                self._component(component, None)
+            raise UnsupportedModelError(f"{type(self.model).__name__} has no blocks.")
+        if not blocks:
+            return 1
+        return len(module_at(self.model, blocks, "the list of blocks"))  # type: ignore[arg-type]  # a ModuleList
 
     def _component(self, component: str, layer: int | None) -> BoundSite:
         try:
@@ -167,7 +179,8 @@ class Places:
         except AbsentComponentError as error:
             raise UnsupportedModelError(str(error)) from error
         plus = None if site.plus is None else self._component(site.plus, layer)
-        prefix = "" if layer is None else self._block(layer)
+        blocks = self.map.blocks_of(component)
+        prefix = f"{blocks}.{layer}" if blocks and layer is not None else ""
         return bind_site(
             self.model,
             component,
@@ -177,7 +190,15 @@ class Places:
             self.sizes,
             plus,
             causal=self.map.causal_at(component),
+            stack=self.map.stack_of(component),
         )
+
+    @property
+    def _map_if_any(self) -> ModelMap | None:
+        try:
+            return self.map
+        except _NoMapError:
+            return None
 
     @property
     def map(self) -> ModelMap:
@@ -189,21 +210,15 @@ class Places:
                 raise _NoMapError(str(error)) from error
         return self._map
 
-    def _blocks(self) -> nn.Module:
-        if self.map.blocks is None:
-            raise UnsupportedModelError(f"{type(self.model).__name__} has no blocks.")
-        return module_at(self.model, self.map.blocks, "the list of blocks")
-
-    def _layer(self, layer: int) -> int:
-        count = self.layers
+    def _layer(self, component: str, layer: int) -> int:
+        count = self.layers_of(component)
         if not -count <= layer < count:
+            stack = self.map.stack_of(component)
+            holder = f"the {'decoder' if component.startswith('cross_') else stack} of " if stack else ""
             raise LayerRangeError(
-                f"Layer {layer} is out of range: {type(self.model).__name__} has layers 0 to {count - 1}."
+                f"Layer {layer} is out of range: {holder}{type(self.model).__name__} has layers 0 to {count - 1}."
             )
         return layer % count
-
-    def _block(self, layer: int) -> str:
-        return f"{self.map.blocks}.{layer}" if self.map.blocks else ""
 
 
 # --- names and groups -------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from intervenable.errors import LocationError, LocationRangeError, raise_listed
 from intervenable.inputs import RunInputs
+from model_maps import Stack
 
 RelativeTo = Literal["tokens", "tensor"]
 Level = Literal["heads", "positions", "queries", "keys"]
@@ -146,6 +147,16 @@ class Subject:
 
     causal: bool = False
     """Whether no query of it reads a key behind itself."""
+
+    stack: Stack | None = None
+    """The stack whose positions it has, in a model of two (a matrix: in its rows)."""
+
+    key_stack: Stack | None = None
+    """The stack whose positions its keys have."""
+
+    def counted_in(self, level: Level, inputs: RunInputs) -> RunInputs:
+        """The run, counted in the positions of one level."""
+        return inputs.of(self.key_stack if level == "keys" else self.stack)
 
     @property
     def levels(self) -> tuple[Level, ...]:
@@ -393,13 +404,18 @@ def _units(
     levels = _by_level(slot, subject, inputs.batch, where)
     if levels.get("keys") in RELATIONS:
         relation, levels["keys"] = levels["keys"], [[slice(None)]] * inputs.batch
+        if subject.key_stack != subject.stack:
+            raise LocationError(
+                f"The {where} name the keys {relation!r} of each query, and in attention from one stack to another no"
+                " key is the query itself. Name the keys, or leave them out for all."
+            )
     found = {name: _level(level, name, subject, inputs, where, relative_to) for name, level in levels.items()}
     units = Units(**found, relation=relation)
     if writes and subject.writes:
         for name, rows in found.items():
             _check_once(rows, name, where)
         if subject.causal and relation is None and "keys" in found and _spelled_out(levels["keys"]):
-            _check_reach(units, inputs, where)
+            _check_reach(units, inputs.of(subject.stack), where)
     return units
 
 
@@ -498,6 +514,7 @@ def _level(
             f"The {where} list {name} for {len(level)} examples, and the batch has {inputs.batch}."
         )
     rows = []
+    inputs = subject.counted_in(name, inputs)
     for example, row in enumerate(level):
         size = subject.heads if name == "heads" else inputs.count(example)
         if relative_to == "tensor" and name != "heads":
@@ -533,6 +550,7 @@ def _counted(row: list[Any], size: int, name: str, example: int, where: str) -> 
 
 def _masked(mask: Any, subject: Subject, inputs: RunInputs, where: str) -> Units:
     rows = torch.as_tensor(mask)
+    inputs = inputs.of(subject.stack)
     if subject.unit != "pos" or tuple(rows.shape) != (inputs.batch, inputs.length):
         raise LocationError(
             f"The {where} are a mask of shape {tuple(rows.shape)}; a mask is for unit 'pos' and has the shape"

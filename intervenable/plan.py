@@ -160,6 +160,8 @@ def _subjects(bound: Sequence[BoundRepresentation]) -> list[Subject]:
             not entry.intervention.collects,
             entry.config.where,
             entry.site.causal,
+            entry.site.stack,
+            entry.site.key_stack,
         )
         for entry in bound
     ]
@@ -309,6 +311,7 @@ def _check_units(entry: BoundRepresentation, slot: Slot, base: RunInputs) -> Non
     if sees != "concatenated" or entry.intervention.embed_dim is None:
         return
     expected = entry.config.max_number_of_units
+    base = base.of(entry.site.stack)
     level = "heads" if entry.site.by_heads else "positions"
     counts = (
         {count[0] for count in slot.counts} if isinstance(slot, Units) else {entry.site.heads or base.length}
@@ -345,18 +348,20 @@ def _check_pair(
                     f"{entry.name!r} has {_counts(have)} source units and {_counts(want)} base units for example"
                     f" {example}. Give as many, or one source unit for all."
                 )
-        if entry.site.matrix and "keys" not in base.levels:
-            _check_lengths(entry, source_inputs, base_inputs)
+        if entry.site.matrix:
+            whole = [level for level in ("queries", "keys") if level not in base.levels]
+            _check_lengths(entry, source_inputs, base_inputs, whole)
         return
     if entry.site.matrix:
         if isinstance(source, Units) or isinstance(base, Units):
             raise LocationError(
                 f"{entry.name!r} has locations on one side and the whole matrix on the other. Give both, or neither."
             )
-        _check_lengths(entry, source_inputs, base_inputs)
+        _check_lengths(entry, source_inputs, base_inputs, ("queries", "keys"))
         return
-    have_all = source_inputs.length if isinstance(source, Whole) else None
-    want_all = base_inputs.length if isinstance(base, Whole) else None
+    stack = entry.site.stack
+    have_all = source_inputs.of(stack).length if isinstance(source, Whole) else None
+    want_all = base_inputs.of(stack).length if isinstance(base, Whole) else None
     if entry.config.unit == "h" and not (isinstance(source, Whole) and isinstance(base, Whole)):
         return
     if have_all is None and isinstance(source, Units):
@@ -372,14 +377,19 @@ def _check_pair(
         )
 
 
-def _check_lengths(entry: BoundRepresentation, source: RunInputs, base: RunInputs) -> None:
+def _check_lengths(
+    entry: BoundRepresentation, source: RunInputs, base: RunInputs, levels: Sequence[str]
+) -> None:
     """That whole rows or matrices of attention come from a source as long as the base."""
-    if source.length != base.length:
-        raise LocationError(
-            f"{entry.name!r} would put attention over {source.length} source positions into attention over"
-            f" {base.length} base positions. Locate as many queries and keys in both (unit 'h.query.key'), or choose"
-            " a source as long as the base."
-        )
+    for level in levels:
+        stack = entry.site.key_stack if level == "keys" else entry.site.stack
+        have, want = source.of(stack).length, base.of(stack).length
+        if have != want:
+            raise LocationError(
+                f"{entry.name!r} would put attention over {have} source positions into attention over {want} base"
+                " positions. Locate as many queries and keys in both (unit 'h.query.key'), or choose a source as long"
+                " as the base."
+            )
 
 
 def _counts(counts: tuple[int, ...]) -> str:
@@ -394,6 +404,7 @@ def _check_constant(entry: BoundRepresentation, constant: Tensor, slot: Slot, ba
         return
     if width is None or entry.intervention.sees == "raw":
         return
+    base = base.of(entry.site.stack)
     shape: list[int | None] = [base.batch]
     if isinstance(slot, Units):
         shape += [max(count[level] for count in slot.counts) for level in range(len(slot.counts[0]))]
@@ -418,7 +429,8 @@ def _check_constant(entry: BoundRepresentation, constant: Tensor, slot: Slot, ba
 
 def _check_constant_matrix(entry: BoundRepresentation, constant: Tensor, slot: Slot, base: RunInputs) -> None:
     """That a constant source broadcasts to the located entries of the matrices, or to the matrices as a whole."""
-    whole = (base.batch, entry.site.heads or 0, base.length, base.length)
+    queries, keys = (base.of(stack).length for stack in (entry.site.stack, entry.site.key_stack))
+    whole = (base.batch, entry.site.heads or 0, queries, keys)
     located: tuple[int, ...] = whole
     if isinstance(slot, Units):
         counts = {name: max(map(len, rows)) for name, rows in slot.levels.items()}

@@ -215,16 +215,21 @@ def units_of(
     """The units of one example, as a `ReceiptLine` has them."""
     levels = units.levels if isinstance(units, Units) else {}
     heads = levels.get("heads")
+    rows, columns = inputs.of(bound.site.stack), inputs.of(bound.site.key_stack)
     found: dict[str, Any] = {
         "heads": None if heads is None else heads[example],
-        **{level: _counted(levels.get(level), inputs, example) for level in ("positions", "queries", "keys")},
+        "positions": _counted(levels.get("positions"), rows, example),
+        "queries": _counted(levels.get("queries"), rows, example),
+        "keys": _counted(levels.get("keys"), columns, example),
         "relation": units.relation if isinstance(units, Units) else None,
         "query_tokens": None,
     }
-    read = levels.get("keys" if bound.site.matrix else "positions")
-    found["tokens"] = _tokens_at(read, inputs, example, tokenizer)
+    if bound.site.matrix:
+        found["tokens"] = _tokens_at(levels.get("keys"), columns, example, tokenizer)
+    else:
+        found["tokens"] = _tokens_at(levels.get("positions"), rows, example, tokenizer)
     if "queries" in levels:
-        found["query_tokens"] = _tokens_at(levels["queries"], inputs, example, tokenizer)
+        found["query_tokens"] = _tokens_at(levels["queries"], rows, example, tokenizer)
     return found
 
 

@@ -22,7 +22,17 @@ from intervenable.inputs import RunInputs
 from intervenable.locations import Level, Units, Whole
 from intervenable.passage import Passage
 from intervenable.unit_index import UnitIndex
-from model_maps import COMPONENTS, HeadColumns, Side, Site, Sizes, columns_of, is_head_component
+from model_maps import (
+    COMPONENTS,
+    HeadColumns,
+    ModelMap,
+    Side,
+    Site,
+    Sizes,
+    Stack,
+    columns_of,
+    is_head_component,
+)
 
 # --- a component in a model -------------------------------------------------------------------------------
 
@@ -78,11 +88,22 @@ class BoundSite:
     causal: bool = False
     """Whether it is a matrix in which no query reads a key behind itself."""
 
+    stack: Stack | None = None
+    """The stack whose positions it has (a matrix: in its rows); None where there is but one."""
+
+    key_stack: Stack | None = None
+    """The stack whose positions the columns of a matrix have."""
+
+    @property
+    def word(self) -> str:
+        """The component's name without a prefix; a module path as it is."""
+        return COMPONENTS[self.component].word if self.component in COMPONENTS else self.component
+
     @property
     def heads(self) -> int | None:
         """How many heads its units can name; None if it has none."""
         if self.kind == "inside":
-            return self.head_counts[1 if self.component == "rotary_key" else 0]
+            return self.head_counts[1 if self.word == "rotary_key" else 0]
         return self.columns.heads if self.by_heads and self.columns else None
 
     @property
@@ -103,7 +124,7 @@ class BoundSite:
 
     def stream(self, passage: Passage, inputs: RunInputs) -> Tensor:
         """The tensor as `[batch, positions, columns]`."""
-        return self._as_stream(passage.take(self.side, self.slot), inputs)
+        return self._as_stream(passage.take(self.side, self.slot), inputs.of(self.stack))
 
     def _as_stream(self, tensor: Tensor, inputs: RunInputs) -> Tensor:
         if self.flat:
@@ -121,6 +142,7 @@ class BoundSite:
         """The units of one run as an index into this site's stream, on its device."""
         if self.kind == "inside":
             return self._index_inside(units, inputs, device)
+        inputs = inputs.of(self.stack)
         located = units if isinstance(units, Units) else None
         real = None if located is None else _on(located.real, device)
         last = -1 if located is None else located.last_position
@@ -152,9 +174,11 @@ class BoundSite:
         if isinstance(units, Whole):
             return UnitIndex((slice(None),) * 4)
         batch, real = len(units), _on(units.real, device)
-        sizes: dict[Level, int] = {"heads": self.heads or 0, "positions": inputs.length}
+        length = inputs.of(self.stack).length
+        sizes: dict[Level, int] = {"heads": self.heads or 0, "positions": length}
         if self.matrix:
-            sizes = {"heads": self.heads or 0, "queries": inputs.length, "keys": inputs.length}
+            keys = inputs.of(self.key_stack).length
+            sizes = {"heads": self.heads or 0, "queries": length, "keys": keys}
         parts = [torch.arange(batch, device=device)[:, None]]
         for level, size in sizes.items():
             if level not in units.filled:  # not located: all there are
@@ -202,6 +226,7 @@ class BoundSite:
 
         Shape: `[b, n, d]`; by heads `[b, heads, n, dh]` (`head_attention_output`: `[b, heads, n, D]`).
         """
+        run, inputs = inputs, inputs.of(self.stack)
         if self.kind == "per_head":
             values = self._as_stream(passage.take("input", None), inputs)
             added_by_heads = index.read(values) @ self._output_weights(index.heads, values.device)
@@ -212,7 +237,7 @@ class BoundSite:
             return index.read(
                 norm_scale(passage.module, self._as_stream(passage.take("input", None), inputs))
             )
-        stream = self.stream(passage, inputs)
+        stream = self.stream(passage, run)
         if stream.dim() != 3 and self.columns is not None:
             raise LocationError(
                 f"{self.label} has shape {tuple(stream.shape)}, which has no [batch, positions] axes."
@@ -237,6 +262,7 @@ class BoundSite:
         if self.kind == "inside":
             passage.put(self.side, None, self._written_inside(tensor, index, new))
             return
+        inputs = inputs.of(self.stack)
         stream = self._as_stream(tensor, inputs)
         if self.kind == "per_head":
             change = new - old
@@ -258,7 +284,7 @@ class BoundSite:
 
     def _protected(self, scores: Tensor) -> Tensor:
         """Scores with -inf where they are masked; anything else as it is."""
-        if self.component != "attention_scores":
+        if self.word != "attention_scores":
             return scores
         return scores.masked_fill(scores <= floor_of(scores.dtype), -torch.inf)
 
@@ -271,7 +297,7 @@ class BoundSite:
 
     def _written_inside(self, tensor: Tensor, index: UnitIndex, new: Tensor) -> Tensor:
         result = index.write(tensor, new)
-        if self.component == "attention_scores":
+        if self.word == "attention_scores":
             return torch.where(tensor <= floor_of(tensor.dtype), tensor, result)
         return result
 
@@ -388,7 +414,7 @@ def hook_at(site: BoundSite, act: Callable[[Passage], None], *, writes: bool = F
     """
     if site.kind != "inside":
         return Hook(site.module, site.side, act)
-    return Hook(site.module, site.side, act, InsideHook(site.component, act, writes, *site.head_counts))
+    return Hook(site.module, site.side, act, InsideHook(site.word, act, writes, *site.head_counts))
 
 
 # --- binding ----------------------------------------------------------------------------------------------
@@ -404,6 +430,7 @@ def bind_site(
     plus: BoundSite | None,
     *,
     causal: bool = False,
+    stack: Stack | None = None,
 ) -> BoundSite:
     """A map's site in a model: the module found, widths taken from its live weight where it has one.
 
@@ -416,11 +443,12 @@ def bind_site(
         sizes: Sizes of the model.
         plus: The bound site of `site.plus`, if it has one.
         causal: Whether no position reads from one behind itself there.
+        stack: The stack whose positions it has, in a model of two.
     """
     path = ".".join(part for part in (prefix, site.path) if part)
     module = module_at(model, path, component)
     if COMPONENTS[component].inside is not None:
-        return _bind_inside(model, component, layer, module, path, sizes, causal=causal)
+        return _bind_inside(model, component, layer, module, path, sizes, causal=causal, stack=stack)
     live = live_width(module, site.side)
     columns = columns_of(site, sizes, width=live)
     by_heads = is_head_component(component)
@@ -434,7 +462,7 @@ def bind_site(
         raise UnsupportedModelError(
             f"{component}: the number of heads in {type(model).__name__} is not known."
         )
-    if component == "head_attention_output":
+    if COMPONENTS[component].word == "head_attention_output":
         kind, side, slot, width = "per_head", "output", None, live_width(module, "output")
     elif derived is not None:
         kind, side, slot, width = "norm_scale", "output", None, 1
@@ -452,6 +480,7 @@ def bind_site(
         site.flat,
         plus,
         site.read_only,
+        stack=stack,
     )
 
 
@@ -468,6 +497,7 @@ def _bind_inside(
     sizes: Sizes,
     *,
     causal: bool,
+    stack: Stack | None,
 ) -> BoundSite:
     """What an attention module computes inside itself, if it does so where it can be seen."""
     config: Any = getattr(module, "config", getattr(model, "config", None))
@@ -497,16 +527,25 @@ def _bind_inside(
         head_counts=heads,
         causal=causal and matrix,
         by_heads=not matrix,
+        stack=stack,
+        key_stack=COMPONENTS[component].key_stack,
     )
 
 
-def bind_path(model: nn.Module, component: str) -> BoundSite:
-    """A component given as a module path, such as `model.layers[3].mlp.output`."""
+def bind_path(model: nn.Module, component: str, model_map: ModelMap | None = None) -> BoundSite:
+    """A component given as a module path, such as `model.layers[3].mlp.output`.
+
+    Args:
+        model: The wrapped model.
+        component: The path.
+        model_map: The model's map, if it has one: tells the stacks of a model of two apart.
+    """
     written, _, side = component.rpartition(".")
     path = written.replace("[", ".").replace("]", "")
     module = module_at(model, path, component)
     known: Side = "input" if side == "input" else "output"
-    return BoundSite(component, None, module, path, known, width=live_width(module, known))
+    stack = None if model_map is None else model_map.stack_at(path, known)
+    return BoundSite(component, None, module, path, known, width=live_width(module, known), stack=stack)
 
 
 def module_at(model: nn.Module, path: str, component: str) -> nn.Module:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal
 
-from model_maps.vocabulary import COMPONENTS, Component, Stack
+from model_maps.vocabulary import COMPONENTS, OF_KEYS, Component, Stack
 
 Side = Literal["input", "output"]
 Part = Literal["query", "key", "value"]
@@ -222,6 +222,20 @@ class ModelMap:
         """The stack whose positions a component has (a matrix: in its rows); None if there is but one."""
         # Of what has no prefix, a model of two stacks has its head alone, which is the decoder's.
         return COMPONENTS[component].stack or ("decoder" if self.stacks else None)
+
+    def stack_at(self, path: str, side: Side = "output") -> Stack | None:
+        """The stack whose positions the tensors on a side of a module have; None if there is but one."""
+        if not self.stacks:
+            return None
+        for component in OF_KEYS:
+            site = self.sites.get(f"cross_{component}")
+            if site is not None and site.side == side and path.endswith(f".{site.path}"):
+                return "encoder"
+        for stack, blocks in self.stacks.items():
+            parent = blocks.rpartition(".")[0]
+            if path == parent or path.startswith(f"{parent}."):
+                return stack
+        return "decoder"  # the head
 
     def causal_at(self, component: str) -> bool:
         """Whether what a position has of a component depends on nothing at later positions of its stack.
