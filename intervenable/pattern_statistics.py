@@ -40,7 +40,7 @@ def pattern_blocks(
 
     Args:
         pattern: `(..., q, k)`, as collected: `cache["attention_pattern", 3]`.
-        columns: Groups of keys: `[(0, 1), 4, slice(5, None)]`, a position by itself being a group of one. For
+        columns: Groups of keys: `[(0, 1), 4, slice(5, None)]`, a tuple being a group, as a position by itself is. For
             examples that differ, a list of such lists, one for each example.
         rows: Groups of queries; by default those of `columns`.
         method: See above.
@@ -166,8 +166,9 @@ def _index(groups: Any, size: int, name: str, pattern: Tensor) -> _Index:
     listed = _plain(groups)
     if not isinstance(listed, list) or not listed:
         raise LocationError(f"{name} is {groups!r}. Give a list of groups: {name}=[(0, 1), 4].")
-    each = all(isinstance(item, list) for item in listed) and any(
-        isinstance(inner, (list, slice)) for item in listed for inner in item
+    each = all(isinstance(item, list) for item in listed) and (
+        all(isinstance(item, list) for item in groups)  # lists are for examples, tuples are groups
+        or any(isinstance(inner, (list, slice)) for item in listed for inner in item)
     )
     examples = listed if each else [listed]
     if each and (pattern.dim() < 3 or len(examples) != pattern.shape[0]):
