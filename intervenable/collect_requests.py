@@ -149,10 +149,10 @@ def _layers(places: Places, component: str, layers: Any) -> Sequence[int | None]
     if is_module_path(component) or COMPONENTS[component].scope == "model":
         return (None,)
     if layers is None or layers == "all":
-        return range(places.layers)
+        return range(places.layers_of(component))
     if isinstance(layers, int) and not isinstance(layers, bool):
         return (layers,)
-    listed = list(range(places.layers)[layers]) if isinstance(layers, slice) else layers
+    listed = list(range(places.layers_of(component))[layers]) if isinstance(layers, slice) else layers
     if not isinstance(listed, (list, tuple, range)) or not all(type(layer) is int for layer in listed):
         raise LayerRangeError(
             f"layers={layers!r} is no list of layers. Give ints, [0, 3], a range, or 'all'."
@@ -202,9 +202,10 @@ class Where:
         """The same for some of the examples, where it is given for each."""
         return Where({axis: _part(given, start, stop, total) for axis, given in self.given.items()})
 
-    def located(self, inputs: RunInputs, read: Any) -> dict[str, Located]:
-        """The tokens along each axis in one run."""
-        return {axis: _located(given, inputs, _SPOKEN[axis], read) for axis, given in self.given.items()}
+    def located(self, axis: str, inputs: RunInputs, read: Any) -> Located | None:
+        """The tokens along one axis of one run; None if all are meant."""
+        given = self.given.get(axis)
+        return None if given is None else _located(given, inputs, _SPOKEN[axis], read)
 
 
 _SPOKEN = {POSITION: "positions", QUERY: "queries", KEY: "keys"}
@@ -317,18 +318,28 @@ def _read(slot: Any, inputs: RunInputs, name: str, read: Any) -> Rows:
 # --- units ------------------------------------------------------------------------------------------------
 
 
-def units_of(reading: Reading, located: Mapping[str, Located], inputs: RunInputs) -> Units | Whole:
-    """The units of one reading in one run."""
-    site, batch = reading.site, inputs.batch
-    everything = (tuple(range(inputs.length)),) * batch
+def units_of(
+    reading: Reading, located: Callable[[str, BoundSite], Located | None], inputs: RunInputs
+) -> Units | Whole:
+    """The units of one reading in one run.
+
+    Args:
+        reading: What is read.
+        located: The tokens along each axis in each stack, None for all of them.
+        inputs: The run.
+    """
+    site = reading.site
     heads = None
     if site.heads is not None:
-        heads = (reading.heads if reading.heads is not None else tuple(range(site.heads)),) * batch
-    if site.matrix:
-        if reading.heads is None and QUERY not in located and KEY not in located:
-            return Whole()
-        sides = [located[axis].rows if axis in located else everything for axis in (QUERY, KEY)]
-        return Units(heads=heads, queries=sides[0], keys=sides[1])
-    if reading.heads is None and POSITION not in located:
+        heads = (reading.heads if reading.heads is not None else tuple(range(site.heads)),) * inputs.batch
+    axes = axes_over_tokens(site)
+    found = [located[axis] for axis in axes]
+    if reading.heads is None and not any(found):
         return Whole()
-    return Units(located[POSITION].rows if POSITION in located else None, heads)
+    if not site.matrix:
+        return Units(None if found[0] is None else found[0].rows, heads)
+    sides = [
+        (tuple(range(inputs.of(stack).length)),) * inputs.batch if one is None else one.rows
+        for one, (_, stack) in zip(found, axes, strict=True)
+    ]
+    return Units(heads=heads, queries=sides[0], keys=sides[1])

@@ -11,14 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from intervenable.cache import ActivationCache, Key
-from intervenable.cache_layout import BATCH, HEAD, POSITION, TOKEN_AXES, Layout, TokenAxis, axes_of
-from intervenable.collect_requests import INPUT_IDS, Located, Reading, Where, units_of, whole_axis
-from intervenable.errors import InputError, NotFiredError
+from intervenable.cache_layout import BATCH, HEAD, POSITION, Layout, TokenAxis, axes_of
+from intervenable.collect_requests import (
+    INPUT_IDS,
+    Located,
+    Reading,
+    Where,
+    axes_over_tokens,
+    units_of,
+    whole_axis,
+)
+from intervenable.errors import InputError, LocationError, NotFiredError
 from intervenable.hooks import EarlyStop, Hook
 from intervenable.passage import Passage
 from intervenable.plan import Plan
 from intervenable.runs import Observers, gather_added, run_base, run_source, without_cache
 from intervenable.sites import hook_at
+from model_maps import Stack
 
 METRIC = "metric"
 """What the value of a metric is called in a cache."""
@@ -71,14 +80,30 @@ class CollectingRun:
         self.before = before
         self.metric = metric
         self.keep = keep
-        self.located: dict[str, Located] = {}
         self.seen = [_Seen() for _ in wanted]
         self._anchor = torch.zeros((), requires_grad=True)
-        self._tokens: dict[tuple[str, int], TokenAxis] = {}
+        self._located: dict[tuple[str, Stack | None], Located | None] = {}
+        self._tokens: dict[tuple[str, Stack | None, int], TokenAxis] = {}
 
-    def locate(self, where: Where, read: Any) -> None:
-        """Find the tokens that are asked for."""
-        self.located = where.located(self.inputs, read)
+    def locate(self, where: Where, read: Any, ids: bool) -> None:
+        """Find the tokens that are asked for, in each stack that is read from.
+
+        Args:
+            where: What was asked for.
+            read: Reads locations.
+            ids: Whether the token ids are wanted too.
+        """
+        axes = {axis for reading in self.wanted for axis in axes_over_tokens(reading.site)}
+        axes |= {(POSITION, None)} if ids else set()
+        unused = [name for name in where.given if name not in {axis for axis, _ in axes}]
+        if unused:
+            raise LocationError(
+                "positions say nothing of attention matrices: give queries and keys."
+                if unused == [POSITION]
+                else "queries and keys are for attention matrices, and none is asked for: give positions."
+            )
+        for axis, stack in axes:
+            self._located[axis, stack] = where.located(axis, self.inputs.of(stack), read)
 
     def collected(self, ids: bool, info: Mapping[str, Any]) -> ActivationCache:
         """Run the model and hand over what was asked for, with the token ids if they are wanted too."""
@@ -127,7 +152,7 @@ class CollectingRun:
 
     def _hook(self, number: int, added: Mapping[int, Tensor], stop: EarlyStop | None) -> Hook:
         site, seen = self.wanted[number].site, self.seen[number]
-        units = units_of(self.wanted[number], self.located, self.inputs)
+        units = units_of(self.wanted[number], self._located, self.inputs)
 
         def act(passage: Passage) -> None:
             if seen.value is not None:
@@ -173,9 +198,10 @@ class CollectingRun:
         ids = self.inputs.input_ids
         if ids is None:
             raise InputError("'input_ids' was asked for, and the inputs have none.")
-        if POSITION not in self.located:
+        located = self._located[POSITION, None]
+        if located is None:
             return ids
-        rows = self.located[POSITION].rows
+        rows = located.rows
         width = max(map(len, rows))
         index = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows], device=ids.device)
         found = ids.gather(1, index)
@@ -183,21 +209,24 @@ class CollectingRun:
 
     def _layout(self, component: str, value: Tensor, reading: Reading | None) -> Layout:
         axes = axes_of(component, value.dim())
+        stacks: dict[str, Stack | None] = {POSITION: None}
+        if reading is not None:
+            stacks = dict(axes_over_tokens(reading.site))
         tokens = {
-            name: self._axis(name, value.shape[axis])
+            name: self._axis(name, stacks[name], value.shape[axis])
             for axis, name in enumerate(axes)
-            if name in TOKEN_AXES and value.shape[0] == self.inputs.batch
+            if name in stacks and value.shape[0] == self.inputs.batch
         }
         return Layout(axes, tokens, reading.heads if reading is not None and HEAD in axes else None)
 
-    def _axis(self, name: str, size: int) -> TokenAxis:
+    def _axis(self, name: str, stack: Stack | None, size: int) -> TokenAxis:
         """The tokens along an axis; one object for all activations, so that it is kept once."""
-        if (name, size) not in self._tokens:
-            located = self.located.get(name)
-            self._tokens[name, size] = (
-                whole_axis(self.inputs, size) if located is None else located.tokens(self.inputs)
+        if (name, stack, size) not in self._tokens:
+            located, inputs = self._located[name, stack], self.inputs.of(stack)
+            self._tokens[name, stack, size] = (
+                whole_axis(inputs, size) if located is None else located.tokens(inputs)
             )
-        return self._tokens[name, size]
+        return self._tokens[name, stack, size]
 
 
 def _without_filler(value: Tensor, layout: Layout) -> Tensor:

@@ -125,7 +125,7 @@ def collect(
             raise SourceError("Sources go with one batch: give inputs as one batch, without batch_size.")
         plan = _plan(intervenable, wrapped, batch, call)
         run = CollectingRun(wrapped, wanted, plan, before=observe == "before", metric=gradients_of, keep=keep)
-        run.locate(_part(where, batch, run.inputs), _reader(relative_to))
+        run.locate(_part(where, batch, run.inputs), _reader(relative_to), ids)
         cache = run.collected(ids, info)
         cache = cache.group_means() if group_means else cache
         if mean is None:
