@@ -25,7 +25,7 @@ from intervenable.errors import (
 from intervenable.inputs import RunInputs
 from intervenable.locations import Subject, Units, Whole, read_locations
 from intervenable.sites import BoundSite
-from model_maps import ALIASES, COMPONENTS
+from model_maps import ALIASES, COMPONENTS, Stack
 
 INPUT_IDS = "input_ids"
 """Asked for like a component: the token ids themselves."""
@@ -318,8 +318,15 @@ def _read(slot: Any, inputs: RunInputs, name: str, read: Any) -> Rows:
 # --- units ------------------------------------------------------------------------------------------------
 
 
+def axes_over_tokens(site: BoundSite) -> tuple[tuple[str, Stack | None], ...]:
+    """The axes of a site that run over tokens, each with the stack that counts them."""
+    if site.matrix:
+        return (QUERY, site.stack), (KEY, site.key_stack)
+    return ((POSITION, site.stack),)
+
+
 def units_of(
-    reading: Reading, located: Callable[[str, BoundSite], Located | None], inputs: RunInputs
+    reading: Reading, located: Mapping[tuple[str, Stack | None], Located | None], inputs: RunInputs
 ) -> Units | Whole:
     """The units of one reading in one run.
 
