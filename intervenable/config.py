@@ -159,7 +159,8 @@ class RepresentationConfig(Declared):
             yield from _layer_faults(fields["layer"], component)
         yield from _unit_faults(unit, component)
         yield from _where_faults(fields.get("where"), unit)
-        if fields.get("renormalize", "none") != "none" and component != "attention_pattern":
+        word = COMPONENTS[component].word if component in COMPONENTS else component
+        if fields.get("renormalize", "none") != "none" and word != "attention_pattern":
             yield ConfigError(f"renormalize is for rows of 'attention_pattern', and not for {component!r}.")
         yield from _object_faults(fields)
 
