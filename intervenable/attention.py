@@ -316,7 +316,7 @@ def _count_layers(model: nn.Module, component: str) -> int:
     except UnmappedModelError as error:
         raise UnsupportedModelError(str(error)) from error
     path = described.blocks_of(component)
-    if path is None:
+    if not path:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no blocks with {component!r} to count. Give the layers by their numbers."
         )
