@@ -16,11 +16,16 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
+from intervenable import attention, patching
 from intervenable._version import __version__
 from intervenable.cache import ActivationCache
 from intervenable.collecting import collect
 from intervenable.config import IntervenableConfig, RepresentationConfig
 from intervenable.derived_activations import NormStatistics, head_vectors, norm_statistics
+from intervenable.easyroutine import from_easyroutine
+from intervenable.easyroutine_keys import activation_key, parse_activation_key
+from intervenable.easyroutine_records import EasyroutineIntervention
+from intervenable.easyroutine_values import FromCache
 from intervenable.errors import (
     CacheError,
     ConfigError,
@@ -100,8 +105,10 @@ __all__ = [
     "ConfigError",
     "ConsreftIntervention",
     "DireftIntervention",
+    "EasyroutineIntervention",
     "EditError",
     "Explanation",
+    "FromCache",
     "IndexSet",
     "InputError",
     "IntervenableConfig",
@@ -160,14 +167,19 @@ __all__ = [
     "Words",
     "ZeroIntervention",
     "__version__",
+    "activation_key",
     "align",
+    "attention",
     "collect",
     "embed_to_distrib",
     "format_token",
+    "from_easyroutine",
     "get_loc",
     "head_vectors",
     "load_small_lm",
     "norm_statistics",
+    "parse_activation_key",
+    "patching",
     "pattern_blocks",
     "positions",
     "register_callable",
