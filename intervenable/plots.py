@@ -10,16 +10,19 @@ through white at 0 to red for differences. Both stay apart in every kind of colo
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from intervenable.attention_panels import Head, Panel, panels_of, without_future
 from intervenable.errors import InputError, MissingExtraError
 from intervenable.receipt import Decodes
 
 try:
+    from matplotlib import colormaps
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -34,7 +37,7 @@ Palette = Literal["auto", "sequential", "diverging"]
 Cell = tuple[int, int]
 
 COLOURS = {"sequential": "Blues", "diverging": "RdBu_r"}
-INK, FAINT, MISSING = "#222222", "#666666", "#e4e4e4"
+INK, FAINT, MISSING, HIDDEN = "#222222", "#666666", "#e4e4e4", "#efefef"
 PAGE = 9.0
 """Inches that the maps of several heads may take side by side."""
 
@@ -192,6 +195,150 @@ def head_maps(
     return figure
 
 
+def attention_maps(
+    patterns: Tensor | Mapping[Any, Tensor],
+    tokens: Sequence[object] | None = None,
+    title: str = "",
+    value_label: str = "attention weight",
+    *,
+    query_tokens: Sequence[object] | None = None,
+    key_tokens: Sequence[object] | None = None,
+    layers: Iterable[int] | None = None,
+    heads: Iterable[Head] | None = None,
+    example: int = 0,
+    palette: Palette = "auto",
+    limits: tuple[float, float] | None = None,
+    across: int | None = None,
+) -> Picture:
+    """Draw attention matrices, one small map for each head, all on one scale: who (rows) reads whom (columns).
+
+    The first query is at the top, as in any picture of attention. What a causal mask hides stays grey. Heads of one
+    layer, or heads chosen with their layers, have their tokens beside them. All heads of several layers become an
+    overview without tokens, a row of maps for each layer, deeper layers higher up.
+
+    Args:
+        patterns: `[heads, queries, keys]`, `[layers, heads, queries, keys]`, or an `ActivationCache` with the
+            matrices of one component, as `collect` gives.
+        tokens: One label for each token, such as `token_labels` gives; their numbers by default.
+        title: What the picture shows. Empty for none.
+        value_label: What the colours mean.
+        query_tokens: Labels of the rows, where they differ from those of the columns.
+        key_tokens: Labels of the columns.
+        layers: Which layers to show; all by default.
+        heads: Which heads to show: numbers, or pairs `(layer, head)` in any order; all by default.
+        example: Which example of a cache.
+        across: How many maps stand in a row; by default as many as fit a page, evenly. An overview has a column for
+            each head instead.
+        palette, limits: See `heat_map`. As a rule the first token takes most of what heads have to give, and lower
+            limits, such as (0, 0.3), show the rest.
+
+    Raises:
+        InputError: patterns of another shape; a layer, head or example that is not there; labels of another number.
+
+    Example:
+        >>> import intervenable as iv
+        >>> tokenizer, model = iv.load_small_lm()
+        >>> cache = iv.collect(model, "The capital of Spain is", "attention_pattern", [3, 4], tokenizer=tokenizer)
+        >>> words = ["The", "capital", "of", "Spain", "is"]
+        >>> figure = attention_maps(cache, words, heads=[(4, 1), (3, 0)])
+        >>> [axes.get_title() for axes in figure.axes[:2]]
+        ['layer 4, head 1', 'layer 3, head 0']
+    """
+    chosen = None if heads is None else list(heads)
+    panels = without_future(panels_of(patterns, layers, chosen, example))
+    shapes = {tuple(panel.matrix.shape) for panel in panels}
+    if len(shapes) > 1:
+        raise InputError(
+            f"The matrices have shapes {sorted(shapes)}. Draw those of one shape in a picture of their own."
+        )
+    [(queries, keys)] = shapes
+    query_names = _names(tokens if query_tokens is None else query_tokens, queries, "query")
+    key_names = _names(tokens if key_tokens is None else key_tokens, keys, "key")
+    scale = _Scale(torch.stack([panel.matrix for panel in panels]), palette, limits)
+    in_pairs = chosen is not None and isinstance(chosen[0], tuple)
+    if in_pairs or len({panel.layer for panel in panels}) == 1:
+        return _side_by_side(panels, query_names, key_names, scale, title, value_label, across)
+    if across is not None:
+        raise InputError(
+            f"across={across}: an overview of several layers has a column for each head. Leave it out."
+        )
+    return _overview(panels, scale, title, value_label)
+
+
+def _side_by_side(
+    panels: Sequence[Panel],
+    query_names: list[str],
+    key_names: list[str],
+    scale: _Scale,
+    title: str,
+    value_label: str,
+    across: int | None,
+) -> Picture:
+    count, queries, keys = len(panels), len(query_names), len(key_names)
+    cell = min(0.3, (PAGE / min(count, across or 3, 3) - 0.15) / max(queries, keys))
+    across = across or _evenly(count, most=max(1, int(PAGE / (cell * keys + 0.15))))
+    across = min(across, count)
+    down = -(-count // across)
+    slanted = _slanted(key_names, cell)
+    beside = max(map(_longest_line, query_names)) * 0.075
+    width = max(4.0, across * (cell * keys + 0.15) + beside + 1.3)
+    height = down * (cell * queries + 0.32) + 0.5 + _label_height(key_names, slanted)
+    figure = Picture(figsize=(width, height), layout="constrained")
+    grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+    size = min(7.5, 60 * cell) if cell >= 0.08 else 6.0
+    step = max(1, round(0.09 / cell))
+    for index, axes in enumerate(grid.flat):
+        if index >= count:
+            axes.set_visible(False)
+            continue
+        panel = panels[index]
+        _draw(axes, panel.matrix, scale, cell)
+        axes.set_facecolor(HIDDEN)
+        axes.set_ylim(queries, 0)
+        axes.set_title(panel.name, fontsize=8, color=INK, pad=3, parse_math=False)
+        if index % across == 0:
+            shown = range(0, queries, step)
+            axes.set_yticks(
+                [row + 0.5 for row in shown],
+                [query_names[row] for row in shown],
+                fontsize=size,
+                parse_math=False,
+            )
+        if index + across >= count:
+            _label_columns(axes, key_names, "", slanted, cell, size, step)
+    if title:
+        figure.suptitle(title, fontsize=10, color=INK, x=0.01, ha="left", parse_math=False)
+    scale.draw_bar(figure, list(grid.flat), value_label)
+    return figure
+
+
+def _overview(panels: Sequence[Panel], scale: _Scale, title: str, value_label: str) -> Picture:
+    rows = [list(row) for _, row in groupby(panels, key=lambda panel: panel.layer)]
+    columns = max(map(len, rows))
+    side = max(0.3, min(PAGE / columns, 12.0 / len(rows), 1.2))
+    width, height = max(4.0, columns * side + 1.6), max(2.4, len(rows) * side + 1.0)
+    figure = Picture(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    colours = colormaps[scale.colours].with_extremes(bad=HIDDEN)
+    gap = 0.05
+    # One set of axes for all: hundreds of them would take minutes.
+    for row, line in enumerate(rows):
+        for column, panel in enumerate(line):
+            extent = (column + gap, column + 1 - gap, row + gap, row + 1 - gap)
+            axes.imshow(panel.matrix.numpy(), cmap=colours, norm=scale.norm, extent=extent, aspect="auto")
+    axes.set(xlim=(0, columns), ylim=(0, len(rows)))
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.tick_params(length=0, pad=3, labelcolor=INK)
+    _label_rows(axes, [str(line[0].layer) for line in rows], "layer", side)
+    heads = [[str(panel.head) for panel in line] for line in rows]
+    _label_columns(axes, max(heads, key=len), "head", slanted=False, cell=side)
+    if title:
+        axes.set_title(title, fontsize=10, color=INK, loc="left", parse_math=False)
+    scale.draw_bar(figure, axes, value_label)
+    return figure
+
+
 # --- what was given ---------------------------------------------------------------------------------------
 
 
@@ -208,7 +355,8 @@ def _checked(values: Tensor, axes: tuple[str, ...]) -> Tensor:
 def _names(labels: Sequence[object] | None, count: int, kind: str, default: str = "{}") -> list[str]:
     names = [default.format(index) for index in range(count)] if labels is None else list(map(str, labels))
     if len(names) != count:
-        raise InputError(f"There are {len(names)} {kind} labels for {count} {kind}s. Give one for each.")
+        things = "queries" if kind == "query" else f"{kind}s"
+        raise InputError(f"There are {len(names)} {kind} labels for {count} {things}. Give one for each.")
     return names
 
 
@@ -309,12 +457,20 @@ def _label_rows(axes: Axes, names: Sequence[str], axis: str, cell: float) -> Non
     axes.set_ylabel(axis, fontsize=8.5, color=INK, parse_math=False)
 
 
-def _label_columns(axes: Axes, names: Sequence[str], axis: str, slanted: bool, cell: float) -> None:
-    places = [column + 0.5 for column in range(len(names))]
-    options: dict[str, Any] = {"fontsize": 8.5 if cell > 0.3 else 7.5, "parse_math": False}
+def _label_columns(
+    axes: Axes,
+    names: Sequence[str],
+    axis: str,
+    slanted: bool,
+    cell: float,
+    size: float | None = None,
+    step: int = 1,
+) -> None:
+    places = [column + 0.5 for column in range(0, len(names), step)]
+    options: dict[str, Any] = {"fontsize": size or (8.5 if cell > 0.3 else 7.5), "parse_math": False}
     if slanted:
         options |= {"rotation": 55, "ha": "right", "va": "top", "rotation_mode": "anchor"}
-    axes.set_xticks(places, list(names), **options)
+    axes.set_xticks(places, list(names)[::step], **options)
     axes.set_xlabel(axis, fontsize=8.5, color=INK, parse_math=False)
     axes.tick_params(axis="x", labelbottom=True)
 

@@ -196,6 +196,129 @@ def test_many_heads_keep_to_the_width_of_a_page_and_become_small():
     assert len(maps_of(figure)) == 32
 
 
+# --- attention --------------------------------------------------------------------------------------------
+
+
+def causal(*shape):
+    """Attention patterns of a causal model, `[..., heads, queries, keys]`."""
+    scores = torch.rand(shape)
+    above = torch.ones(shape[-2:], dtype=torch.bool).triu(1)
+    return scores.masked_fill(above, -torch.inf).softmax(-1)
+
+
+def test_the_first_query_is_at_the_top_and_the_first_key_at_the_left():
+    patterns = torch.zeros(1, 3, 5)
+    patterns[0, 0, 4] = 1.0
+    [axes] = maps_of(iv.plots.attention_maps(patterns, query_tokens=["a", "b", "c"], key_tokens=WORDS))
+    assert axes.get_ylim() == (3, 0)
+    assert labels(axes.yaxis) == ["a", "b", "c"]
+    assert labels(axes.xaxis) == WORDS
+    assert torch.allclose(colours(axes, (3, 5))[0, 4], at("Blues", 1.0), atol=1e-6)
+
+
+def test_heads_of_attention_have_one_scale_from_zero():
+    patterns = causal(4, 5, 5) * torch.tensor([1.0, 0.5, 0.25, 0.125]).view(4, 1, 1)
+    figure = iv.plots.attention_maps(patterns, WORDS)
+    assert bar_of(figure).get_ylim() == (0, 1)
+    assert [axes.get_title() for axes in maps_of(figure)] == ["head 0", "head 1", "head 2", "head 3"]
+    for axes, share in zip(maps_of(figure), (1.0, 0.5, 0.25, 0.125), strict=True):
+        assert torch.allclose(colours(axes, (5, 5))[0, 0], at("Blues", share), atol=1e-2)
+
+
+def drawn(axes, shape):
+    """Which cells have a colour."""
+    [mesh] = axes.collections
+    return torch.tensor(mesh.to_rgba(mesh.get_array()))[..., 3].view(shape).bool()
+
+
+def test_what_a_causal_mask_hides_stays_empty():
+    [axes] = maps_of(iv.plots.attention_maps(causal(1, 5, 5), WORDS))
+    assert torch.equal(drawn(axes, (5, 5)), torch.ones(5, 5, dtype=torch.bool).tril())
+
+
+def test_a_model_that_looks_ahead_has_its_whole_matrices_drawn():
+    patterns = causal(2, 5, 5)
+    patterns[1, 0, 4] = 0.01
+    for axes in maps_of(iv.plots.attention_maps(patterns, WORDS)):
+        assert drawn(axes, (5, 5)).all()
+
+
+def test_scores_that_are_hidden_stay_empty_and_negative_ones_are_blue():
+    scores = torch.tensor([[[-2.0, -torch.inf], [1.0, 0.0]]])
+    [axes] = maps_of(iv.plots.attention_maps(scores))
+    assert drawn(axes, (2, 2)).tolist() == [[True, False], [True, True]]
+    assert torch.allclose(colours(axes, (2, 2))[0, 0], at("RdBu_r", 0.0), atol=1e-6)
+
+
+def test_heads_are_chosen_with_their_layers_and_keep_the_given_order():
+    patterns = torch.zeros(3, 4, 2, 2)
+    patterns[2, 1, 1, 0], patterns[0, 3, 0, 0] = 1.0, 1.0
+    maps = maps_of(iv.plots.attention_maps(patterns, heads=[(2, 1), (0, 3)]))
+    assert [axes.get_title() for axes in maps] == ["layer 2, head 1", "layer 0, head 3"]
+    for axes, cell in zip(maps, ((1, 0), (0, 0)), strict=True):
+        assert torch.allclose(colours(axes, (2, 2))[cell], at("Blues", 1.0), atol=1e-6)
+
+
+def test_attention_is_drawn_from_a_cache_for_one_of_its_examples():
+    tokenizer, lm = iv.load_small_lm()
+    texts = ["The capital of Spain is", "The capital of Italy is"]
+    cache = iv.collect(lm, texts, "attention_pattern", layers=[2, 4], tokenizer=tokenizer)
+    [axes] = maps_of(iv.plots.attention_maps(cache, WORDS, layers=[4], heads=[3], example=1, limits=(0, 1)))
+    assert axes.get_title() == "layer 4, head 3"
+    wanted = cache["attention_pattern", 4][1, 3]
+    for query, key in ((4, 3), (4, 4), (3, 1)):
+        shade = at("Blues", wanted[query, key].item())
+        assert torch.allclose(colours(axes, (5, 5))[query, key], shade, atol=1e-2)
+
+
+def test_all_layers_make_an_overview_with_the_deepest_at_the_top():
+    patterns = torch.zeros(3, 2, 4, 4)
+    patterns[2, 1, 3, 0] = 1.0
+    [axes] = maps_of(iv.plots.attention_maps(patterns))
+    assert labels(axes.yaxis) == ["0", "1", "2"]
+    assert labels(axes.xaxis) == ["0", "1"]
+    assert axes.get_ylim() == (0, 3)
+    [found] = [image for image in axes.images if image.get_array().max() == 1.0]
+    assert found.origin == "upper"
+    left, right, bottom, top = found.get_extent()
+    assert 1 < left < right < 2
+    assert 2 < bottom < top < 3
+    assert found.get_array()[3, 0] == 1.0
+    assert found.get_array().mask.sum() == 6  # above the diagonal
+
+
+def test_an_overview_of_270_heads_fits_a_page():
+    figure = iv.plots.attention_maps(causal(30, 9, 6, 6))
+    assert figure.get_figwidth() < 12
+    assert figure.get_figheight() < 15
+    assert len(figure.axes[0].images) == 270
+
+
+def test_nine_heads_of_thirty_tokens_have_words_that_can_be_told_apart():
+    words = [f"word{index}" for index in range(30)]
+    figure = iv.plots.attention_maps(causal(9, 30, 30), words)
+    figure.draw_without_rendering()
+    assert figure.get_figwidth() < 12
+    assert figure.get_figheight() < 12
+    first = figure.axes[0]
+    assert labels(first.yaxis) == words
+    boxes = sorted((text.get_window_extent() for text in first.get_yticklabels()), key=lambda box: box.y0)
+    assert min(b.y0 - a.y0 for a, b in pairwise(boxes)) > 0.8 * max(box.height for box in boxes)
+    lowest = figure.axes[6]
+    assert labels(lowest.xaxis) == words
+    x = sorted(lowest.transData.transform((place, 0))[0] for place in lowest.get_xticks())
+    assert (x[1] - x[0]) * 0.82 > lowest.get_xticklabels()[0].get_fontsize() / 72 * figure.dpi
+
+
+def test_of_very_many_tokens_some_are_named():
+    words = [f"word{index}" for index in range(120)]
+    figure = iv.plots.attention_maps(causal(4, 120, 120), words)
+    shown = labels(figure.axes[0].yaxis)
+    assert 1 < len(shown) < 120
+    assert shown == words[:: 120 // len(shown)]
+    assert figure.get_figwidth() < 12
+
+
 # --- labels and faults ------------------------------------------------------------------------------------
 
 
@@ -248,6 +371,66 @@ def test_tokens_of_white_space_are_made_visible():
         (
             lambda: iv.plots.heat_map(torch.rand(2, 3), marks=[(2, 0)]),
             "The mark (2, 0) is outside of the 2 rows and 3 columns.",
+        ),
+        (
+            lambda: iv.plots.attention_maps(torch.rand(3, 4)),
+            "The patterns have shape (3, 4); give [heads, queries, keys] or [layers, heads, queries, keys], none of"
+            " them 0.",
+        ),
+        (
+            lambda: iv.plots.attention_maps(torch.rand(6, 5, 5), WORDS[:3]),
+            "There are 3 query labels for 5 queries. Give one for each.",
+        ),
+        (
+            lambda: iv.plots.attention_maps(torch.rand(6, 5, 5), heads=[6]),
+            "There is no head 6: heads are 0 to 5.",
+        ),
+        (
+            lambda: iv.plots.attention_maps(torch.rand(2, 6, 5, 5), heads=[(1, 7)]),
+            "There is no head 7 of layer 1: heads are 0 to 5.",
+        ),
+        (
+            lambda: iv.plots.attention_maps(torch.rand(2, 6, 5, 5), layers=[2]),
+            "There is no layer 2 in the patterns. They have: 0, 1.",
+        ),
+        (
+            lambda: iv.plots.attention_maps(torch.rand(6, 5, 5), layers=[2]),
+            "There is no layer 2 in the patterns. They have none.",
+        ),
+        (
+            lambda: iv.plots.attention_maps(torch.rand(2, 6, 5, 5), layers=[]),
+            "layers=[] and heads=None leave nothing to draw. Give at least one.",
+        ),
+        (
+            lambda: iv.plots.attention_maps(torch.rand(6, 5, 5), heads=[(1, 2)]),
+            "heads=[(1, 2)] names layers, and the patterns [heads, queries, keys] have none. Give numbers of heads.",
+        ),
+        (
+            lambda: iv.plots.attention_maps(torch.rand(2, 6, 5, 5), heads=[(1, 2), 3]),
+            "heads=[(1, 2), 3] names heads with their layers. Give pairs (layer, head) alone, and no layers, or"
+            " numbers of heads that hold for each layer.",
+        ),
+        (
+            lambda: iv.plots.attention_maps(torch.rand(2, 6, 5, 5), across=2),
+            "across=2: an overview of several layers has a column for each head. Leave it out.",
+        ),
+        (
+            lambda: iv.plots.attention_maps({("block_output", 1): torch.rand(1, 5, 16)}),
+            "A picture shows the attention matrices of one component, and the mapping has none. Give one with"
+            " ('attention_pattern', layer), or a tensor.",
+        ),
+        (
+            lambda: iv.plots.attention_maps({("attention_pattern", 1): torch.rand(2, 6, 5, 5)}, example=2),
+            "There is no example 2: 'attention_pattern' of layer 1 has 2 example(s).",
+        ),
+        (
+            lambda: iv.plots.attention_maps(
+                {
+                    ("attention_pattern", 0): torch.rand(1, 6, 5, 5),
+                    ("attention_pattern", 1): torch.rand(1, 6, 5, 4),
+                }
+            ),
+            "The matrices have shapes [(5, 4), (5, 5)]. Draw those of one shape in a picture of their own.",
         ),
     ],
 )
