@@ -11,8 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
+from typing import Any
 
-from intervenable.errors import ConfigError, LayerRangeError, LocationRangeError, UnknownNameError
+from intervenable.errors import (
+    ConfigError,
+    LayerRangeError,
+    LocationRangeError,
+    UnknownNameError,
+    unknown_name,
+)
 from model_maps import COMPONENTS, Sizes
 
 
@@ -112,10 +119,14 @@ EXTRACTION_FLAGS: Mapping[str, str] = {
     "extract_head_keys": "head_key_output",
     "extract_head_values": "head_value_output",
     "extract_head_out": "head_attention_output",
+    "extract_head_queries_projected": "head_query_output",
+    "extract_head_keys_projected": "head_key_output",
+    "extract_head_values_projected": "head_value_output",
     "extract_last_layernorm": "final_norm_input",
+    "save_input_ids": "input_ids",
     "save_logits": "logits",
 }
-"""The fields of easyroutine's `ExtractionConfig` that ask for a component, and the component."""
+"""The fields of easyroutine's `ExtractionConfig` that ask for something, and its name in `collect`."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +228,32 @@ def activation_key(component: str, layer: int | None = None, head: int | None = 
                 f"{'' if value is None else f', and {name}={value} was given'}."
             )
     return str(ActivationKey(kind, layer, head))
+
+
+def extraction_components(config: Any) -> tuple[str, ...]:
+    """What an `ExtractionConfig` of easyroutine's asks for, as the `components` of `collect`.
+
+    Projected heads are what `head_vectors` makes of the heads, and statistics of the last norm what `norm_statistics`
+    makes of its input.
+
+    Args:
+        config: The configuration, or a mapping of its fields; fields that ask for nothing (`avg`, `attn_heads`) are
+            arguments of `collect` and of those functions, and are passed over. Logits are asked for by default.
+
+    Raises:
+        UnknownNameError: a field that would ask for something, and is not known.
+
+    Example:
+        >>> extraction_components({"extract_resid_out": True, "extract_attn_pattern": True, "save_logits": False})
+        ('block_output', 'attention_pattern')
+    """
+    fields = dict(config) if isinstance(config, Mapping) else dict(vars(config))
+    asked = {name: value for name, value in fields.items() if name.startswith(("extract_", "save_"))}
+    unknown = [name for name in asked if name not in EXTRACTION_FLAGS]
+    if unknown:
+        raise UnknownNameError(unknown_name("field", unknown[0], EXTRACTION_FLAGS, "of an ExtractionConfig"))
+    asked.setdefault("save_logits", True)
+    return tuple(dict.fromkeys(name for flag, name in EXTRACTION_FLAGS.items() if asked.get(flag)))
 
 
 def key_value_head(head: int, sizes: Sizes) -> int:

@@ -243,7 +243,8 @@ def _token_id(token: Token, tokenizer: Any) -> int:
 
 
 def _last_logits(output: Any, inputs: RunInputs, model: nn.Module) -> Tensor:
-    """`[b, V]` the logits at the last real token of each example."""
+    """`[b, V]` the logits at the last real token of each example, in a model of two stacks of the decoder's."""
+    inputs = inputs.decoder or inputs
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.dim() != 3:
         raise UnsupportedModelError(

@@ -298,6 +298,24 @@ def test_the_stack_is_named_where_there_are_two():
     assert attention.full(1, 2, at="scores", stack="decoder").component == "decoder_attention_scores"
 
 
+def test_the_decoder_can_be_kept_from_reading_a_token_of_the_encoder():
+    model = tiny("t5")
+    inputs = tiny_inputs(model)
+    cut = attention.columns("all", "all", [2], at="scores", stack="cross", model=model)
+    assert len(cut) == len(model.decoder.block)
+    unseen = inputs | {"attention_mask": inputs["attention_mask"].clone()}
+    with torch.no_grad():
+        states = model.encoder(input_ids=inputs["input_ids"])  # which has read it
+        unseen["attention_mask"][:, 2] = 0
+        expected = model(
+            encoder_outputs=states,
+            attention_mask=unseen["attention_mask"],
+            decoder_input_ids=inputs["decoder_input_ids"],
+        ).logits
+        result = iv.IntervenableModel(cut, model)(inputs).intervened.logits
+    assert_close(result, expected, atol=1e-5, rtol=1e-5)
+
+
 WRONG = {
     "at": (lambda: attention.full(1, 2, at="patern"), "Unknown at 'patern'. Did you mean 'pattern'"),
     "mode": (lambda: attention.full(1, 2, mode="masked"), "Unknown mode 'masked'. Did you mean 'mask'"),

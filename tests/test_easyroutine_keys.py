@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -12,10 +14,11 @@ from intervenable.easyroutine_keys import (
     EXTRACTION_FLAGS,
     KEY_KINDS,
     activation_key,
+    extraction_components,
     key_value_head,
     parse_activation_key,
 )
-from model_maps import COMPONENTS, Sizes, sizes_of
+from model_maps import Sizes, sizes_of
 from tiny_models import HEADS, KEY_VALUE_HEADS, LAYERS, tiny
 
 GROUPED = Sizes(layers=3, query_heads=4, key_value_heads=2)
@@ -162,6 +165,38 @@ def test_the_head_a_key_names_is_the_one_that_the_projection_has_there(kind, var
     handle.remove()
 
 
-def test_every_flag_of_an_extraction_names_a_component_that_has_a_key():
-    assert set(EXTRACTION_FLAGS.values()) <= set(COMPONENTS)
-    assert set(EXTRACTION_FLAGS.values()) == {kind.component for kind in KEY_KINDS}
+FLAGS = {
+    "extract_embed": "embedding_output",
+    "extract_resid_in": "block_input",
+    "extract_resid_mid": "block_mid",
+    "extract_resid_out": "block_output",
+    "extract_attn_in": "attention_input",
+    "extract_attn_out": "attention_output",
+    "extract_attn_pattern": "attention_pattern",
+    "extract_mlp_out": "mlp_output",
+    "extract_values": "value_output",
+    "extract_head_keys": "head_key_output",
+    "extract_head_values_projected": "head_value_output",
+    "extract_head_out": "head_attention_output",
+    "extract_last_layernorm": "final_norm_input",
+    "save_input_ids": "input_ids",
+}
+
+
+@pytest.mark.parametrize(("flag", "component"), FLAGS.items(), ids=FLAGS)
+def test_every_flag_of_an_extraction_asks_for_something(flag, component):
+    alone = {flag: True, "save_logits": False, "avg": True, "attn_heads": "all"}
+    assert extraction_components(alone) == (component,)
+    assert extraction_components(SimpleNamespace(**{flag: True})) == (component, "logits")
+
+
+def test_what_is_asked_for_can_be_collected():
+    model = tiny("llama")
+    asked = extraction_components(dict.fromkeys(EXTRACTION_FLAGS, True))
+    cache = iv.collect(model, {"input_ids": torch.tensor([[3, 4, 5]])}, asked, layers=[1])
+    assert set(cache.components) == set(EXTRACTION_FLAGS.values())
+
+
+def test_a_flag_that_is_not_known_is_an_error():
+    with pytest.raises(iv.UnknownNameError, match="Did you mean 'extract_resid_out'"):
+        extraction_components({"extract_residout": True})

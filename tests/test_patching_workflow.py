@@ -192,6 +192,21 @@ def test_the_place_may_lie_outside_the_blocks():
     assert_close(result.patched_logits[0], expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+def test_a_model_of_two_stacks_answers_in_its_decoder(padding):
+    model = tiny("t5")
+    base, target = two_prompts(model, padding)
+    last = [int(row.nonzero().max()) for row in target["decoder_attention_mask"]]
+    everything = compare_patched(model, base, target, "encoder_block_output", LAYERS - 1)
+    with torch.no_grad():
+        clean = model(**target).logits[[0, 1], last]
+        read = {name: base[name] for name in ("input_ids", "attention_mask")}
+        expected = model(**{**target, **read}).logits[[0, 1], last]  # all of the encoder is the base's
+    assert_close(everything.clean_logits, clean, atol=1e-5, rtol=1e-5)
+    assert_close(everything.patched_logits[0], expected, atol=1e-5, rtol=1e-5)
+    assert (clean - expected).abs().max() > 1e-2
+
+
 def test_tokens_may_be_texts_of_one_token():
     tokenizer, model = iv.load_small_lm()
     base, target = (
