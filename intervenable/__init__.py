@@ -23,7 +23,7 @@ from intervenable.collecting import collect
 from intervenable.config import IntervenableConfig, RepresentationConfig
 from intervenable.derived_activations import NormStatistics, head_vectors, norm_statistics
 from intervenable.easyroutine import from_easyroutine
-from intervenable.easyroutine_keys import activation_key, parse_activation_key
+from intervenable.easyroutine_keys import activation_key, extraction_components, parse_activation_key
 from intervenable.easyroutine_records import EasyroutineIntervention
 from intervenable.easyroutine_values import FromCache
 from intervenable.errors import (
@@ -172,6 +172,7 @@ __all__ = [
     "attention",
     "collect",
     "embed_to_distrib",
+    "extraction_components",
     "format_token",
     "from_easyroutine",
     "get_loc",
