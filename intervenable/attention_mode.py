@@ -82,12 +82,14 @@ class AttentionMode(TorchFunctionMode):
         self._components = {hook.component for hook in hooks}
         self._heads, self._key_value_heads = hooks[0].heads, hooks[0].key_value_heads
         self._call = _Call(*hidden_states.shape[:2])
+        self.awake = True
+        """Whether it looks at what is computed; not at what edits inside the module compute."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in MET:
+        if func not in MET or not self.awake:
             return func(*args, **kwargs)
         if func is FUSED:
             return self._fused(*args, **kwargs)

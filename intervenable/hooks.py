@@ -76,6 +76,18 @@ class _Modes:
         if modes:
             modes.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Let what the block computes pass unseen: edits inside an attention module multiply matrices too."""
+        awake = [mode for mode in self._on.get(get_ident(), ()) if mode.awake]
+        for mode in awake:
+            mode.awake = False
+        try:
+            yield
+        finally:
+            for mode in awake:
+                mode.awake = True
+
     def take_all_off(self) -> None:
         """Take off what a run has left on that ended inside an attention module."""
         while self._on.get(get_ident()):
@@ -101,7 +113,7 @@ def _register_inside(
     ]
 
 
-def _register(hook: Hook, gate: Gate) -> RemovableHandle:
+def _register(hook: Hook, gate: Gate, modes: _Modes) -> RemovableHandle:
     """Attach one hook; it acts where the gate is open and is inert elsewhere."""
 
     # While another thread registers or removes hooks, torch may leave out the keyword inputs: look at the gate
@@ -110,14 +122,16 @@ def _register(hook: Hook, gate: Gate) -> RemovableHandle:
         if not gate.open():
             return None
         passage = Passage(module, *rest)
-        hook.act(passage)
+        with modes.set_aside():
+            hook.act(passage)
         return (passage.args, passage.kwargs) if passage.changed else None
 
     def after(module: nn.Module, *rest: Any) -> Any:
         if not gate.open():
             return None
         passage = Passage(module, *rest)
-        hook.act(passage)
+        with modes.set_aside():
+            hook.act(passage)
         return passage.output if passage.changed else None
 
     if hook.side == "input":
@@ -161,7 +175,7 @@ def hooked(hooks: Sequence[Hook], model: nn.Module, *, recomputed: bool = False)
     try:
         for hook in hooks:
             if hook.inside is None:
-                kept(hook.module).append(_register(hook, gate))
+                kept(hook.module).append(_register(hook, gate, modes))
         for module, inside in _by_module(hooks).items():
             kept(module).extend(_register_inside(module, inside, gate, modes))
         with _watched(again, gate):
