@@ -8,14 +8,18 @@ import by_hand
 import pytest
 import torch
 import transformers
-from declared import components_of, map_of
+from declared import at, components_of, map_of, same_bits, wrapped
 from torch.testing import assert_close
 
+import intervenable as iv
+from intervenable.inputs import read_inputs
 from model_maps import COMPONENTS, AbsentComponentError, component_site, find_map, sizes_of
 from tiny_models import ENCODER_DECODER_CASES as CASES
 from tiny_models import ENCODER_DECODERS, HEAD_DIM, HEADS, tiny, tiny_inputs
 
 LENGTHS = {"encoder": 7, "decoder": 5}
+TWO = (("t5", None), ("umt5", "gated"))
+"""One of each attention and of each MLP: mT5's source is T5's."""
 LAYER = 1
 LAYERS = {"encoder": 3, "decoder": 4}
 
@@ -338,3 +342,507 @@ def test_every_prefixed_name_means_what_its_word_means():
             assert pointed == (plain and f"{known.prefix}_{plain}".strip("_")), name
             assert pointed is None or pointed in COMPONENTS
     assert sum(name.startswith("cross_") for name in components_of(tiny("t5"))) == 18
+
+
+# What a run is given
+
+
+def given(model, **inputs):
+    return read_inputs(inputs, model, "base")
+
+
+def test_each_stack_counts_its_own_real_tokens():
+    model = tiny("t5")
+    inputs = read_inputs(tiny_inputs(model, padding="left"), model, "base")
+    encoder, decoder = inputs.of("encoder"), inputs.of("decoder")
+    assert inputs.of(None) is encoder is inputs
+    assert [(view.batch, view.length) for view in (encoder, decoder)] == [(2, 7), (2, 5)]
+    assert encoder.real_positions == [list(range(7)), list(range(1, 7))]
+    assert decoder.real_positions == [list(range(5)), list(range(1, 5))]
+    assert [view.count(1) for view in (encoder, decoder)] == [6, 4]
+
+
+@pytest.mark.parametrize(
+    ("head", "reads"),
+    [
+        ("T5ForConditionalGeneration", "labels"),
+        ("T5ForSequenceClassification", "input_ids"),
+        ("T5ForQuestionAnswering", "input_ids"),
+        ("MT5ForQuestionAnswering", "input_ids"),
+        ("UMT5ForSequenceClassification", "input_ids"),
+    ],
+)
+def test_a_decoder_that_is_given_nothing_counts_what_the_model_makes_it_of(head, reads):
+    model = tiny(family_of(head), head=head)
+    inputs = {"input_ids": torch.tensor([[5, 6, 7, 2], [8, 9, 4, 2]])}
+    if reads == "labels":
+        inputs["labels"] = torch.tensor([[3, 4, -100], [5, 2, 6]])
+    (stream,) = seen(model, "decoder_block_output", inputs=inputs)
+    view = given(model, **inputs).of("decoder")
+    assert (view.batch, view.length) == stream.shape[:2] == inputs[reads].shape
+
+
+def test_a_decoder_without_any_input_is_refused():
+    model = tiny("t5", head="base")
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]])}
+    assert given(model, **inputs).of("encoder").length == 3
+    declared = wrapped(model, at(model, "decoder_block_output"), types=iv.ZeroIntervention)
+    with pytest.raises(iv.InputError) as caught:
+        declared(inputs, unit_locations={"base": 1})
+    assert str(caught.value) == (
+        "The decoder is given nothing, so that it has no positions. Give decoder_input_ids, or labels to a model that"
+        " makes them of those."
+    )
+
+
+def test_a_decoder_of_another_batch_or_mask_is_refused():
+    model = tiny("t5")
+    ids = torch.tensor([[5, 6, 7], [4, 6, 8]])
+    with pytest.raises(iv.InputError) as caught:
+        given(model, input_ids=ids, decoder_input_ids=ids[:1])
+    assert str(caught.value) == (
+        "base gives the encoder 2 examples and the decoder 1. Give both the same number."
+    )
+    with pytest.raises(iv.InputError) as caught:
+        given(model, input_ids=ids, decoder_input_ids=ids, decoder_attention_mask=torch.ones(2, 4))
+    assert str(caught.value) == (
+        "The decoder_attention_mask of base has shape (2, 4), and its tokens (2, 3)."
+    )
+    with pytest.raises(iv.InputError) as caught:
+        given(model, input_ids=ids, decoder_input_ids=ids.tolist())
+    assert str(caught.value) == (
+        "decoder_input_ids of base is a list, not a tensor: tokenize with return_tensors='pt'."
+    )
+
+
+@pytest.mark.parametrize("form", ["output", "tuple"])
+def test_what_the_encoder_gave_before_may_be_given_in_place_of_its_input(form):
+    model = tiny("t5")
+    inputs = inputs_of(model)
+    with torch.no_grad():
+        encoded = model.encoder(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    rest = {key: value for key, value in inputs.items() if key != "input_ids"}
+    rest["encoder_outputs"] = encoded if form == "output" else (encoded.last_hidden_state,)
+    assert given(model, **rest).of("encoder").length == 7
+
+    declared = wrapped(model, at(model, "cross_key_output"), types=iv.ZeroIntervention)
+    with torch.no_grad():
+        short, long = (declared(run, None, {"base": [2, 6]}).intervened for run in (rest, inputs))
+    assert torch.equal(short.logits, long.logits)
+
+    upstream = wrapped(model, at(model, "encoder_block_output"), types=iv.ZeroIntervention)
+    with pytest.raises(iv.NotFiredError):
+        upstream(rest)
+
+
+# Interventions
+
+EDITED = [name for name in components_of(tiny("t5")) if COMPONENTS[name].inside is None]
+"""What modules hand over."""
+OWN_TESTS = ("head_attention_output", "final_norm_scale")
+"""Words that no module hands over."""
+
+
+def tokens_of(component):
+    """How many positions a component has in these tests."""
+    return LENGTHS[COMPONENTS[component].stack or "decoder"]
+
+
+def head_columns(component):
+    return torch.arange(HEADS * HEAD_DIM).view(HEADS, HEAD_DIM) if component.count("head_") else None
+
+
+@pytest.mark.parametrize(("family", "variant"), [("t5", "gated")])
+def test_a_swap_of_every_component_equals_hooks_written_by_hand(family, variant):
+    model = tiny(family, variant=variant)
+    base, source = tiny_inputs(model, seed=0), tiny_inputs(model, seed=1)
+    with torch.no_grad():
+        plain = model(**base).logits
+    names = [name for name in EDITED if COMPONENTS[name].word not in OWN_TESTS]
+    for component, value in zip(names, seen(model, *names, inputs=source), strict=True):
+        columns = head_columns(component)
+        width = slice(None) if columns is None else columns[-1]
+        last = tokens_of(component) - 1
+
+        def put(stream, value=value, width=width, last=last):
+            new = stream.clone()
+            for row in range(2):
+                for taken, into in ((2, 3), (0, last)):
+                    new[row, into, width] = value[row, taken, width]
+            return new
+
+        positions = ([[[2, 0]] * 2], [[[3, -1]] * 2])
+        if columns is not None:
+            positions = tuple([[[[HEADS - 1]] * 2, side[0]]] for side in positions)
+        declared = wrapped(model, at(model, component))
+        with torch.no_grad():
+            expected = by_hand.run_with(model, component, put, base).logits
+            result = declared(base, [source], {"sources->base": positions}).intervened.logits
+        assert_close(result, expected, atol=1e-6, rtol=1e-5, msg=component)
+        assert (result - plain).abs().max() > 1e-5, f"{component} changed nothing"
+
+
+@pytest.mark.parametrize(("family", "variant"), CASES)
+def test_a_reading_of_every_component_is_what_a_hook_sees(family, variant):
+    model = tiny(family, variant=variant)
+    names = [name for name in EDITED if COMPONENTS[name].word not in OWN_TESTS]
+    declared = wrapped(model, *(at(model, name, name=name) for name in names), types=iv.CollectIntervention)
+    inputs = tiny_inputs(model)
+    with torch.no_grad():
+        collected = declared(inputs).collected
+    for name, value in zip(names, seen(model, *names, inputs=inputs), strict=True):
+        columns = head_columns(name)
+        expected = value if columns is None else value[..., columns].transpose(1, 2)
+        assert torch.equal(collected[name], expected), name
+
+
+@pytest.mark.parametrize("form", ["whole", "located", "negative", "ragged"])
+@pytest.mark.parametrize(("family", "variant"), TWO)
+def test_an_identity_at_every_component_leaves_the_output_bit_identical(family, variant, form):
+    model = tiny(family, variant=variant, attention="eager")
+    inputs = tiny_inputs(model)
+    places = [(name, unit) for name in components_of(model) for unit in COMPONENTS[name].units]
+
+    def rebuilt(base):
+        return base.clone()
+
+    declared = wrapped(model, *(at(model, name, unit, intervention=rebuilt) for name, unit in places))
+    slots = [slot_of(name, unit, form) for name, unit in places]
+    with torch.no_grad():
+        plain = model(**inputs, output_hidden_states=True)
+        result = declared(
+            inputs, None, None if form == "whole" else {"base": slots}, output_hidden_states=True
+        )
+    assert same_bits(result.intervened, plain)
+    assert all(line.fired == 1 for line in result.receipt)
+
+
+def slot_of(component, unit, form):
+    """Locations for two examples; `ragged` ones differ in number."""
+    rows = {"located": [[1, 2]] * 2, "negative": [[-1, -3]] * 2, "ragged": [[1], [0, 3, -1]], "whole": None}
+    keys = {"located": [[0, 1]] * 2, "negative": [[-3, -4]] * 2, "ragged": [[1], [0, 2]], "whole": None}
+    heads = {"located": [[3]] * 2, "negative": [[-1]] * 2, "ragged": [[3], [0, 1, 2, 3]], "whole": None}
+    levels = {"pos": rows, "h": heads, "query": rows, "key": keys}
+    found = [levels[level][form] for level in unit.split(".")]
+    return found[0] if len(found) == 1 else found
+
+
+def test_a_swap_with_itself_is_bit_identical_also_in_the_fused_kernel():
+    model = tiny("t5", attention="sdpa")
+    inputs = tiny_inputs(model)
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        declared = wrapped(model, *(at(model, component) for component in EDITED))
+        assert torch.equal(declared(inputs, [inputs]).intervened.logits, plain)
+
+
+def test_replacing_a_middle_everywhere_carries_the_source_on():
+    model = tiny("t5")
+    base, source = tiny_inputs(model, seed=0), tiny_inputs(model, seed=1)
+    with torch.no_grad():
+        expected = model(**source)
+        encoder = wrapped(model, at(model, "encoder_block_mid"))(base, [source]).intervened
+        assert_close(encoder.encoder_last_hidden_state, expected.encoder_last_hidden_state)
+        same_text = {**base, "decoder_input_ids": source["decoder_input_ids"]}
+        wanted = model(**same_text).logits
+        for component in ("decoder_block_mid", "cross_block_mid"):
+            result = wrapped(model, at(model, component))(base, [same_text]).intervened
+            assert_close(result.logits, wanted)
+
+
+@pytest.mark.parametrize(("family", "variant"), TWO)
+def test_what_heads_add_sums_to_the_output_and_one_is_taken_out_as_by_hand(family, variant):
+    model = tiny(family, variant=variant)
+    inputs = tiny_inputs(model)
+    for prefix in ("encoder", "decoder", "cross"):
+        name = f"{prefix}_head_attention_output"
+        declared = wrapped(model, at(model, name), types=iv.CollectIntervention)
+        with torch.no_grad():
+            (each,) = declared(inputs).collected.values()
+        output, sent = seen(model, f"{prefix}_attention_output", f"{prefix}_attention_value_output")
+        assert_close(each.sum(1), output, atol=5e-5, rtol=1e-5)
+        without = wrapped(model, at(model, name), types=iv.ZeroIntervention)
+
+        def zero(value):
+            new = value.clone()
+            new[:, :, HEAD_DIM : 2 * HEAD_DIM] = 0
+            return new
+
+        with torch.no_grad():
+            result = without(inputs, None, {"base": [[[[1]] * 2, [list(range(tokens_of(name)))] * 2]]})
+            expected = by_hand.run_with(model, f"{prefix}_attention_value_output", zero, inputs)
+        assert_close(result.intervened.logits, expected.logits, atol=1e-6, rtol=1e-5)
+        assert sent.shape[1] == tokens_of(name)
+
+
+# Attention of all three kinds
+
+KINDS = [("encoder", "encoder_attentions"), ("decoder", "decoder_attentions"), ("cross", "cross_attentions")]
+
+
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(("family", "variant"), TWO)
+def test_patterns_are_those_that_the_model_reports(family, variant, attention, padding):
+    model = tiny(family, variant=variant, attention=attention)
+    told = tiny(family, variant=variant, attention="eager")
+    inputs = tiny_inputs(model, padding=padding)
+    names = [f"{prefix}_attention_pattern" for prefix, _ in KINDS]
+    declared = wrapped(
+        model, *(at(model, name, "h", name=name) for name in names), types=iv.CollectIntervention
+    )
+    with torch.no_grad():
+        collected = declared(inputs).collected
+        output = told(**inputs, output_attentions=True)
+    rows = real_rows(inputs)
+    for name, (prefix, field) in zip(names, KINDS, strict=True):
+        pattern, expected = collected[name], getattr(output, field)[LAYER]
+        assert pattern.shape == expected.shape
+        stack = COMPONENTS[name].stack
+        for example, real in enumerate(rows[stack]):
+            assert_close(pattern[example, :, real], expected[example, :, real], atol=1e-6, rtol=1e-5)
+        assert prefix in name
+
+
+def real_rows(inputs):
+    """For each stack and example a mask of its real positions."""
+    return {
+        "encoder": [row.bool() for row in inputs["attention_mask"]],
+        "decoder": [row.bool() for row in inputs["decoder_attention_mask"]],
+    }
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ENCODER_DECODERS)
+def test_a_key_that_cross_attention_does_not_read_any_more_equals_arithmetic_by_hand(family, attention):
+    model = tiny(family, attention=attention)
+    inputs = tiny_inputs(model)
+    where = {"heads": [1, 3], "keys": 4}
+    entry = at(model, "cross_attention_pattern", "h.query.key", where=where)
+    with torch.no_grad():
+        result = wrapped(model, entry, types=iv.ZeroIntervention)(inputs).intervened.logits
+
+        query, key, value = seen(model, "cross_query_output", "cross_key_output", "cross_value_output")
+        query, key, value = (t.unflatten(-1, (HEADS, HEAD_DIM)).transpose(1, 2) for t in (query, key, value))
+        pattern = (query @ key.mT).softmax(-1)
+        pattern[:, [1, 3], :, 4] = 0
+        sent = (pattern @ value).transpose(1, 2).flatten(2)
+        expected = by_hand.run_with(model, "cross_attention_value_output", lambda _: sent, inputs).logits
+        plain = model(**inputs).logits
+    assert_close(result, expected, atol=1e-6, rtol=1e-5)
+    assert (result - plain).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_knocked_out_key_gets_no_weight_and_the_others_share_it(attention):
+    model = tiny("t5", attention=attention)
+    inputs = tiny_inputs(model)
+    edit = at(
+        model,
+        "cross_attention_scores",
+        "h.query.key",
+        where={"queries": -1, "keys": [0, 6]},
+        intervention=iv.KnockoutIntervention(),
+    )
+    look = at(model, "cross_attention_pattern", "h", name="look", intervention=iv.CollectIntervention())
+    plain = wrapped(
+        model, at(model, "cross_attention_pattern", "h", name="look"), types=iv.CollectIntervention
+    )
+    with torch.no_grad():
+        before = plain(inputs).collected["look"]
+        after = wrapped(model, edit, look)(inputs).collected["look"]
+    expected = before.clone()
+    expected[:, :, -1, [0, 6]] = 0
+    expected[:, :, -1] /= expected[:, :, -1].sum(-1, keepdim=True)
+    assert_close(after, expected)
+
+
+def test_a_key_of_cross_attention_is_counted_in_the_encoder_and_a_query_in_the_decoder():
+    model = tiny("t5")
+    inputs = tiny_inputs(model)
+
+    def located(component, where):
+        entry = at(model, component, "h.query.key", where=where)
+        return wrapped(model, entry, types=iv.ZeroIntervention)(inputs)
+
+    located("cross_attention_pattern", {"queries": 4, "keys": 6})
+    with pytest.raises(iv.LocationRangeError, match=r"Query 5 .* has queries 0 to 4"):
+        located("cross_attention_pattern", {"queries": 5, "keys": 6})
+    with pytest.raises(iv.LocationRangeError, match=r"Key 7 .* has keys 0 to 6"):
+        located("cross_attention_pattern", {"queries": 4, "keys": 7})
+    with pytest.raises(iv.LocationRangeError, match=r"Key 5 .* has keys 0 to 4"):
+        located("decoder_attention_pattern", {"queries": 4, "keys": 5})
+    # What is after the query is hidden from it in the decoder alone.
+    with pytest.raises(iv.LocationError, match="which the causal mask hides"):
+        located("decoder_attention_pattern", {"queries": 1, "keys": 2})
+    located("cross_attention_pattern", {"queries": 1, "keys": 2})
+    located("encoder_attention_pattern", {"queries": 1, "keys": 2})
+    with pytest.raises(iv.LocationError, match="no key is the query itself"):
+        located("cross_attention_pattern", {"queries": 1, "keys": "self"})
+
+
+def test_whole_rows_come_from_a_source_with_as_many_keys():
+    model = tiny("t5")
+    base = tiny_inputs(model)
+    longer = tiny_inputs(model, length=9, seed=1)  # of nine and seven positions
+    crossed = {**longer, "input_ids": base["input_ids"], "attention_mask": base["attention_mask"]}
+    rows = {"sources->base": ([[[[0]] * 2, [[6]] * 2]], [[[[0]] * 2, [[4]] * 2]])}
+    declared = wrapped(model, at(model, "cross_attention_pattern", "h.query"))
+    with pytest.raises(
+        iv.LocationError, match="over 9 source positions into attention over 7 base positions"
+    ):
+        declared(base, [longer], rows)
+    assert declared(base, [crossed], rows).receipt[0].change > 0
+
+
+# Padding
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("family", ENCODER_DECODERS)
+def test_an_edit_in_a_padded_batch_is_the_edit_of_each_example_alone(family, padding):
+    model = tiny(family)
+    base, source = (tiny_inputs(model, padding=padding, seed=seed) for seed in (0, 1))
+    masks = {key: value[1].bool() for key, value in base.items() if "mask" in key}
+
+    def alone(inputs):
+        return {
+            key: value[1:, masks["decoder_attention_mask" if "decoder" in key else "attention_mask"]]
+            for key, value in inputs.items()
+        }
+
+    for component in (
+        "encoder_block_output",
+        "decoder_block_output",
+        "cross_key_output",
+        "cross_query_output",
+    ):
+        declared = wrapped(model, at(model, component))
+        with torch.no_grad():
+            batch = declared(base, [source], {"sources->base": ([1, -1], [2, -1])}).intervened.logits
+            one = declared(
+                alone(base), [alone(source)], {"sources->base": ([1, -1], [2, -1])}
+            ).intervened.logits
+        assert_close(batch[1:, masks["decoder_attention_mask"]], one, atol=1e-5, rtol=1e-5, msg=component)
+
+
+# Sources, groups, layers, paths
+
+
+def test_stacks_take_their_values_from_grouped_sources():
+    model = tiny("t5")
+    base, one, two = (tiny_inputs(model, seed=seed) for seed in range(3))
+    entries = [
+        at(model, "encoder_block_output", group_key=0, layer=2),
+        at(model, "cross_attention_output", group_key=1, layer=0),
+        at(model, "encoder_attention_output", group_key=0, layer=0),
+    ]
+    with torch.no_grad():
+        result = wrapped(model, *entries)(base, [one, two], {"sources->base": 3}).intervened.logits
+        (first,), (second,), (third,) = (
+            seen(model, entry.component, layer=entry.layer, inputs=source)
+            for entry, source in zip(entries, (one, two, one), strict=True)
+        )
+
+        def put(value):
+            def change(stream):
+                new = stream.clone()
+                new[:, 3] = value[:, 3]
+                return new
+
+            return change
+
+        with ExitStack() as stack:
+            for entry, value in zip(entries, (first, second, third), strict=True):
+                stack.callback(by_hand.hook(model, entry.component, put(value), entry.layer).remove)
+            expected = model(**base).logits
+    assert_close(result, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("component", "where", "last"),
+    [
+        ("encoder_block_output", "the encoder of ", 2),
+        ("decoder_mlp_output", "the decoder of ", 3),
+        ("cross_key_output", "the decoder of ", 3),
+    ],
+)
+def test_layers_count_in_their_stack(component, where, last):
+    model = tiny("t5")
+    declared = wrapped(model, at(model, component, layer=-1), types=iv.ZeroIntervention)
+    assert declared.explain(tiny_inputs(model))[0]["layer"] == str(last)
+    with pytest.raises(iv.LayerRangeError) as caught:
+        wrapped(model, at(model, component, layer=last + 1), types=iv.ZeroIntervention)
+    assert str(caught.value).endswith(
+        f"Layer {last + 1} is out of range: {where}T5ForConditionalGeneration has layers 0 to {last}."
+    )
+
+
+def test_a_plain_name_is_refused_when_the_model_is_wrapped():
+    with pytest.raises(iv.UnsupportedModelError) as caught:
+        wrapped(tiny("t5"), iv.RepresentationConfig(1, "mlp_output"))
+    assert str(caught.value).splitlines()[0] == (
+        "representation 0: T5ForConditionalGeneration has no 'mlp_output': it has an encoder and a decoder, so say"
+        " 'encoder_mlp_output' or 'decoder_mlp_output'."
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "component"),
+    [
+        ("encoder.block[1].output", "encoder_block_output"),
+        ("decoder.block[1].layer[0].SelfAttention.k.output", "decoder_key_output"),
+        ("decoder.block[1].layer[1].EncDecAttention.k.output", "cross_key_output"),
+        ("decoder.block[1].layer[1].EncDecAttention.q.output", "cross_query_output"),
+        ("lm_head.output", "logits"),
+    ],
+)
+def test_a_module_path_counts_the_positions_of_its_stack(path, component):
+    model = tiny("t5")
+    inputs = tiny_inputs(model, padding="left")
+    by_path, by_name = (
+        wrapped(model, entry, types=iv.ZeroIntervention)
+        for entry in (iv.RepresentationConfig(component=path), at(model, component, "pos"))
+    )
+    with torch.no_grad():
+        one, other = (d(inputs, None, {"base": [0, -1]}).intervened.logits for d in (by_path, by_name))
+    assert torch.equal(one, other)
+    with pytest.raises(iv.LocationRangeError):
+        by_path(inputs, None, {"base": tokens_of(component)})
+
+
+def test_receipts_name_the_tokens_of_the_stack():
+    model = tiny("t5")
+    inputs = tiny_inputs(model, batch=1)
+
+    class Tokenizer:
+        def decode(self, ids):
+            return f"<{ids[0]}>"
+
+    config = iv.IntervenableConfig(
+        [
+            at(model, "cross_attention_pattern", "h.query.key", where={"queries": 1, "keys": 6}),
+            at(model, "decoder_block_output", where=4),
+            at(model, "cross_value_output", where=5),
+        ],
+        iv.ZeroIntervention,
+    )
+    declared = iv.IntervenableModel(config, model, tokenizer=Tokenizer())
+    pattern, block, value = declared(inputs).receipt
+    encoder, decoder = (inputs[key][0].tolist() for key in ("input_ids", "decoder_input_ids"))
+    assert (pattern.query_tokens, pattern.tokens) == ((f"<{decoder[1]}>",), (f"<{encoder[6]}>",))
+    assert (block.tokens, value.tokens) == ((f"<{decoder[4]}>",), (f"<{encoder[5]}>",))
+
+
+def test_a_cache_of_both_attentions_is_left_as_it_was():
+    model = tiny("t5")
+    inputs = tiny_inputs(model)
+    with torch.no_grad():
+        cache = model(**inputs).past_key_values
+        step = {**inputs, "decoder_input_ids": torch.tensor([[7], [9]]), "past_key_values": cache}
+        step.pop("decoder_attention_mask")
+        declared = wrapped(model, at(model, "decoder_block_output"), types=iv.ZeroIntervention)
+        first = declared(step, None, {"base": 0}).intervened.logits
+        second = declared(step, None, {"base": 0}).intervened.logits
+    assert cache.get_seq_length() == 5
+    assert torch.equal(first, second)
