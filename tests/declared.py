@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import intervenable as iv
-from model_maps import COMPONENTS, Sizes, columns_of, find_map, is_head_component, sizes_of
+from model_maps import COMPONENTS, Sizes, columns_of, find_map, sizes_of
 from tiny_models import RECURRENT
 
 LAYER = 1
@@ -17,6 +17,9 @@ LAYER = 1
 
 RAGGED = ((1,), (0, 3, -1))
 """Positions of two examples, a different number in each, one of them negative."""
+
+RAGGED_KEYS = ((-7, 1), (2,))
+"""Keys of two examples of seven tokens, each of which a query of `RAGGED` reads."""
 
 
 def map_of(model: nn.Module) -> Any:
@@ -32,7 +35,12 @@ def components_of(model: nn.Module) -> tuple[str, ...]:
 
 def units_of(component: str) -> tuple[str, ...]:
     """The units a component can be cut into."""
-    return ("h", "h.pos") if is_head_component(component) else ("pos",)
+    return COMPONENTS[component].units
+
+
+def is_inside(component: str) -> bool:
+    """Whether a component is computed by functions inside an attention module, where no hook of a module sees it."""
+    return COMPONENTS[component].inside is not None
 
 
 def writable(model: nn.Module) -> tuple[str, ...]:
@@ -46,12 +54,26 @@ def everything(model: nn.Module) -> list[tuple[str, str]]:
     return [(component, unit) for component in writable(model) for unit in units_of(component)]
 
 
+def stored(model: nn.Module) -> list[tuple[str, str]]:
+    """Every `(component, unit)` of a model that goes into or comes out of a module, and can be written there."""
+    return [place for place in everything(model) if not is_inside(place[0])]
+
+
+def insides(model: nn.Module) -> list[tuple[str, str]]:
+    """Every `(component, unit)` of a model that is computed inside an attention module."""
+    return [place for place in everything(model) if is_inside(place[0])]
+
+
 def heads_of(model: nn.Module, component: str) -> int:
     """How many heads a component has; 0 if it has none."""
-    if not is_head_component(component):
+    if COMPONENTS[component].axes == "stream":
         return 0
     config = getattr(model, "config", None)
     sizes = sizes_of(config) if config is not None else Sizes()
+    if is_inside(component):
+        heads = sizes.key_value_heads if COMPONENTS[component].word == "rotary_key" else sizes.query_heads
+        assert heads is not None
+        return heads
     columns = columns_of(map_of(model).site(component), sizes)
     assert columns is not None
     return columns.heads
@@ -81,18 +103,21 @@ def located(model: nn.Module, component: str, unit: str, form: str) -> Any:
     """Locations of one intervention for a batch of two, in the full form, or None for everything.
 
     Args:
-        form: "whole", "located" (positions 1 and 2), "negative" or "ragged".
+        form: "whole", "located" (positions 1 and 2, as queries reading keys 0 and 2), "negative" or "ragged".
     """
     if form == "whole":
         return None
     positions = {"located": [[1, 2]] * 2, "negative": [[-1, -3]] * 2, "ragged": [list(row) for row in RAGGED]}
+    keys = {"located": [[0, 2]] * 2, "negative": [[-2, -5]] * 2, "ragged": [list(row) for row in RAGGED_KEYS]}
     last = heads_of(model, component) - 1
     heads = {
         "located": [[last]] * 2,
         "negative": [[-1]] * 2,
         "ragged": [[last], list(range(last + 1))],
     }
-    return {"pos": positions[form], "h": heads[form], "h.pos": [heads[form], positions[form]]}[unit]
+    levels = {"h": heads, "pos": positions, "query": positions, "key": keys}
+    found = [levels[level][form] for level in unit.split(".")]
+    return found[0] if len(found) == 1 else found
 
 
 def tensors_of(output: Any) -> dict[str, Tensor]:
