@@ -15,6 +15,7 @@ from torch import Tensor
 import interventions
 import model_maps
 from intervenable.errors import ConfigError, NotAvailableError, UnknownNameError, unknown_name
+from intervenable.position_entries import entry_from_json, entry_to_json, is_json_of_entry
 from interventions import Intervention
 from interventions.signatures import pattern_of_function
 from interventions.subspaces import parse_partition, partition_to_config
@@ -134,21 +135,35 @@ def _renormalize_from(value: object) -> str:
 
 
 def _where_from(value: Any) -> Any:
-    """Locations as they are written; `{"source": ..., "base": ...}`, as JSON has a pair, as the pair."""
+    """Locations as they are written; a pair or entries that are in the form of JSON, as what they stand for."""
     if isinstance(value, Mapping) and value and set(value) <= {"source", "base"}:
-        return (value.get("source"), value.get("base"))
+        return (_side_from(value.get("source")), _side_from(value.get("base")))
     if isinstance(value, tuple) and len(value) != 2:
         raise ConfigError(
             f"where is {value!r}, a tuple of {len(value)}, and a tuple is a (source, base) pair."
             " Write a list for a set of positions."
         )
-    return value
+    return tuple(map(_side_from, value)) if isinstance(value, tuple) else _side_from(value)
+
+
+def _side_from(side: Any) -> Any:
+    if isinstance(side, list) or is_json_of_entry(side):
+        return entry_from_json(side)
+    if isinstance(side, Mapping):
+        return {level: entry_from_json(entry) for level, entry in side.items()}
+    return side
 
 
 def _where_json(value: Any) -> object:
     if isinstance(value, tuple):
-        return {"source": value[0], "base": value[1]}
-    return value
+        return {"source": _side_json(value[0]), "base": _side_json(value[1])}
+    return _side_json(value)
+
+
+def _side_json(side: Any) -> object:
+    if isinstance(side, Mapping):
+        return {level: entry_to_json(entry) for level, entry in side.items()}
+    return entry_to_json(side)
 
 
 # --- interventions ----------------------------------------------------------------------------------------

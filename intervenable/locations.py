@@ -7,12 +7,15 @@ level left out is all of it. Short forms: an int is one position in source and b
 a pair, a **list** of ints is a set of positions. With unit `h` they count heads, with `h.pos` they are positions of
 every head, with `h.query` rows of every head. None in the place of an intervention skips it; None for all of a side
 means whole tensors.
+
+Wherever there is an int for a position, a query or a key there may be a name (`"last"`), a part of the text
+(`"Spain"`), or another entry of `position_entries`, which is looked up in the text of each example.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, Literal
@@ -23,6 +26,10 @@ from torch import Tensor
 
 from intervenable.errors import LocationError, LocationRangeError, raise_listed
 from intervenable.inputs import RunInputs
+from intervenable.position_entries import Aligned, Regex, Words, is_entry
+from intervenable.position_reading import GROUP_NAME, resolve
+from intervenable.run_texts import Texts
+from intervenable.token_text import Decodes, TokenView
 from model_maps import Stack
 
 RelativeTo = Literal["tokens", "tensor"]
@@ -189,6 +196,7 @@ def read_locations(
     base: RunInputs,
     sources: Sequence[RunInputs | None],
     relative_to: RelativeTo = "tokens",
+    tokenizer: Decodes | None = None,
 ) -> tuple[list[Slot], list[Slot]]:
     """Turn what a user wrote into checked units: for each intervention those of its source, and those of the base.
 
@@ -198,6 +206,7 @@ def read_locations(
         base: Inputs of the base run.
         sources: For each intervention the inputs of its source run, None if it has none.
         relative_to: `tokens` counts the real tokens of each example, `tensor` counts padding too.
+        tokenizer: Finds words in the text of each example; a `PositionResolver` brings names too.
 
     Raises:
         LocationError: a form that says nothing sensible, or a number of examples other than the batch.
@@ -205,6 +214,7 @@ def read_locations(
     """
     if relative_to not in ("tokens", "tensor"):
         raise LocationError(f"relative_to={relative_to!r} is unknown. Allowed: 'tokens', 'tensor'.")
+    texts = Texts(tokenizer, padding_counts=relative_to == "tensor")
     faults: list[LocationError] = []
     found: tuple[list[Slot], list[Slot]] = ([], [])
     if unit_locations is None:
@@ -219,8 +229,8 @@ def read_locations(
                 if slots[index] is None:
                     slot = Skipped()
                 elif inputs is not None and not isinstance(slots[index], Whole):
-                    where = f"{('source', 'base')[side]} locations of {subject.name!r}"
-                    slot = _units(slots[index], subject, inputs, where, relative_to, writes=side == 1)
+                    place = _Place(subject, inputs, (base, sources[index])[side], side == 1, texts)
+                    slot = _units(slots[index], place)
             except LocationError as error:
                 faults.append(error)
             found[side].append(slot)
@@ -372,10 +382,9 @@ def _short(value: Any, name: str) -> _Everywhere:
     """A short form: the same units for every example of every intervention."""
     items = value if isinstance(value, list) else [value]
     for item in items:
-        if isinstance(item, bool) or not isinstance(item, (int, slice)):
+        if not is_entry(item):
             raise LocationError(
-                f"{item!r} among the {name} locations is not a position: give ints (-1 is the last) or slices."
-                f"{_SKIP if item is None else ''}"
+                f"{item!r} among the {name} locations is not a position: {_ENTRIES}.{_SKIP if item is None else ''}"
             )
     if not items:
         raise LocationError(
@@ -391,13 +400,34 @@ _SKIP = " To skip an intervention put None in its place in the full form: [None,
 class _Everywhere:
     """A short form: the same entries for every example."""
 
-    entries: tuple[int | slice, ...]
+    entries: tuple[Any, ...]
 
 
-def _units(
-    slot: Any, subject: Subject, inputs: RunInputs, where: str, relative_to: RelativeTo, *, writes: bool
-) -> Units:
+@dataclass(frozen=True)
+class _Place:
+    """What the locations of one intervention in one run are read against."""
+
+    subject: Subject
+    inputs: RunInputs
+    other: RunInputs | None
+    """The run on the other side, source or base; None if there is none."""
+
+    is_base: bool
+    texts: Texts
+
+    @property
+    def where(self) -> str:
+        return f"{'base' if self.is_base else 'source'} locations of {self.subject.name!r}"
+
+    def counted_in(self, level: Level) -> _Place:
+        """The same, with both runs counted in the positions of one level."""
+        other = None if self.other is None else self.subject.counted_in(level, self.other)
+        return replace(self, inputs=self.subject.counted_in(level, self.inputs), other=other)
+
+
+def _units(slot: Any, place: _Place) -> Units:
     """The units of one intervention in one run: every example, normalised and checked."""
+    subject, inputs, where = place.subject, place.inputs, place.where
     if _is_mask(slot):
         return _masked(slot, subject, inputs, where)
     relation = None
@@ -409,12 +439,17 @@ def _units(
                 f"The {where} name the keys {relation!r} of each query, and in attention from one stack to another no"
                 " key is the query itself. Name the keys, or leave them out for all."
             )
-    found = {name: _level(level, name, subject, inputs, where, relative_to) for name, level in levels.items()}
+    found = {name: _level(level, name, place) for name, level in levels.items()}
     units = Units(**found, relation=relation)
-    if writes and subject.writes:
+    if place.is_base and subject.writes:
         for name, rows in found.items():
             _check_once(rows, name, where)
-        if subject.causal and relation is None and "keys" in found and _spelled_out(levels["keys"]):
+        if (
+            subject.causal
+            and relation is None
+            and "keys" in found
+            and _spelled_out(levels["keys"], place.texts)
+        ):
             _check_reach(units, inputs.of(subject.stack), where)
     return units
 
@@ -479,9 +514,15 @@ def _check_once(rows: tuple[tuple[int, ...], ...], name: str, where: str) -> Non
             )
 
 
-def _spelled_out(level: list[list[Any]]) -> bool:
-    """Whether units are named one by one: a slice of keys may reach further than some query reads."""
-    return not any(isinstance(entry, slice) or entry == "all" for row in level for entry in row)
+def _spelled_out(level: list[list[Any]], texts: Texts) -> bool:
+    """Whether units are named one by one: a slice or a class of keys may reach further than some query reads."""
+    return all(_names_one(entry, texts) for row in level for entry in row)
+
+
+def _names_one(entry: Any, texts: Texts) -> bool:
+    if isinstance(entry, str):
+        return not GROUP_NAME.match(entry) and entry not in texts.table.names
+    return isinstance(entry, int) or (isinstance(entry, (Words, Regex)) and entry.occurrence != "all")
 
 
 def _check_reach(units: Units, inputs: RunInputs, where: str) -> None:
@@ -504,9 +545,8 @@ def _check_reach(units: Units, inputs: RunInputs, where: str) -> None:
         )
 
 
-def _level(
-    level: Any, name: Level, subject: Subject, inputs: RunInputs, where: str, relative_to: RelativeTo
-) -> tuple[tuple[int, ...], ...]:
+def _level(level: Any, name: Level, place: _Place) -> tuple[tuple[int, ...], ...]:
+    inputs, where = place.inputs, place.where
     if not isinstance(level, list) or not all(isinstance(row, list) for row in level):
         raise LocationError(f"The {where} must list the {name} of each example, [[...], ...], not {level!r}.")
     if len(level) != inputs.batch:
@@ -514,28 +554,30 @@ def _level(
             f"The {where} list {name} for {len(level)} examples, and the batch has {inputs.batch}."
         )
     rows = []
-    inputs = subject.counted_in(name, inputs)
+    place = place.counted_in(name)
+    real = None if place.texts.padding_counts else place.inputs.real_positions
     for example, row in enumerate(level):
-        size = subject.heads if name == "heads" else inputs.count(example)
-        if relative_to == "tensor" and name != "heads":
-            size = inputs.length
-        units = _counted(row, size or 0, name, example, where)
-        real = inputs.real_positions
-        if name != "heads" and relative_to == "tokens" and real is not None:
+        units = _counted(row, name, example, place)
+        if name != "heads" and real is not None:
             units = tuple(real[example][unit] for unit in units)
         rows.append(units)
     return tuple(rows)
 
 
-def _counted(row: list[Any], size: int, name: str, example: int, where: str) -> tuple[int, ...]:
-    """One example's entries as indices from 0 on, slices spelled out, negatives from the end."""
+def _counted(row: list[Any], name: Level, example: int, place: _Place) -> tuple[int, ...]:
+    """One example's entries as indices from 0 on, slices spelled out, words looked up, negatives from the end."""
+    inputs, where = place.inputs, place.where
+    size = inputs.length if place.texts.padding_counts else inputs.count(example)
+    if name == "heads":
+        size = place.subject.heads or 0
     units: list[int] = []
     for entry in row:
         if isinstance(entry, slice):
             units.extend(range(size)[entry])
             continue
         if isinstance(entry, bool) or not isinstance(entry, int):
-            raise LocationError(f"{entry!r} in the {where} is not an index: give ints or slices.")
+            units.extend(_said(entry, name, size, example, place))
+            continue
         if not -size <= entry < size:
             kind = {"heads": "Head", "queries": "Query", "keys": "Key"}.get(name, "Position")
             there = f"{name} 0 to {size - 1} (or -{size} to -1)" if size else f"no {name}"
@@ -546,6 +588,24 @@ def _counted(row: list[Any], size: int, name: str, example: int, where: str) -> 
     if not units:
         raise LocationError(f"The {where} name no {name} for example {example}. Give at least one.")
     return tuple(units)
+
+
+def _said(entry: Any, name: Level, size: int, example: int, place: _Place) -> tuple[int, ...]:
+    """What an entry other than an index or a slice chooses in one example."""
+    where = place.where
+    if name == "heads":
+        if not isinstance(entry, str) or entry not in ("all", "first", "last"):
+            raise LocationError(f"{entry!r} in the {where} is not a head: give ints, slices or 'all'.")
+        return resolve(entry, TokenView(None, example=example, length=size))
+    if not is_entry(entry):
+        raise LocationError(f"{entry!r} in the {where} is not an index: {_ENTRIES}.")
+    if isinstance(entry, Aligned) and place.other is not None:
+        base, source = (place.inputs, place.other) if place.is_base else (place.other, place.inputs)
+        return place.texts.aligned(entry, base, source, example, where)[place.is_base]
+    return place.texts.positions(entry, place.inputs, example, where)
+
+
+_ENTRIES = "give ints (-1 is the last), slices, names such as 'last', or parts of the text"
 
 
 def _masked(mask: Any, subject: Subject, inputs: RunInputs, where: str) -> Units:

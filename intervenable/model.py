@@ -33,7 +33,8 @@ class IntervenableModel(nn.Module):
     Args:
         config: An `IntervenableConfig`, or what one can be made of. It is read now, and not again.
         model: Any model whose class has a map, or any `nn.Module` if all components are module paths.
-        tokenizer: Used to show tokens in receipts and explanations.
+        tokenizer: Finds the words of locations in the text of each example, and shows tokens in receipts and
+            explanations. A `PositionResolver` brings names for positions too.
         use_fast: Accepted for pyvene's sake, with a warning: every path is fast.
 
     Raises:
@@ -117,7 +118,7 @@ class IntervenableModel(nn.Module):
             sources: Inputs for each group of representations (None for a group without a source), or a single source
                 for all. Groups count in the order in which they first appear in the configuration.
             unit_locations: Where: `{"sources->base": ...}` or `{"base": ...}`; see `intervenable.locations`. None for
-                whole activations. Positions count the real tokens of each example.
+                whole activations. Positions count the real tokens of each example; they may be names and words.
             source_representations: Constant values instead of source runs: a tensor for all, a list with one (or
                 None) for each representation, or a mapping from names.
             subspaces: Which coordinates: an id or a flat list for all, or `[representations][batch][ids]`.
@@ -188,7 +189,8 @@ class IntervenableModel(nn.Module):
             intervention.set_temperature(value)
 
     def _plan(self, *call: Any) -> Plan:
-        return make_plan(self._bound, self.model, *call)
+        arguments = (*call, self.tokenizer)
+        return make_plan(self._bound, self.model, *arguments)
 
     def _apply(self, function: Any, recurse: bool = True) -> Self:
         # `.to()` and its kin move both; all else speaks of the interventions alone.

@@ -32,6 +32,7 @@ from intervenable.locations import (
     lists_each_intervention,
     read_locations,
 )
+from intervenable.token_text import Decodes
 from intervenable.unit_index import broadcasts
 from interventions import SubspacePerPosition
 from interventions.fixed import CoordinatewiseIntervention
@@ -97,6 +98,7 @@ def make_plan(
     source_representations: object,
     subspaces: object,
     relative_to: RelativeTo,
+    tokenizer: Decodes | None = None,
 ) -> Plan:
     """Check one call against the bound representations and lay out its runs. No model is run.
 
@@ -116,7 +118,7 @@ def make_plan(
     _check_batches(base_inputs, inputs)
     feeds = [inputs.get(entry.group) if _takes_a_run(entry, constants) else None for entry in bound]
     source_slots, base_slots = read_locations(
-        unit_locations, _subjects(bound), base_inputs, feeds, relative_to
+        unit_locations, _subjects(bound), base_inputs, feeds, relative_to, tokenizer
     )
     chosen = _subspaces(bound, subspaces)
 

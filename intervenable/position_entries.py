@@ -7,7 +7,7 @@ Beside these, an entry is an int, a slice, a range, a name (`"last"`), a part of
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -232,7 +232,7 @@ def checked_pivots(pivots: Any) -> tuple[int | str, ...]:
 
 # --- JSON -------------------------------------------------------------------------------------------------
 
-_OBJECTS: dict[str, Callable[..., Any]] = {
+_OBJECTS: dict[str, type] = {
     "words": Words,
     "regex": Regex,
     "segment": Segment,
@@ -242,6 +242,12 @@ _OBJECTS: dict[str, Callable[..., Any]] = {
     "aligned": Aligned,
 }
 """Each object by the key that stands for it in JSON, which holds its first field."""
+
+
+def is_entry(value: object) -> bool:
+    """Whether it is of a kind that can choose positions by itself; a list of such is none."""
+    objects = (Span, *_OBJECTS.values())
+    return _is_int(value) or isinstance(value, (str, slice, range, *objects)) or callable(value)
 
 
 def entry_to_json(entry: Entry) -> Any:
@@ -256,6 +262,8 @@ def entry_to_json(entry: Entry) -> Any:
     """
     if entry is None or isinstance(entry, (bool, int, str)):
         return entry
+    if hasattr(entry, "tolist") and str(entry.dtype).endswith(("int8", "int16", "int32", "int64")):
+        return entry.tolist()
     if isinstance(entry, (list, tuple)):
         return [entry_to_json(item) for item in entry]
     if isinstance(entry, (slice, range)):
@@ -282,6 +290,11 @@ def _object_to_json(key: str, entry: Any) -> dict[str, Any]:
         if changed[field.name] != field.default
     }
     return {key: entry_to_json(getattr(entry, first.name)), **written}
+
+
+def is_json_of_entry(value: object) -> bool:
+    """Whether it is in the form in which JSON has one of the objects."""
+    return isinstance(value, Mapping) and next(iter(value), None) in (*_OBJECTS, "slice", "range", "span")
 
 
 def entry_from_json(value: Any) -> Entry:

@@ -53,6 +53,8 @@ class NameTable:
 
 
 NO_NAMES = NameTable()
+GROUP_NAME = re.compile(r"(random-)?(all|special|inputs-partition|start|end|text|image)(-|$)")
+"""Names that stand for groups of tokens, more or fewer of them."""
 NAMES = ("all", "first", "last", "special")
 PATTERNS = ("last-n", "inputs-partition-i", "random-inputs-partition-i-n")
 _COUNTED = re.compile(r"last-(\d+)")
@@ -191,8 +193,22 @@ class _Reading:
 
     # --- text ------------------------------------------------------------------------------------------
 
+    def _text(self, entry: Entry) -> str:
+        """The text of the example, in which an entry is looked for."""
+        if self.view.ids is not None and self.view.tokenizer is not None:
+            return self.view.text
+        sought = f"{entry!r}{self.where} is looked for in the text of {self.example}"
+        if self.view.ids is None:
+            raise LocationError(f"{sought}, which has no token ids and so no text. Say where by ints.")
+        near = get_close_matches(entry, NAMES, n=1) if isinstance(entry, str) else []
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise LocationError(
+            f"{sought}, and there is no tokenizer to tell it.{hint} Give one: IntervenableModel(config, model,"
+            " tokenizer=...), or say where by ints."
+        )
+
     def _words(self, entry: Words) -> Sequence[int]:
-        text, found, place = self.view.text, [], 0
+        text, found, place = self._text(entry.text), [], 0
         while (place := text.find(entry.text, place)) >= 0:
             found.append((place, place + len(entry.text)))
             place += len(entry.text)
@@ -204,12 +220,13 @@ class _Reading:
         return self._occurring(entry, found, repr(entry.text))
 
     def _regex(self, entry: Regex) -> Sequence[int]:
-        spans = [match.span(entry.group) for match in re.finditer(entry.pattern, self.view.text)]
+        text = self._text(entry)
+        spans = [match.span(entry.group) for match in re.finditer(entry.pattern, text)]
         found = [(start, end) for start, end in spans if end > start]
         if not found:
             raise LocationError(
                 f"The pattern {entry.pattern!r}{self.where} matches nothing in the text of {self.example},"
-                f" {_shortened(self.view.text)}."
+                f" {_shortened(text)}."
             )
         return self._occurring(entry, found, f"The pattern {entry.pattern!r}")
 
@@ -239,7 +256,7 @@ class _Reading:
         return tuple(taken)
 
     def _role(self, entry: Role) -> Sequence[int]:
-        text = self.view.text
+        text = self._text(entry)
         spans = [span for role, span in messages(self.view.tokenizer, text) if role == entry.role]
         if not spans:
             raise LocationError(
@@ -412,7 +429,7 @@ class _Reading:
     def _in_text(self, entry: str) -> Sequence[int]:
         if not entry:
             raise self._unreadable(entry, "Give a name such as 'last', or a part of the text.")
-        if self.view.tokenizer is None or self.view.ids is None or entry in self.view.text:
+        if entry in self._text(entry):
             return self._words(Words(entry))
         names = [*self.table.names, *NAMES]
         for name, markers in self.table.classes.items():

@@ -637,14 +637,16 @@ LOCATIONS = [
         lambda: swap(BASE, [SOURCE], {"sources->base": 1.0}),
         iv.LocationError,
         ValueError,
-        "1.0 among the source locations is not a position: give ints (-1 is the last) or slices.",
+        "1.0 among the source locations is not a position: give ints (-1 is the last), slices, names such as 'last',"
+        " or parts of the text.",
     ),
     Case(
         "position as a bool",
         lambda: swap(BASE, [SOURCE], {"sources->base": True}),
         iv.LocationError,
         ValueError,
-        "True among the source locations is not a position: give ints (-1 is the last) or slices.",
+        "True among the source locations is not a position: give ints (-1 is the last), slices, names such as 'last',"
+        " or parts of the text.",
     ),
     Case(
         "list where locations are named",

@@ -329,24 +329,29 @@ def test_no_locations_of_heads_are_all_heads(gpt2):
         ),
         (
             {"base": 1.0},
-            "1.0 among the base locations is not a position: give ints (-1 is the last) or slices.",
+            "1.0 among the base locations is not a position: give ints (-1 is the last), slices, names such as"
+            " 'last', or parts of the text.",
         ),
         (
             {"base": torch.tensor([1.0])},
-            "1.0 among the base locations is not a position: give ints (-1 is the last) or slices.",
+            "1.0 among the base locations is not a position: give ints (-1 is the last), slices, names such as"
+            " 'last', or parts of the text.",
         ),
         (
             {"base": True},
-            "True among the base locations is not a position: give ints (-1 is the last) or slices.",
+            "True among the base locations is not a position: give ints (-1 is the last), slices, names such as"
+            " 'last', or parts of the text.",
         ),
         (
-            {"base": "last"},
-            "'last' among the base locations is not a position: give ints (-1 is the last) or slices.",
+            {"base": "Spain"},
+            f"'Spain' in the base locations of '{NAME}' is looked for in the text of example 0, and there is no"
+            " tokenizer to tell it. Give one: IntervenableModel(config, model, tokenizer=...), or say where by ints.",
         ),
         (
             {"base": [None, 1]},
-            "None among the base locations is not a position: give ints (-1 is the last) or slices. To skip an"
-            " intervention put None in its place in the full form: [None, [[4], [4]]].",
+            "None among the base locations is not a position: give ints (-1 is the last), slices, names such as"
+            " 'last', or parts of the text. To skip an intervention put None in its place in the full form: [None,"
+            " [[4], [4]]].",
         ),
         ({"base": []}, "The base locations are an empty list. Give at least one position, or None to skip."),
         (
@@ -359,7 +364,8 @@ def test_no_locations_of_heads_are_all_heads(gpt2):
         ),
         (
             {"base": [[[0], [0.5]]]},
-            f"0.5 in the base locations of '{NAME}' is not an index: give ints or slices.",
+            f"0.5 in the base locations of '{NAME}' is not an index: give ints (-1 is the last), slices, names such"
+            " as 'last', or parts of the text.",
         ),
         (
             {"base": [[[0]]]},
@@ -371,7 +377,8 @@ def test_no_locations_of_heads_are_all_heads(gpt2):
         ),
         (
             {"base": [[[[0]], [[1]]]]},
-            f"[0] in the base locations of '{NAME}' is not an index: give ints or slices.",
+            f"[0] in the base locations of '{NAME}' is not an index: give ints (-1 is the last), slices, names such"
+            " as 'last', or parts of the text.",
         ),
         (
             {"base": torch.ones(2, 3, dtype=torch.bool)},

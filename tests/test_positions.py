@@ -166,8 +166,13 @@ NOTHING = "chooses nothing for example 0, which has positions 0 to 9 (or -10 to 
         (iv.PerExample([1, 2]), "PerExample has 2 entries, and the batch has 1 examples. Give one for each."),
         (
             "Spain",
-            "There is no tokenizer to tell the text of example 0. Give one: IntervenableModel(config, model,"
-            " tokenizer=...), or say where by ints.",
+            "'Spain' is looked for in the text of example 0, and there is no tokenizer to tell it. Give one:"
+            " IntervenableModel(config, model, tokenizer=...), or say where by ints.",
+        ),
+        (
+            "lst",
+            "'lst' is looked for in the text of example 0, and there is no tokenizer to tell it. Did you mean 'last'?"
+            " Give one: IntervenableModel(config, model, tokenizer=...), or say where by ints.",
         ),
         (
             "all-image",
