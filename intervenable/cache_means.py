@@ -136,7 +136,7 @@ class RunningMean:
         same = {
             name: tokens
             for name, tokens in first.items()
-            if tokens.labels or bool((layout.tokens[name].positions == tokens.positions).all())
+            if name == GROUP or bool((layout.tokens[name].positions == tokens.positions).all())
         }
         return value, Layout(layout.axes[1:], same, layout.heads)
 
@@ -157,5 +157,6 @@ def _same_tokens(one: Layout, other: Layout) -> dict[str, TokenAxis]:
     return {
         name: tokens
         for name, tokens in one.tokens.items()
-        if name in other.tokens and torch.equal(tokens.positions, other.tokens[name].positions)
+        if name in other.tokens
+        and (name == GROUP or torch.equal(tokens.positions, other.tokens[name].positions))
     }

@@ -75,27 +75,35 @@ def _all_texts(given: Any) -> bool:
 
 
 def _parts(given: Any, size: int | None) -> Iterator[Batch]:
-    """One batch in parts of a size: each tensor with an entry for each example is cut."""
+    """One batch in parts of a size."""
     examples = _examples(given)
-    if size is None or size >= examples:
-        yield Batch(given, 0, examples)
-        return
+    step = examples if size is None or not examples else size
+    for start in range(0, examples or 1, step or 1):
+        yield Batch(_cut(given, start, start + step, examples), start, examples)
 
-    def cut(value: Any, part: slice) -> Any:
-        if isinstance(value, Tensor):
-            return value[part] if value.dim() and len(value) == examples else value
-        return value
 
-    for start in range(0, examples, size):
-        part = slice(start, start + size)
-        inputs: Any
-        if isinstance(given, Mapping):
-            inputs = {name: cut(value, part) for name, value in given.items()}
-        else:
-            inputs = (
-                cut(given, part) if isinstance(given, Tensor) else tuple(cut(value, part) for value in given)
-            )
-        yield Batch(inputs, start, examples)
+def _cut(given: Any, start: int, stop: int, examples: int) -> Any:
+    """Some of the examples: each tensor with an entry for each example is cut."""
+    if start == 0 and stop >= examples:
+        return given
+    if isinstance(given, Mapping):
+        return {name: _cut(value, start, stop, examples) for name, value in given.items()}
+    if isinstance(given, (tuple, list)):
+        return type(given)(_cut(value, start, stop, examples) for value in given)
+    whole = isinstance(given, Tensor) and given.dim() and len(given) == examples
+    return given[start:stop] if whole else given
+
+
+def sources_of(sources: Any, batch: Batch) -> Any:
+    """The sources of the examples in one batch: of those with a row for each example their rows, others whole."""
+    if sources is None or batch.total is None:
+        return sources
+    listed = sources if isinstance(sources, (list, tuple)) else [sources]
+    stop = batch.start + _examples(batch.inputs)
+    cut = [
+        _cut(one, batch.start, stop, batch.total) if _examples(one) == batch.total else one for one in listed
+    ]
+    return cut if isinstance(sources, (list, tuple)) else cut[0]
 
 
 def _examples(given: Any) -> int:

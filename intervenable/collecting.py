@@ -13,10 +13,10 @@ from intervenable.binding import Places
 from intervenable.cache import ActivationCache
 from intervenable.cache_joining import Aggregation
 from intervenable.cache_means import RunningMean
-from intervenable.collect_inputs import Batch, batches_of
+from intervenable.collect_inputs import Batch, batches_of, sources_of
 from intervenable.collect_requests import Where, readings
 from intervenable.collect_runs import CollectingRun, kept
-from intervenable.errors import InputError, SourceError, UnknownNameError, unknown_name
+from intervenable.errors import InputError, UnknownNameError, unknown_name
 from intervenable.inputs import RunInputs, read_inputs
 from intervenable.locations import RelativeTo, read_locations
 from intervenable.model import IntervenableModel
@@ -121,8 +121,6 @@ def collect(
         info |= {"layers": places.layers}
     caches: list[ActivationCache] = []
     for batch in batches_of(inputs, wrapped, tokenizer, batch_size):
-        if sources is not None and batch.start > 0:
-            raise SourceError("Sources go with one batch: give inputs as one batch, without batch_size.")
         plan = _plan(intervenable, wrapped, batch, call)
         run = CollectingRun(wrapped, wanted, plan, before=observe == "before", metric=gradients_of, keep=keep)
         run.locate(_part(where, batch, run.inputs), _reader(relative_to), ids)
@@ -146,7 +144,8 @@ def _plan(
     """What the interventions do in one run; nothing if there are none."""
     if intervenable is None:
         return Plan(read_inputs(batch.inputs, model, "inputs"), (), (), ())
-    return intervenable._plan(batch.inputs, *call)
+    sources, *rest = call
+    return intervenable._plan(batch.inputs, sources_of(sources, batch), *rest)
 
 
 def _part(where: Where, batch: Batch, inputs: RunInputs) -> Where:
