@@ -262,6 +262,31 @@ def test_a_knocked_out_edge_is_not_read_in_any_head_of_its_layers():
             assert (seen[:, 6, [1, 2]] > 0).all()
 
 
+def test_tokens_are_named_by_their_words():
+    tokenizer, model = iv.load_small_lm()
+    inputs = tokenizer("The capital of Spain is", return_tensors="pt")
+    edit = attention.grid(1, 2, "last", "Spain")
+    edited = patterns(model, inputs, edit, tokenizer=tokenizer)
+    expected = patterns(model, inputs)
+    expected[:, 4, 3] = 0
+    assert_close(edited, expected)
+
+
+def test_a_model_that_cannot_read_the_country_does_not_know_its_capital():
+    tokenizer, model = iv.load_small_lm()
+    inputs = tokenizer("The capital of Spain is", return_tensors="pt")
+    madrid = tokenizer.encode(" Madrid", add_special_tokens=False)[0]
+
+    def probability(*edits):
+        with torch.no_grad():
+            logits = iv.IntervenableModel([*edits], model, tokenizer=tokenizer)(inputs).intervened.logits
+        return logits[0, -1].softmax(-1)[madrid]
+
+    assert probability() > 0.5
+    assert probability(attention.knockout("last", "Spain", model=model)) < 0.05
+    assert probability(attention.knockout("last", "capital", model=model)) > 0.5
+
+
 # --- what is declared -------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 import intervenable as iv
 from intervenable.collecting import collect
 from intervenable.easyroutine import from_easyroutine
+from intervenable.easyroutine_keys import KEY_KINDS
 from intervenable.easyroutine_records import TYPES, EasyroutineIntervention
 from intervenable.easyroutine_values import FromCache
 from model_maps import lookup
@@ -158,7 +159,7 @@ def test_positions_that_a_type_does_not_look_at_are_warned_of():
     from_easyroutine(record("full", KEY, ["all"]), tiny("llama"))
 
 
-@pytest.mark.parametrize("positions", [1, [1], (1,), range(1, 2)])
+@pytest.mark.parametrize("positions", [1, [1], (1,), range(1, 2), [(1, 2)], ["last-2"]])
 def test_positions_are_numbers_lists_and_half_open_ranges(positions):
     assert_close(of_three(record("columns", KEY, positions)), of_three(record("columns", KEY, [1])))
 
@@ -178,6 +179,53 @@ def test_records_apply_to_every_example_and_each_sees_what_the_last_left():
     expected[:, 4] *= 0.5
     assert_close(edited, expected)
     assert torch.equal(edited_pattern(model, inputs, record("full", "pattern_L1H3")), plain)
+
+
+# --- positions by name ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_names_are_resolved_in_each_example_without_its_padding(padding):
+    model = tiny("llama")
+    inputs = tiny_inputs(model, batch=3, padding=padding)
+    real = [row.nonzero().flatten().tolist() for row in inputs["attention_mask"]]
+    plain = patterns(model, inputs)
+    edited = edited_pattern(model, inputs, record("grid", KEY, (["last", 1], ["first", (2, 4)])))
+    expected = plain.clone()
+    for example, tokens in enumerate(real):
+        for query in (tokens[-1], tokens[1]):
+            for key in (tokens[0], tokens[2], tokens[3]):
+                expected[example, query, key] = 0
+    assert_close(edited, expected)
+    given = torch.rand(7, 7)
+    edited = edited_pattern(model, inputs, record("rows", KEY, ["last"], given))
+    for example, tokens in enumerate(real):
+        last = tokens[-1]
+        assert_close(edited[example, last, tokens], given[last, tokens])
+        assert torch.equal(edited[example, tokens[:-1]], plain[example, tokens[:-1]])
+
+
+def test_blocks_of_an_image_are_where_its_markers_are():
+    model = tiny("llama")
+    inputs = {"input_ids": torch.tensor([[5, 60, 7, 8, 61, 9, 10], [60, 7, 8, 8, 8, 61, 9]])}
+    image, text = ([1, 2, 3, 4], [0, 1, 2, 3, 4, 5]), ([0, 5, 6], [6])  # markers are of the image
+    resolver = iv.PositionResolver(None, classes={"image": (60, None, 61)})
+    plain = patterns(model, inputs)
+    for kind, readers in (("block-img-txt", text), ("block_img_img", image)):
+        edited = edited_pattern(model, inputs, record(kind, KEY), tokenizer=resolver)
+        expected = plain.clone()
+        for example in range(2):
+            expected[example][torch.tensor(readers[example])[:, None], image[example]] = 0
+        assert_close(edited, expected)
+        assert (expected != plain).any()
+
+
+def test_a_name_that_is_not_there_is_an_error():
+    tokenizer, model = iv.load_small_lm()
+    inputs = tokenizer("The capital of Spain is", return_tensors="pt")
+    config = from_easyroutine([record("full", "resid_out_1", ["Spian"])], model)
+    with pytest.raises(iv.LocationError, match="'Spian'"):
+        iv.IntervenableModel(config, model, tokenizer=tokenizer)(inputs)
 
 
 # --- matrices: values -------------------------------------------------------------------------------------
@@ -605,6 +653,19 @@ def test_all_faults_of_a_record_and_of_all_records_are_told_at_once():
     assert "query heads 0 to 3" in text
     assert "name no position" in text
     assert "(1, 2, 3) among token_positions is no range" in text
+
+
+def test_every_key_is_written_or_says_why_it_cannot_be():
+    model = tiny("llama")
+    for kind in KEY_KINDS:
+        key = kind.template.format(layer=1, head=2)
+        fields = {"type": "full", "activation": key, "token_positions": ["all"], "kv": "shared"}
+        if kind.read_only:
+            with pytest.raises(iv.ConfigError, match=f"'{key}' cannot be written: "):
+                EasyroutineIntervention(**fields)
+        else:
+            (entry,) = from_easyroutine(fields, model).representations
+            assert (entry.component, entry.layer) == (kind.component, 1)
 
 
 def test_the_models_own_layers_and_heads_are_the_limits():
