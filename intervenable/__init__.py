@@ -53,7 +53,17 @@ from intervenable.locations import get_loc
 from intervenable.model import IntervenableModel
 from intervenable.output import IntervenableOutput
 from intervenable.pattern_statistics import pattern_blocks, uniform_pattern, value_weighted_pattern
-from intervenable.position_entries import Aligned, PerExample, Regex, Role, Sampled, Segment, Span, Words
+from intervenable.position_entries import (
+    Aligned,
+    Except,
+    PerExample,
+    Regex,
+    Role,
+    Sampled,
+    Segment,
+    Span,
+    Words,
+)
 from intervenable.position_resolver import PositionResolver, positions
 from intervenable.receipt import Explanation, Receipt, ReceiptLine
 from intervenable.small_lm import load_small_lm
@@ -107,6 +117,7 @@ __all__ = [
     "DireftIntervention",
     "EasyroutineIntervention",
     "EditError",
+    "Except",
     "Explanation",
     "FromCache",
     "IndexSet",

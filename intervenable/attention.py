@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from intervenable.config import RepresentationConfig
 from intervenable.errors import ConfigError, UnknownNameError, UnsupportedModelError, unknown_name
+from intervenable.position_entries import Except
 from intervenable.sites import module_at
 from interventions import (
     Intervention,
@@ -111,7 +112,7 @@ def full(layer: Layers, heads: Heads, **how: Unpack[How]) -> Edit:
 
 
 def block(
-    layer: Layers, heads: Heads, *, rows: Tokens, columns: Tokens, exclude: Tokens = (), **how: Unpack[How]
+    layer: Layers, heads: Heads, *, rows: Tokens, columns: Tokens, exclude: Tokens = None, **how: Unpack[How]
 ) -> Edit:
     """Edit a block, such as what the text reads of an image; like `grid`, and some columns can be left out.
 
@@ -119,13 +120,14 @@ def block(
         layer, heads, how: As everywhere here.
         rows: The tokens that read.
         columns: The tokens that are read.
-        exclude: Those of the columns to leave alone.
+        exclude: Columns to leave alone.
 
     Example:
-        >>> block(3, 8, rows=[4, 5], columns=[0, 1, 2], exclude=1).where
-        {'heads': 8, 'queries': [4, 5], 'keys': [0, 2]}
+        >>> block(3, 8, rows="last", columns=[0, 1, 2], exclude=1).where["keys"]
+        Except(of=[0, 1, 2], exclude=1)
     """
-    return _edits(layer, "h.query.key", _where(heads, queries=rows, keys=_without(columns, exclude)), how)
+    keys = columns if exclude is None else Except(columns, exclude)
+    return _edits(layer, "h.query.key", _where(heads, queries=rows, keys=keys), how)
 
 
 def keep_self(layer: Layers, heads: Heads, tokens: Tokens, **how: Unpack[How]) -> Edit:
@@ -208,21 +210,6 @@ def _where(heads: Heads, **levels: Tokens) -> dict[str, Any]:
             raise UnknownNameError(unknown_name("heads", heads, ["all"]))
         return levels
     return {"heads": heads if isinstance(heads, int) else list(heads), **levels}
-
-
-def _without(columns: Tokens, exclude: Tokens) -> Tokens:
-    """The columns but for some."""
-    left_out = exclude if isinstance(exclude, (list, tuple)) else [exclude]
-    if not left_out:
-        return columns
-    listed = list(columns) if isinstance(columns, (list, tuple, range)) else [columns]
-    if not all(isinstance(entry, int) for entry in (*listed, *left_out)):
-        raise ConfigError(
-            f"exclude={exclude!r}: what is left of {columns!r} can be told for numbers alone. Give both as numbers."
-        )
-    if any(entry not in listed for entry in left_out):
-        raise ConfigError(f"exclude={exclude!r} names columns that {columns!r} does not have.")
-    return [entry for entry in listed if entry not in left_out]
 
 
 # --- what -------------------------------------------------------------------------------------------------

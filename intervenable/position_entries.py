@@ -174,6 +174,23 @@ class Sampled:
 
 
 @dataclass(frozen=True)
+class Except:
+    """The positions of one entry without those of another.
+
+    Example:
+        >>> from intervenable import positions
+        >>> positions(None, torch.arange(6), Except("all", ["first", 4]))
+        [1, 2, 3, 5]
+    """
+
+    of: Entry
+    """What to take from."""
+
+    exclude: Entry
+    """What to leave out; it need not be among them."""
+
+
+@dataclass(frozen=True)
 class PerExample:
     """An entry for each example of the batch."""
 
@@ -238,6 +255,7 @@ _OBJECTS: dict[str, type] = {
     "segment": Segment,
     "role": Role,
     "sampled": Sampled,
+    "all_of": Except,
     "per_example": PerExample,
     "aligned": Aligned,
 }

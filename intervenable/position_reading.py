@@ -17,6 +17,7 @@ from intervenable.errors import LocationError, LocationRangeError
 from intervenable.position_entries import (
     Aligned,
     Entry,
+    Except,
     PerExample,
     Regex,
     Role,
@@ -311,6 +312,10 @@ class _Reading:
             drawn = random.Random(f"{seed}/{self.view.example}").sample(range(len(candidates)), entry.count)
         return [candidates[place] for place in sorted(drawn)]
 
+    def _except(self, entry: Except) -> Sequence[int]:
+        left_out = set(self.chosen(entry.exclude))
+        return [position for position in self.chosen(entry.of) if position not in left_out]
+
     def _per_example(self, entry: PerExample) -> Sequence[int]:
         count = len(entry.entries)
         batch = self.view.batch
@@ -464,6 +469,7 @@ class _Reading:
         (Segment, _segment),
         (Role, _role),
         (Sampled, _sampled),
+        (Except, _except),
         (PerExample, _per_example),
         (Aligned, _aligned),
         (type(None), _nothing),

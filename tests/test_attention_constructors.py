@@ -311,6 +311,7 @@ def test_declarations_go_to_json_and_back():
     made = [
         attention.columns(1, 2, ["Spain", 3], factor=0.5, renormalize="rows"),
         attention.keep_self(1, 2, "last"),
+        attention.block(1, 2, rows="all-text", columns="all-image", exclude=[3, "last-image"]),
         attention.grid(1, 2, [1], [0], values=torch.ones(1, 1)),
         *attention.knockout("last", "Spain", range(2)),
     ]
@@ -381,7 +382,6 @@ WRONG = {
         lambda: attention.keep_self(1, 2, 3, values=torch.ones(1)),
         "keep_self takes no values",
     ),
-    "exclude": (lambda: attention.block(1, 2, rows=3, columns=[0, 1], exclude=2), "names columns that"),
 }
 
 

@@ -403,6 +403,25 @@ def test_no_more_can_be_drawn_than_there_are():
         chosen(iv.Sampled("all", 11))
 
 
+@pytest.mark.parametrize(
+    ("of", "exclude", "left"),
+    [
+        ("all", [0, -1], [1, 2, 3, 4, 5, 6, 7, 8]),
+        (slice(2, 6), iv.Span(4, 9), [2, 3]),
+        ([5, 1, 3], 3, [5, 1]),
+        ([5, 1], "last", [5, 1]),
+        (iv.Except("all", slice(1, 9)), 0, [9]),
+    ],
+)
+def test_some_positions_are_left_out_of_others(of, exclude, left):
+    assert chosen(iv.Except(of, exclude)) == left
+
+
+def test_something_has_to_be_left():
+    with pytest.raises(iv.LocationError, match=r"Except\(of=\[1, 2\], exclude='all'\).* chooses nothing"):
+        chosen(iv.Except([1, 2], "all"))
+
+
 def test_partitions_are_drawn_from_by_name():
     drawn = chosen("random-inputs-partition-1-3", pivots=[4])
     assert len(drawn) == 3
@@ -609,6 +628,7 @@ WRITTEN = [
     (iv.Segment(1, (4, ".")), {"segment": 1, "pivots": [4, "."]}),
     (iv.Role("user", -1), {"role": "user", "turn": -1}),
     (iv.Sampled(iv.Words("a"), 2, seed=3), {"sampled": {"words": "a"}, "count": 2, "seed": 3}),
+    (iv.Except("all", [1, iv.Words("a")]), {"all_of": "all", "exclude": [1, {"words": "a"}]}),
     (iv.PerExample([1, ["last", slice(2)]]), {"per_example": [1, ["last", {"slice": [None, 2, None]}]]}),
     (iv.Aligned("Spain", "skip"), {"aligned": "Spain", "unequal": "skip"}),
 ]
@@ -621,7 +641,17 @@ def test_an_entry_goes_to_json_and_back(entry, written):
 
 
 def test_every_object_is_among_those_written():
-    objects = {iv.Aligned, iv.PerExample, iv.Regex, iv.Role, iv.Sampled, iv.Segment, iv.Span, iv.Words}
+    objects = {
+        iv.Aligned,
+        iv.Except,
+        iv.PerExample,
+        iv.Regex,
+        iv.Role,
+        iv.Sampled,
+        iv.Segment,
+        iv.Span,
+        iv.Words,
+    }
     assert objects <= {type(entry) for entry, _ in WRITTEN}
 
 
