@@ -24,6 +24,7 @@ from intervenable.errors import (
 )
 from intervenable.inputs import RunInputs
 from intervenable.locations import Subject, Units, Whole, read_locations
+from intervenable.position_entries import PerExample
 from intervenable.sites import BoundSite
 from model_maps import ALIASES, COMPONENTS, Stack
 
@@ -221,6 +222,8 @@ def _part(given: Any, start: int, stop: int, total: int | None) -> Any:
         return {label: _part(entry, start, stop, total) for label, entry in given.items()}
     if isinstance(given, Tensor) and given.dtype == torch.bool:
         return given[start:stop]
+    if isinstance(given, PerExample):
+        return PerExample(_part([[entry] for entry in given.entries], start, stop, total))
     if not _for_each_example(given):
         return given
     if len(given) < stop or len(given) != (total or len(given)):

@@ -123,7 +123,7 @@ def collect(
     for batch in batches_of(inputs, wrapped, tokenizer, batch_size):
         plan = _plan(intervenable, wrapped, batch, call)
         run = CollectingRun(wrapped, wanted, plan, before=observe == "before", metric=gradients_of, keep=keep)
-        run.locate(_part(where, batch, run.inputs), _reader(relative_to), ids)
+        run.locate(_part(where, batch, run.inputs), _reader(relative_to, tokenizer), ids)
         cache = run.collected(ids, info)
         cache = cache.group_means() if group_means else cache
         if mean is None:
@@ -154,5 +154,5 @@ def _part(where: Where, batch: Batch, inputs: RunInputs) -> Where:
     return where.part(batch.start, stop, batch.total)
 
 
-def _reader(relative_to: RelativeTo) -> Any:
-    return partial(read_locations, relative_to=relative_to)
+def _reader(relative_to: RelativeTo, tokenizer: Any) -> Any:
+    return partial(read_locations, relative_to=relative_to, tokenizer=tokenizer)
