@@ -76,7 +76,10 @@ def write_cache(
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.{uuid4().hex}.part")
     try:
+        part.touch()  # with the permissions of any new file, which save_file does not give
+        mode = part.stat().st_mode
         save_file(tensors, part, {"format": FORMAT, "version": str(VERSION), "header": header})
+        part.chmod(mode)
         with part.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(part, target)

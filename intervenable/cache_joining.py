@@ -12,6 +12,7 @@ from torch import Tensor
 
 from intervenable.cache_layout import (
     BATCH,
+    GROUP,
     TOKEN_AXES,
     Layout,
     TokenAxis,
@@ -105,10 +106,8 @@ def _alike(key: Name, tensors: Sequence[Tensor], layouts: Sequence[Layout]) -> N
 
 def _described(layout: Layout) -> str:
     heads = "" if layout.heads is None else f" of heads {list(layout.heads)}"
-    labels = [
-        f" of {axis} groups {list(tokens.labels)}" for axis, tokens in layout.tokens.items() if tokens.labels
-    ]
-    return f"{layout.axes}{heads}{''.join(labels)}"
+    labels = f" of groups {list(layout.tokens[GROUP].labels)}" if GROUP in layout.tokens else ""
+    return f"{layout.axes}{heads}{labels}"
 
 
 def _concatenated(

@@ -83,7 +83,7 @@ class Layout:
             self.axes == other.axes
             and self.heads == other.heads
             and self.tokens.keys() == other.tokens.keys()
-            and all(axis.labels == other.tokens[name].labels for name, axis in self.tokens.items())
+            and (GROUP not in self.tokens or self.tokens[GROUP].labels == other.tokens[GROUP].labels)
         )
 
 
@@ -141,14 +141,16 @@ def padded(tensor: Tensor, sizes: Sequence[int], filler: float = 0) -> Tensor:
 
 
 def joined_tokens(axes: Sequence[TokenAxis]) -> TokenAxis:
-    """The tokens of several batches, shorter ones filled up."""
+    """The tokens of several batches, shorter ones filled up; their groups, if they were asked for as the same."""
     longest = max(axis.positions.shape[-1] for axis in axes)
 
     def join(tensors: Sequence[Any]) -> Tensor:
         return torch.cat([padded(tensor, (len(tensor), longest), FILLER) for tensor in tensors])
 
-    groups = None if axes[0].groups is None else join([axis.groups for axis in axes])
-    return TokenAxis(join([axis.positions for axis in axes]), groups, axes[0].labels)
+    positions = join([axis.positions for axis in axes])
+    if any(axis.groups is None or axis.labels != axes[0].labels for axis in axes):
+        return TokenAxis(positions)
+    return TokenAxis(positions, join([axis.groups for axis in axes]), axes[0].labels)
 
 
 def joined_layouts(layouts: Sequence[Layout]) -> Layout:
