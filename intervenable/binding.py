@@ -30,6 +30,7 @@ from model_maps import (
     COMPONENTS,
     AbsentComponentError,
     ModelMap,
+    Site,
     Sizes,
     UnmappedModelError,
     component_site,
@@ -166,18 +167,14 @@ class Places:
         """How many blocks a component is in: those of its stack, in a model of two."""
         blocks = self.map.blocks_of(component)
         if blocks is None:
-            if self.map.stacks:  # a name of the other kind of model, whose error says which to take
-                self._component(component, None)
+            self._site_of(component)  # of the other kind of model: its error says which name to take
             raise UnsupportedModelError(f"{type(self.model).__name__} has no blocks.")
         if not blocks:
             return 1
         return len(module_at(self.model, blocks, "the list of blocks"))  # type: ignore[arg-type]  # a ModuleList
 
     def _component(self, component: str, layer: int | None) -> BoundSite:
-        try:
-            site = component_site(self.map, component)
-        except AbsentComponentError as error:
-            raise UnsupportedModelError(str(error)) from error
+        site = self._site_of(component)
         plus = None if site.plus is None else self._component(site.plus, layer)
         blocks = self.map.blocks_of(component)
         prefix = f"{blocks}.{layer}" if blocks and layer is not None else ""
@@ -192,6 +189,12 @@ class Places:
             causal=self.map.causal_at(component),
             stack=self.map.stack_of(component),
         )
+
+    def _site_of(self, component: str) -> Site:
+        try:
+            return component_site(self.map, component)
+        except AbsentComponentError as error:
+            raise UnsupportedModelError(str(error)) from error
 
     @property
     def _map_if_any(self) -> ModelMap | None:

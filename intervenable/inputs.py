@@ -70,8 +70,8 @@ class RunInputs:
             return self
         if self.decoder is None:
             raise InputError(
-                "The decoder is given nothing, so that it has no positions. Give decoder_input_ids, or labels to a"
-                " model that makes them of those."
+                "The decoder is given nothing, so that it has no positions. Put decoder_input_ids into the inputs, or"
+                " labels if the model makes them of those."
             )
         return self.decoder
 

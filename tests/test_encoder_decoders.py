@@ -390,8 +390,8 @@ def test_a_decoder_without_any_input_is_refused():
     with pytest.raises(iv.InputError) as caught:
         declared(inputs, unit_locations={"base": 1})
     assert str(caught.value) == (
-        "The decoder is given nothing, so that it has no positions. Give decoder_input_ids, or labels to a model that"
-        " makes them of those."
+        "The decoder is given nothing, so that it has no positions. Put decoder_input_ids into the inputs, or labels"
+        " if the model makes them of those."
     )
 
 
