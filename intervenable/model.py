@@ -18,8 +18,9 @@ from intervenable.inputs import check_options
 from intervenable.locations import RelativeTo, Units
 from intervenable.output import IntervenableOutput
 from intervenable.plan import Plan, make_plan
-from intervenable.receipt import Decodes, Explanation, Receipt
+from intervenable.receipt import Explanation, Receipt
 from intervenable.runs import Fired, plain_run, run_base, run_source
+from intervenable.token_text import Decodes
 from interventions import Intervention
 from interventions.temperature import Tempered
 

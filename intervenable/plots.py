@@ -19,7 +19,7 @@ from torch import Tensor
 
 from intervenable.attention_panels import Head, Panel, panels_of, without_future
 from intervenable.errors import InputError, MissingExtraError
-from intervenable.receipt import Decodes
+from intervenable.token_text import Decodes
 
 try:
     from matplotlib import colormaps

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, overload
+from typing import Any, overload
 
 from intervenable.binding import BoundRepresentation
 from intervenable.inputs import RunInputs
 from intervenable.locations import Units, Whole
 from intervenable.plan import Plan
+from intervenable.position_resolver import PositionResolver
 from intervenable.runs import Fired
-
-
-class Decodes(Protocol):
-    """What is needed of a tokenizer."""
-
-    def decode(self, token_ids: Any) -> str:
-        """Text of token ids."""
+from intervenable.token_text import Decodes
 
 
 @dataclass(frozen=True)
@@ -255,6 +250,8 @@ def _tokens_at(
     level: tuple[tuple[int, ...], ...] | None, inputs: RunInputs, example: int, tokenizer: Decodes | None
 ) -> tuple[str, ...] | None:
     """The text of each token that one example's units are at; None where there are no tokens or no tokenizer."""
+    if isinstance(tokenizer, PositionResolver):
+        tokenizer = tokenizer.tokenizer
     if tokenizer is None or inputs.input_ids is None:
         return None
     row = inputs.input_ids[example]

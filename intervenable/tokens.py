@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from intervenable.errors import InputError, UnsupportedModelError
 from intervenable.padding import evaluating, first_tensor
-from intervenable.receipt import Decodes
 from intervenable.signatures import forward_signature, takes
+from intervenable.token_text import Decodes
 
 
 def embed_to_distrib(model: nn.Module, embed: Tensor, log: bool = False, logits: bool = False) -> Tensor:

@@ -345,3 +345,38 @@ def test_what_cannot_be_found_is_told_before_any_run(stopped, entry, message):
     base = encoded(stopped[0], f"{SPAIN} Madrid. {ITALY}")
     with pytest.raises(iv.LocationError, match=message):
         zeroing(stopped)(base, None, {"base": entry})
+
+
+def test_a_resolver_without_a_tokenizer_serves_numbers(small_lm):
+    base = encoded(small_lm[0], SPAIN)
+    resolver = iv.PositionResolver(None, names={"middle": lambda view: len(view) // 2})
+    output = zeroing(small_lm, tokenizer=resolver)(base, None, {"base": "middle"})
+    assert (output.receipt[0].positions, output.receipt[0].tokens) == ((2,), None)
+
+
+# --- two stacks -------------------------------------------------------------------------------------------
+
+
+class Letters:
+    """A tokenizer with a letter for each id."""
+
+    def decode(self, token_ids) -> str:
+        return "".join(chr(ord("a") + int(token)) for token in token_ids)
+
+
+def test_words_are_looked_up_in_the_stack_that_a_level_is_in():
+    model = tiny("t5")
+    inputs = {
+        "input_ids": torch.tensor([[3, 4, 5, 6, 7]]),  # d e f g h
+        "decoder_input_ids": torch.tensor([[9, 6, 8]]),  # j g i
+    }
+    entry = iv.RepresentationConfig(
+        0,
+        "cross_attention_pattern",
+        "h.query.key",
+        intervention=iv.ZeroIntervention(),
+        where={"keys": "fg", "queries": "g"},
+    )
+    line = iv.IntervenableModel(entry, model, tokenizer=Letters())(inputs).receipt[0]
+    assert (line.queries, line.keys) == ((1,), (2, 3))
+    assert (line.query_tokens, line.tokens) == (("g",), ("f", "g"))
