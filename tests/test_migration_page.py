@@ -303,6 +303,22 @@ def test_a_fused_projection_is_always_split():
     assert_close(torch.cat(list(collected.values()), -1), outputs[0])
 
 
+def test_attention_weights_are_read_and_written():
+    model = tiny("gpt2", attention="eager")
+    inputs = tiny_inputs(model)
+    truth = model(**inputs, output_attentions=True).attentions[1]
+    reader = iv.RepresentationConfig(
+        1, "attention_weight", "h", intervention=iv.CollectIntervention(), name="read"
+    )
+    writer = iv.RepresentationConfig(
+        1, "attention_weight", "h", intervention=iv.ZeroIntervention(), name="write"
+    )
+    both = iv.IntervenableModel([reader, writer], model)(inputs, output_attentions=True)
+    assert_close(both.collected["read"], truth, rtol=0, atol=0)
+    assert not both.intervened.attentions[1].any()
+    assert_close(both.intervened.attentions[0], model(**inputs, output_attentions=True).attentions[0])
+
+
 # --- running ----------------------------------------------------------------------------------------------
 
 
