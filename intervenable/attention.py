@@ -31,6 +31,7 @@ whatever the `where` of a `RepresentationConfig` takes: numbers from 0, words of
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypedDict, Unpack, cast
 
@@ -164,8 +165,8 @@ def heads(pairs: Iterable[Any], **how: Unpack[How]) -> list[RepresentationConfig
         [(3, {'heads': [8, 1]}), (5, {'heads': [0]})]
     """
     by_layer: dict[int, list[int]] = {}
-    for pair in pairs:
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+    for pair in pairs if hasattr(pairs, "__iter__") else [pairs]:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(n, int) for n in pair):
             raise ConfigError(f"{pair!r} is no head; heads are pairs (layer, head) such as (3, 8).")
         layer, head = pair
         if head in by_layer.setdefault(layer, []):
@@ -196,20 +197,37 @@ def knockout(
         [4, 5, 6]
     """
     chosen: Any = {"at": "scores", **how}
-    made = grid([layers] if isinstance(layers, int) else layers, heads, queries, keys, **chosen)
+    made = grid(layers, heads, queries, keys, **chosen)
     return made if isinstance(made, list) else [made]
 
 
 # --- where ------------------------------------------------------------------------------------------------
 
 
-def _where(heads: Heads, **levels: Tokens) -> dict[str, Any]:
+def _where(heads: Any, **levels: Tokens) -> dict[str, Any]:
     """The levels that are not everything."""
-    if isinstance(heads, str):
-        if heads != "all":
-            raise UnknownNameError(unknown_name("heads", heads, ["all"]))
-        return levels
-    return {"heads": heads if isinstance(heads, int) else list(heads), **levels}
+    missing = [level for level, tokens in levels.items() if tokens is None]
+    if missing:
+        raise ConfigError(f"The {missing[0]} are None. Say which tokens are meant, or 'all'.")
+    return levels if heads == "all" else {"heads": _numbers(heads, "heads"), **levels}
+
+
+def _numbers(value: Any, name: str) -> int | list[int]:
+    """A whole number, or a list of them."""
+    if isinstance(value, str):
+        raise UnknownNameError(unknown_name(name, value, ["all"]))
+    try:
+        if isinstance(value, bool) or not hasattr(value, "__iter__"):
+            return _number(value)
+        return [_number(item) for item in value]
+    except TypeError:
+        raise ConfigError(f"{name} are {value!r}; give a whole number, several of them, or 'all'.") from None
+
+
+def _number(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
 
 
 # --- what -------------------------------------------------------------------------------------------------
@@ -217,9 +235,10 @@ def _where(heads: Heads, **levels: Tokens) -> dict[str, Any]:
 
 def _edits(layer: Layers, unit: str, where: Mapping[str, Any], how: How) -> Edit:
     """The declaration for one layer, or a list of those for several."""
-    if isinstance(layer, int):
-        return _edit(layer, unit, where, how)
-    return [_edit(each, unit, where, how) for each in _layers(layer, how)]
+    layers = _layers(layer, how)
+    if isinstance(layers, int):
+        return _edit(layers, unit, where, how)
+    return [_edit(each, unit, where, how) for each in layers]
 
 
 def _edit(layer: int, unit: str, where: Mapping[str, Any], how: How) -> RepresentationConfig:
@@ -276,18 +295,18 @@ def _intervention(at: str, mode: str | None, factor: Any, values: Tensor | None)
     return {"intervention": scaled}
 
 
-def _layers(layers: Iterable[int] | str, how: How) -> list[int]:
-    """Layers one by one."""
-    if isinstance(layers, str):
-        if layers != "all":
-            raise UnknownNameError(unknown_name("layers", layers, ["all"]))
+def _layers(layers: Layers, how: How) -> int | list[int]:
+    """The one layer, or the layers one by one."""
+    if layers == "all":
         model = how.get("model")
         if model is None:
             raise ConfigError(
                 "layers='all' needs the model to count them: give model=..., or the numbers, such as range(12)."
             )
-        return list(range(_count_layers(model, _component(how))))
-    listed = list(layers)
+        return list(range(count_layers(model, _component(how))))
+    listed = _numbers(layers, "layers")
+    if isinstance(listed, int):
+        return listed
     if not listed:
         raise ConfigError("No layers were given. Give at least one, or 'all' and the model.")
     twice = sorted({layer for layer in listed if listed.count(layer) > 1})
@@ -296,8 +315,12 @@ def _layers(layers: Iterable[int] | str, how: How) -> list[int]:
     return listed
 
 
-def _count_layers(model: nn.Module, component: str) -> int:
-    """How many blocks there are of those that a component is in."""
+def count_layers(model: nn.Module, component: str) -> int:
+    """How many blocks a model has, of those that a component is in.
+
+    Raises:
+        UnsupportedModelError: no map describes the model, or it has no blocks with that component.
+    """
     try:
         described = find_map([cls.__name__ for cls in type(model).__mro__], getattr(model, "config", None))
     except UnmappedModelError as error:

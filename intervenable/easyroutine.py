@@ -52,7 +52,8 @@ def from_easyroutine(records: Any, model: nn.Module, inputs: Any = None) -> Inte
 
 
 def _is_one(records: Any) -> bool:
-    return isinstance(records, (EasyroutineIntervention, Mapping)) or hasattr(records, "activation")
+    several = hasattr(records, "__iter__") and not isinstance(records, (str, Mapping))
+    return isinstance(records, EasyroutineIntervention) or not several
 
 
 def _record_from(record: Any) -> EasyroutineIntervention:

@@ -20,7 +20,7 @@ from intervenable.errors import (
     UnknownNameError,
     unknown_name,
 )
-from model_maps import COMPONENTS, Sizes
+from model_maps import ALIASES, COMPONENTS, Sizes
 
 
 @dataclass(frozen=True)
@@ -212,6 +212,7 @@ def activation_key(component: str, layer: int | None = None, head: int | None = 
         >>> activation_key("block_output", 4), activation_key("attention_pattern", 3, 8)
         ('resid_out_4', 'pattern_L3H8')
     """
+    component = ALIASES.get(component, component)
     kind = next((kind for kind in KEY_KINDS if kind.component == component), None)
     if kind is None:
         names = {kind.component for kind in KEY_KINDS}

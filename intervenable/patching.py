@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from intervenable.attention import count_layers
 from intervenable.config import IntervenableConfig, RepresentationConfig
 from intervenable.errors import ConfigError, UnsupportedModelError
 from intervenable.inputs import RunInputs, read_inputs
@@ -117,7 +118,7 @@ def compare_patched(
     base: Any,
     target: Any,
     component: str = "block_output",
-    layers: int | Iterable[int | Iterable[int]] = (),
+    layers: int | Iterable[int | Iterable[int]] | Literal["all"] = (),
     positions: Any = None,
     tokens: Sequence[tuple[Token, Token]] | None = None,
     *,
@@ -157,7 +158,7 @@ def compare_patched(
         >>> bool(result.variation[0] < result.variation[1])  # the country is read from its token in early layers
         True
     """
-    runs = _runs(layers, component)
+    runs = _runs(layers, component, model)
     examples = read_inputs(target, model, "target"), read_inputs(base, model, "base")
     pairs = None if tokens is None else _pairs(tokens, examples[0].batch, tokenizer)
     patched = [
@@ -172,18 +173,20 @@ def compare_patched(
     with torch.no_grad():
         base_logits = _last_logits(plain(base).intervened, examples[1], model)
         clean_logits = _last_logits(plain(target).intervened, examples[0], model)
+        _check_vocabulary(pairs, clean_logits)
         found = [_last_logits(one(target, [base]).intervened, examples[0], model) for one in patched]
     return PatchingComparison(tuple(runs), base_logits, clean_logits, torch.stack(found), pairs)
 
 
-def _runs(layers: Any, component: str) -> list[tuple[int, ...]]:
+def _runs(layers: Any, component: str, model: nn.Module) -> list[tuple[int, ...]]:
     """The layers of each patched run."""
     name = ALIASES.get(component, component)
-    listed = [layers] if isinstance(layers, int) else list(layers)
-    runs = [(run,) if isinstance(run, int) else tuple(run) for run in listed]
-    outside = name not in COMPONENTS or COMPONENTS[name].scope == "model"
+    if layers == "all":
+        layers = range(count_layers(model, name))
+    listed = list(layers) if hasattr(layers, "__iter__") else [layers]
+    runs = [tuple(run) if hasattr(run, "__iter__") and not isinstance(run, str) else (run,) for run in listed]
     if not runs:
-        if not outside:
+        if name in COMPONENTS and COMPONENTS[name].scope == "block":
             raise ConfigError(
                 f"No layers were given to patch {component!r} in. Give at least one: layers=[3, 4]."
             )
@@ -228,9 +231,11 @@ def _pairs(tokens: Sequence[Any], batch: int, tokenizer: Any) -> Tensor:
     return ids.expand(batch, 2)
 
 
-def _token_id(token: Token, tokenizer: Any) -> int:
-    if not isinstance(token, str):
+def _token_id(token: Any, tokenizer: Any) -> int:
+    if isinstance(token, int) and not isinstance(token, bool):
         return token
+    if not isinstance(token, str):
+        raise ConfigError(f"{token!r} is no token: give its id, or its text and the tokenizer.")
     encode = getattr(tokenizer, "encode", None)
     if encode is None:
         raise ConfigError(f"The token {token!r} is given by its text: give the tokenizer, or its id.")
@@ -240,6 +245,13 @@ def _token_id(token: Token, tokenizer: Any) -> int:
             f"{token!r} is {len(ids)} tokens and not one. Give one of them, or ids; most words begin with a space."
         )
     return cast(int, ids[0])
+
+
+def _check_vocabulary(pairs: Tensor | None, logits: Tensor) -> None:
+    size = logits.shape[-1]
+    if pairs is not None and not bool(((pairs >= 0) & (pairs < size)).all()):
+        wrong = pairs[(pairs < 0) | (pairs >= size)].tolist()
+        raise ConfigError(f"Token {wrong[0]} does not exist: the vocabulary has ids 0 to {size - 1}.")
 
 
 def _last_logits(output: Any, inputs: RunInputs, model: nn.Module) -> Tensor:

@@ -106,6 +106,10 @@ def test_layers_and_heads_are_checked_where_the_model_is_known():
         parse_activation_key("head_values_L0H4", GROUPED)
 
 
+def test_another_name_of_a_component_has_its_key():
+    assert activation_key("attention_weight", 1, 2) == "pattern_L1H2"
+
+
 def test_components_without_a_key_and_keys_without_their_numbers_are_errors():
     with pytest.raises(iv.UnknownNameError, match="no key for 'mlp_hidden'"):
         activation_key("mlp_hidden", 1)

@@ -592,8 +592,10 @@ def test_records_may_be_mappings_or_easyroutines_own():
     made = [from_easyroutine(one, model) for one in (fields, own, [EasyroutineIntervention(**fields)])]
     assert made[0] == made[1] == made[2]
     assert record("columns", KEY, [1])["token_positions"] == [1]
-    with pytest.raises(iv.ConfigError, match="is no intervention of easyroutine's"):
-        from_easyroutine([3], model)
+    for wrong in ([3], "columns", None):
+        with pytest.raises(iv.ConfigError, match=r"intervention 0: .* is no intervention of easyroutine's"):
+            from_easyroutine(wrong, model)
+    assert from_easyroutine([], model).representations == []
 
 
 def test_records_cannot_be_changed():

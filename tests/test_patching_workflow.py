@@ -198,6 +198,12 @@ def test_a_model_of_two_stacks_answers_in_its_decoder(padding):
     base, target = two_prompts(model, padding)
     last = [int(row.nonzero().max()) for row in target["decoder_attention_mask"]]
     everything = compare_patched(model, base, target, "encoder_block_output", LAYERS - 1)
+    assert compare_patched(model, base, target, "decoder_mlp_output", "all").layers == (
+        (0,),
+        (1,),
+        (2,),
+        (3,),
+    )
     with torch.no_grad():
         clean = model(**target).logits[[0, 1], last]
         read = {name: base[name] for name in ("input_ids", "attention_mask")}
@@ -237,6 +243,8 @@ def test_what_makes_no_sense_is_said_before_any_run():
         ({"layers": [(), 1]}, "a run without layers"),
         ({"layers": 1, "tokens": [(1, 2)] * 3}, "one for each of the 2"),
         ({"layers": 1, "tokens": [1, 2]}, "give pairs"),
+        ({"layers": 1, "tokens": [(1, 2.5)]}, "2.5 is no token"),
+        ({"layers": 1.5}, "layer is 1.5"),
         ({"layers": 1, "heads": 2}, "heads=2 makes no sense for 'block_output'"),
         ({"layers": LAYERS}, "layers 0 to 2"),
         ({"layers": 1, "component": "block_ouput"}, "Did you mean 'block_output'"),
@@ -247,6 +255,8 @@ def test_what_makes_no_sense_is_said_before_any_run():
     with pytest.raises(iv.ConfigError, match="Which logits"):
         _ = PatchingComparison(((0,),), torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 1, 2)).variation
     assert calls.count == 0
+    with pytest.raises(iv.ConfigError, match="Token 999 does not exist"):
+        compare_patched(model, base, target, layers=1, tokens=[(1, 999)])
     headless = tiny("llama", head="base")
     with pytest.raises(iv.UnsupportedModelError, match="gives no logits"):
         compare_patched(headless, base, target, layers=1)
