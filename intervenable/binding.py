@@ -158,6 +158,12 @@ class Places:
         return self._component(component, self._layer(component, layer or 0) if inside else None)
 
     @property
+    def components(self) -> tuple[str, ...]:
+        """Names of the components the model has; of one without a map all there are."""
+        known = self._map_if_any
+        return tuple(COMPONENTS) if known is None else known.components()
+
+    @property
     def layers(self) -> int:
         """How many blocks the model has; 1 if it is one itself. Of two stacks those of the deeper one."""
         inside = [name for name in self.map.components() if COMPONENTS[name].scope == "block"]

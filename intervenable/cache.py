@@ -211,6 +211,10 @@ class ActivationCache(Mapping[Key, Tensor]):
         keys = [key for key in self._values if key in wanted or (key[0], None) in wanted]
         return self._with({key: self._values[key] for key in keys}, self._layouts)
 
+    def with_info(self, **info: Any) -> Self:
+        """The same with more kept beside it, which `save` writes too."""
+        return self._with(self._values, self._layouts, {**self._info, **info})
+
     def cat(
         self,
         *others: ActivationCache,

@@ -98,7 +98,7 @@ def axes_of(component: str, dimensions: int) -> tuple[str, ...]:
         dimensions: How many axes the tensor has.
     """
     name = component.removesuffix(".gradient")
-    known = COMPONENTS.get(name)
+    known = COMPONENTS.get("attention_pattern" if name == "value_weighted_pattern" else name)
     axes: tuple[str, ...] = (BATCH, POSITION, "hidden")
     if name == "input_ids":
         axes = (BATCH, POSITION)

@@ -102,7 +102,7 @@ def readings(places: Places, components: Any, layers: Any, heads: Any) -> tuple[
     ids = False
     for entry in listed:
         try:
-            component, its_layers = _component_of(entry), layers
+            component, its_layers = _component_of(entry, places), layers
             if isinstance(entry, tuple) and entry[1] is not None:
                 its_layers = entry[1]
             if component == INPUT_IDS:
@@ -134,7 +134,7 @@ def _is_one(components: Any) -> bool:
     )
 
 
-def _component_of(entry: Any) -> str:
+def _component_of(entry: Any, places: Places) -> str:
     name = entry[0] if isinstance(entry, tuple) and len(entry) == 2 else entry
     if not isinstance(name, str):
         raise UnknownNameError(
@@ -143,7 +143,7 @@ def _component_of(entry: Any) -> str:
     name = ALIASES.get(name, name)
     if name in COMPONENTS or name == INPUT_IDS or is_module_path(name):
         return name
-    raise UnknownNameError(unknown_name("component", name, (*COMPONENTS, INPUT_IDS)))
+    raise UnknownNameError(unknown_name("component", name, (*places.components, INPUT_IDS)))
 
 
 def _layers(places: Places, component: str, layers: Any) -> Sequence[int | None]:

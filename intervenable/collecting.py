@@ -36,6 +36,7 @@ def collect(
     group_means: bool = False,
     average: Literal["examples", "tokens"] | None = None,
     gradients_of: Callable[[Any], Tensor] | None = None,
+    transform: Callable[[ActivationCache], ActivationCache] | None = None,
     observe: Literal["after", "before"] = "after",
     ragged: Literal["error", "pad", "list"] = "error",
     aggregation: Mapping[str, Aggregation] | None = None,
@@ -71,6 +72,8 @@ def collect(
         average: Keep the mean over all examples, or over all their tokens, instead.
         gradients_of: A metric, a function of the model's output with one number for each example. Its gradient with
             respect to each activation is kept as `"<component>.gradient"`, its values as `"metric"`.
+        transform: What to make of the activations of each run before they are joined or averaged, such as
+            `lambda cache: cache + {("value_weighted_pattern", 3): ...}`.
         observe: Whether to see what the interventions at a place leave there, or what they find.
         ragged: What to do where batches differ in their numbers of tokens; see `ActivationCache.cat`.
         aggregation: How batches become one; see `ActivationCache.cat`.
@@ -126,6 +129,7 @@ def collect(
         run.locate(_part(where, batch, run.inputs), _reader(relative_to, tokenizer), ids)
         cache = run.collected(ids, info)
         cache = cache.group_means() if group_means else cache
+        cache = transform(cache) if transform is not None else cache
         if mean is None:
             caches.append(cache)
             continue

@@ -241,3 +241,20 @@ def test_what_is_no_input_is_refused(inputs, options, message):
     with pytest.raises(iv.InputError) as caught:
         iv.collect(tiny("llama"), inputs, "block_output", **options)
     assert message in str(caught.value)
+
+
+def test_what_is_made_of_each_batch_is_averaged_in_the_place_of_what_was_read():
+    model = tiny("llama")
+    rows = prompts((6,) * 5)
+    names = ["attention_pattern", "head_value_output"]
+
+    def weighted(cache):
+        vectors = iv.head_vectors(model, 1, cache["head_value_output", 1])
+        pattern = iv.value_weighted_pattern(cache["attention_pattern", 1], vectors)
+        return iv.ActivationCache({("value_weighted_pattern", 1): pattern})
+
+    mean = iv.collect(model, padded(rows), names, 1, transform=weighted, average="examples", batch_size=2)
+    whole = weighted(iv.collect(model, padded(rows), names, 1))["value_weighted_pattern", 1]
+    assert list(mean) == [("value_weighted_pattern", 1)]
+    assert mean.axes["value_weighted_pattern", 1] == ("head", "query", "key")
+    assert_close(mean["value_weighted_pattern", 1], whole.mean(0), atol=1e-5, rtol=1e-4)
