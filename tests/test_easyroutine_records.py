@@ -582,6 +582,24 @@ def test_vectors_and_patterns_come_from_collected_activations(padding):
         from_easyroutine(record("full", "resid_out_1", 4, FromCache(cache, "resid_out_1", 9)), model)
 
 
+def test_collected_positions_are_found_by_the_names_of_their_groups():
+    model = tiny("llama")
+    inputs, other = tiny_inputs(model), tiny_inputs(model, padding="left", seed=1)
+    named = iv.collect(model, other, "block_output", [1], positions={"two": (1, 3), "end": -1})
+    plain = iv.collect(model, other, "block_output", [1])
+    stream = plain.by_example(("block_output", 1))
+    assert [len(row) for row in stream] == [7, 6]
+    for positions, of in ((["end"], [-1]), (["two", "end"], [1, 3, -1]), ([3], [3])):
+        places = list(range(len(of)))
+        cached = FromCache(named, "resid_out_1", positions)
+        result = intervened(model, inputs, record("full", "resid_out_1", places, cached))
+        given = torch.stack([row[of] for row in stream])
+        expected = intervened(model, inputs, record("full", "resid_out_1", places, given))
+        assert torch.equal(result, expected)
+    with pytest.raises(iv.UnknownNameError, match="Unknown name of positions 'edn'"):
+        from_easyroutine(record("full", "resid_out_1", 1, FromCache(named, "resid_out_1", "edn")), model)
+
+
 # --- records ----------------------------------------------------------------------------------------------
 
 
