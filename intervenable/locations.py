@@ -533,15 +533,13 @@ def _check_reach(units: Units, inputs: RunInputs, where: str) -> None:
         unread = [key for key in keys if key > max(queries)]
         if not unread:
             continue
-        real = inputs.real_positions
-        named = (
-            unread if real is None else [real[example].index(key) for key in unread if key in real[example]]
-        )
-        last = max(queries) if real is None else real[example].index(max(queries))
+        counted = range(inputs.length) if inputs.real_positions is None else inputs.real_positions[example]
+        named = [str(counted.index(key)) for key in unread if key in counted]
+        last = max(queries, key=lambda query: (query in counted, query))
+        until = f" (the last is {counted.index(last)})" if last in counted else ""
         raise LocationError(
-            f"The {where} name keys {', '.join(map(str, named))} for example {example}, which the causal mask hides"
-            f" from all queries chosen (the last is {last}): nothing would change. Choose later queries, or earlier"
-            " keys."
+            f"The {where} name keys {', '.join(named) or 'of padding'} for example {example}, which the causal mask"
+            f" hides from all queries chosen{until}: nothing would change. Choose later queries, or earlier keys."
         )
 
 
