@@ -95,7 +95,7 @@ bench-easyroutine: $(EASYROUTINE_VENV)/.easyroutine smollm2
 	$(ONE_THREAD) $(EASYROUTINE_VENV)/bin/python -m benchmarks.attention --only easyroutine --batches 1 \
 		--models tiny-llama smollm2 --baseline "eager, output_attentions" $(BENCH)
 
-tutorials: $(VENV)/.dev
+tutorials: smollm2
 	$(ONE_THREAD) $(VENV)/bin/python scripts/run_tutorials.py
 
 clean:
