@@ -171,11 +171,11 @@ def _until_whole(
         new = now[len(before) :]
         if not now.endswith(LOST) or end == len(ids):
             break
-        certain = len(new.rstrip(LOST)) if now.startswith(before) else 0
+        certain = len(new.rstrip(LOST))
         half.append((known, max(known, certain)))
         known = max(known, certain)
     if end == len(ids) and now.endswith(LOST):  # the text ends within a character
-        certain = len(new.rstrip(LOST)) if now.startswith(before) else 0
+        certain = len(new.rstrip(LOST))
         half.append((known, max(known, certain)))
         return _lost(half, max(known, certain), len(new)), now
     lost = len(new[known:]) - len(new[known:].lstrip(LOST)) if half else 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -352,6 +354,25 @@ def test_a_resolver_without_a_tokenizer_serves_numbers(small_lm):
     resolver = iv.PositionResolver(None, names={"middle": lambda view: len(view) // 2})
     output = zeroing(small_lm, tokenizer=resolver)(base, None, {"base": "middle"})
     assert (output.receipt[0].positions, output.receipt[0].tokens) == ((2,), None)
+
+
+# --- the page ---------------------------------------------------------------------------------------------
+
+
+def test_the_examples_of_the_page_do_what_it_says(capsys):
+    page = (Path(__file__).parents[1] / "docs" / "positions.md").read_text()
+    names: dict[str, object] = {}
+    for example in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        exec(example, names)
+    printed = capsys.readouterr().out
+    assert "positions 3  ' Spain'" in printed
+    assert printed.endswith("example 0: The capital of[ Spain] is\n  3  ' Spain'\n")
+
+
+def test_the_page_has_every_object():
+    page = (Path(__file__).parents[1] / "docs" / "positions.md").read_text()
+    for name in ("Aligned", "PerExample", "Regex", "Role", "Sampled", "Segment", "Span", "Words"):
+        assert f"| `{name}(" in page or f", `{name}(" in page
 
 
 # --- two stacks -------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from tokenizers_by_hand import (
     CHATML,
     INSTRUCTION,
     NO_SYSTEM,
+    THINKS_AT_THE_END,
     WRITES_A_SYSTEM_PROMPT,
     byte_level,
     metaspace,
@@ -123,6 +124,19 @@ def test_the_tokens_of_a_part_of_the_text_decode_to_text_with_that_part(words, d
         assert part.strip() not in tokenizer.decode(ids[chosen[1] : chosen[-1]])
 
 
+def test_each_token_is_decoded_a_few_times_only(tokenizer):
+    ids = tokenizer(TEXT * 20)["input_ids"]
+    decoded = []
+
+    def decode(part):
+        decoded.extend(part)
+        return tokenizer.decode(part)
+
+    token_spans(decode, ids)
+    assert len(ids) > 200
+    assert len(decoded) < 30 * len(ids)
+
+
 class OnlyDecodes:
     """A tokenizer that looks far back: the first token decides how all others are written."""
 
@@ -223,6 +237,12 @@ def test_a_system_prompt_is_not_taken_for_the_user(template):
     said = chat(template, [{"role": "system", "content": "Be brief."}, *CHAT])
     assert said("system").strip() == "Be brief."
     assert said("user", 0).strip() == "Is it Spain?"
+
+
+def test_a_thought_that_the_template_writes_is_nobodys_words():
+    said = chat(THINKS_AT_THE_END, CHAT[:2])
+    assert said("assistant").strip() == "Rome 😀."
+    assert chat(THINKS_AT_THE_END, [*CHAT, CHAT[1]])("assistant", 0).strip() == "Rome 😀."
 
 
 def test_a_system_prompt_that_the_template_writes_belongs_to_the_system():

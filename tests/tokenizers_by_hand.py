@@ -33,6 +33,12 @@ INSTRUCTION = (
     "<s>[INST] {{ system if loop.first else '' }}{{ message['content'] }} [/INST]"
     "{% else %} {{ message['content'] }} </s>{% endif %}{% endfor %}"
 )
+THINKS_AT_THE_END = (  # the last answer is preceded by an empty thought, earlier ones are not
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if loop.last and message['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 NO_SYSTEM = (
     "{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
