@@ -175,6 +175,7 @@ def run_base(
                 if not passage.repeated:
                     record.collected = new
                 return
+            new = site.protected(old, new)
             norms = partial(_norm_of_change, old.detach(), new.detach(), index.real)
             # Located units are few, and most receipts are never read; whole activations are not kept for them.
             record.norms = norms if isinstance(edit.units, Units) else partial(_same_tensor, norms())

@@ -288,6 +288,10 @@ class BoundSite:
             return scores
         return scores.masked_fill(scores <= floor_of(scores.dtype), -torch.inf)
 
+    def protected(self, old: Tensor, new: Tensor) -> Tensor:
+        """What an edit comes to: scores that are masked stay so."""
+        return torch.where(old == -torch.inf, old, new) if self.word == "attention_scores" else new
+
     def _read_inside(self, stream: Tensor, index: UnitIndex) -> Tensor:
         if index.last_position >= stream.shape[2]:
             raise LocationRangeError(

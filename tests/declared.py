@@ -64,6 +64,16 @@ def insides(model: nn.Module) -> list[tuple[str, str]]:
     return [place for place in everything(model) if is_inside(place[0])]
 
 
+def exact(model: nn.Module) -> list[tuple[str, str]]:
+    """Every `(component, unit)` where writing back what was read is exact to the bit.
+
+    Under a fused kernel that is not so inside attention modules: an edit there has it redone by hand.
+    """
+    config = getattr(model, "config", None)
+    eager = getattr(config, "_attn_implementation", None) in (None, "eager")
+    return everything(model) if eager else stored(model)
+
+
 def heads_of(model: nn.Module, component: str) -> int:
     """How many heads a component has; 0 if it has none."""
     if COMPONENTS[component].axes == "stream":

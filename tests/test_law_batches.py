@@ -52,13 +52,15 @@ def real(values, rows, padding):
 def ragged(model, component, unit, positions, examples):
     """Locations that differ between examples, in number too."""
     last = heads_of(model, component) - 1
-    heads = [[0], [last], list(range(last + 1))]
-    chosen = [heads[example] for example in examples], [positions[example] for example in examples]
-    return {"pos": chosen[1], "h": chosen[0], "h.pos": list(chosen)}[unit]
+    rows = {"h": [[0], [last], list(range(last + 1))], "pos": positions, "query": positions, "key": KEYS}
+    levels = [[rows[level][example] for example in examples] for level in unit.split(".")]
+    return levels[0] if len(levels) == 1 else levels
 
 
 TAKEN = [[0], [1, -1], [-2]]
 GIVEN = [[-1], [-3, 0], [2]]
+KEYS = [[0], [1, 0], [1]]
+"""Positions that one of the queries in each of them reads at least."""
 
 
 def locations(model, places, examples):
@@ -181,7 +183,11 @@ def alone(declared, model, places, bases, sources):
 @pytest.mark.parametrize(("family", "variant"), LANGUAGE)
 def test_padding_on_either_side_equals_no_padding(family, variant, padding):
     model = tiny(family, variant=variant)
-    places = [place for place in everything(model) if place[1] != "h"]
+    every_position = (
+        "h",
+        "h.query",
+    )  # of heads, or of the keys that queries read: of one length in base and source
+    places = [place for place in everything(model) if place[1] not in every_position]
     declared = wrapped(model, *(at(model, *place, intervention=halfway) for place in places))
     bases, sources = prompts(LENGTHS, seed=0), prompts(SOURCE_LENGTHS, seed=1)
     with torch.no_grad():

@@ -1,4 +1,7 @@
-"""Law 1: an identity intervention, or none, leaves every output of the model bit for bit as it is."""
+"""Law 1: an identity intervention, or none, leaves every output of the model bit for bit as it is.
+
+Inside an attention module that a fused kernel computes, it leaves them so to the kernel's rounding.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import inspect
 
 import pytest
 import torch
-from declared import at, everything, hooks_of, located, same_bits, wrapped
+from declared import at, exact, hooks_of, insides, located, main_output, same_bits, wrapped
 from torch import nn
 
 import intervenable as iv
@@ -46,7 +49,7 @@ class Rebuilt(iv.Intervention):
 
 def places_that_differ(model, form, inputs, types, sources=None):
     """The places whose intervention alone changes the output, looked for only if all together do."""
-    expected, places = run(model, inputs), everything(model)
+    expected, places = run(model, inputs), exact(model)
     if same_bits(intervened(model, places, form, inputs, types, sources), expected):
         return []
     return [
@@ -59,21 +62,50 @@ def places_that_differ(model, form, inputs, types, sources=None):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("family", "variant"), CASES)
 def test_an_identity_at_every_component_leaves_all_outputs_bit_identical(family, variant, form):
-    model = tiny(family, variant=variant)
+    model = tiny(family, variant=variant, attention="eager")
     assert places_that_differ(model, form, tiny_inputs(model), Rebuilt) == []
+
+
+UNFUSED = (*RECURRENT, "bloom", "gemma2", "gpt_neo", "gptj", "gpt_oss")
+FUSED = [name for name in FAMILIES if name not in UNFUSED]
+"""Families that a fused kernel computes."""
+
+
+@pytest.mark.parametrize("padding", [None, "left"])
+@pytest.mark.parametrize("family", FUSED)
+def test_under_a_fused_kernel_an_identity_inside_attention_changes_outputs_by_rounding_alone(family, padding):
+    model = tiny(family, attention="sdpa")
+    inputs = tiny_inputs(model, padding=padding)
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    expected = main_output(run(model, inputs))
+    for form in ("whole", "ragged"):
+        edited = main_output(intervened(model, insides(model), form, inputs, Rebuilt))
+        assert (edited - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("padding", [None, "left"])
+@pytest.mark.parametrize("family", FUSED)
+def test_a_reading_inside_attention_leaves_a_fused_kernel_in_place(family, padding):
+    model = tiny(family, attention="sdpa")
+    inputs = tiny_inputs(model, padding=padding)
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    expected = run(model, inputs)
+    assert same_bits(intervened(model, insides(model), "ragged", inputs, iv.CollectIntervention), expected)
 
 
 @pytest.mark.parametrize("head", ["base", "classifier"])
 @pytest.mark.parametrize("family", LANGUAGE_MODELS)
 def test_an_identity_is_bit_identical_in_models_with_other_heads(family, head):
-    model = tiny(family, head=head)
+    model = tiny(family, head=head, attention="eager")
     form = "whole" if (family, head) == ("bert", "classifier") else "ragged"  # its logits have no positions
     assert places_that_differ(model, form, tiny_inputs(model), Identity) == []
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_an_identity_is_bit_identical_in_the_language_tower_of_a_multimodal_model(form):
-    model = tiny(MULTIMODAL)
+    model = tiny(MULTIMODAL, attention="eager")
     assert places_that_differ(model, form, tiny_inputs(model), Rebuilt) == []
 
 
@@ -96,7 +128,7 @@ def test_swapping_in_the_base_itself_leaves_all_outputs_bit_identical(family, va
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize(("family", "variant"), [case for case in CASES if case[0] not in RECURRENT])
 def test_an_identity_is_bit_identical_under_padding_given_the_same_position_ids(family, variant, padding):
-    model = tiny(family, variant=variant)
+    model = tiny(family, variant=variant, attention="eager")
     inputs = tiny_inputs(model, padding=padding)
     if "position_ids" in inspect.signature(model.forward).parameters:
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
@@ -106,11 +138,11 @@ def test_an_identity_is_bit_identical_under_padding_given_the_same_position_ids(
 @pytest.mark.parametrize("layer", [0, 2])
 @pytest.mark.parametrize("family", LANGUAGE_MODELS)
 def test_an_identity_is_bit_identical_in_the_first_and_in_the_last_block(family, layer):
-    model = tiny(family)
+    model = tiny(family, attention="eager")
     inputs = tiny_inputs(model)
     declared = wrapped(
         model,
-        *(at(model, component, unit, layer=layer) for component, unit in everything(model)),
+        *(at(model, component, unit, layer=layer) for component, unit in exact(model)),
         types=Rebuilt,
     )
     with torch.no_grad():
