@@ -12,6 +12,7 @@ from declared import at, components_of, map_of, same_bits, wrapped
 from torch.testing import assert_close
 
 import intervenable as iv
+import tiny_models
 from intervenable.inputs import read_inputs
 from model_maps import COMPONENTS, AbsentComponentError, component_site, find_map, sizes_of
 from tiny_models import ENCODER_DECODER_CASES as CASES
@@ -681,6 +682,18 @@ def test_a_key_of_cross_attention_is_counted_in_the_encoder_and_a_query_in_the_d
         located("cross_attention_pattern", {"queries": 1, "keys": "self"})
 
 
+def test_rows_of_cross_attention_are_as_long_as_the_encoders_text():
+    model = tiny("t5", attention="eager")
+    inputs = tiny_inputs(model)
+    entry = at(
+        model, "cross_attention_pattern", "h.query", where={"heads": 2, "queries": [1, 4]}, name="rows"
+    )
+    with torch.no_grad():
+        rows = wrapped(model, entry, types=iv.CollectIntervention)(inputs).collected["rows"]
+        expected = model(**inputs, output_attentions=True).cross_attentions[LAYER]
+    assert torch.equal(rows, expected[:, 2:3, [1, 4]])
+
+
 def test_whole_rows_come_from_a_source_with_as_many_keys():
     model = tiny("t5")
     base = tiny_inputs(model)
@@ -846,3 +859,76 @@ def test_a_cache_of_both_attentions_is_left_as_it_was():
         second = declared(step, None, {"base": 0}).intervened.logits
     assert cache.get_seq_length() == 5
     assert torch.equal(first, second)
+
+
+# With the rest of the library
+
+
+def test_words_are_looked_up_in_the_text_of_their_stack():
+    tokenizer, _ = iv.load_small_lm()
+    options = {**tiny_models._FAMILIES["t5"].options, "vocab_size": len(tokenizer)}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**options)).eval()
+    encoder, decoder = "The capital of Spain is", "Spain is the country"
+    inputs = dict(tokenizer(encoder, return_tensors="pt"))
+    inputs |= {f"decoder_{key}": value for key, value in tokenizer(decoder, return_tensors="pt").items()}
+    entries = [
+        at(model, "cross_attention_pattern", "h.query.key", where={"queries": "country", "keys": "Spain"}),
+        at(model, "decoder_block_output", where=["Spain"]),
+        at(model, "encoder_block_output", where=["Spain"]),
+    ]
+    config = iv.IntervenableConfig(entries, iv.ZeroIntervention)
+    with torch.no_grad():
+        receipt = iv.IntervenableModel(config, model, tokenizer=tokenizer)(inputs).receipt
+    texts = [
+        [tokenizer.decode([token]) for token in inputs[key][0]] for key in ("input_ids", "decoder_input_ids")
+    ]
+    spain, first, country = (
+        next(place for place, token in enumerate(text) if word.startswith(token.strip()) and token.strip())
+        for text, word in ((texts[0], "Spain"), (texts[1], "Spain"), (texts[1], "country"))
+    )
+    assert (receipt[0].queries[0], receipt[0].keys[0]) == (country, spain)
+    assert (receipt[1].positions[0], receipt[2].positions[0]) == (first, spain)
+
+
+def test_collecting_gives_each_stack_its_own_tokens():
+    model = tiny("t5")
+    inputs = tiny_inputs(model, padding="left")
+    names = ["encoder_block_output", "decoder_block_output", "cross_attention_pattern", "logits"]
+    cache = iv.collect(model, inputs, components=names)
+    assert [cache["encoder_block_output", layer].shape[1] for layer in range(3)] == [7] * 3
+    assert [cache["decoder_block_output", layer].shape[1] for layer in range(4)] == [5] * 4
+    assert cache["cross_attention_pattern", 3].shape == (2, 4, 5, 7)
+    (expected,) = seen(model, "decoder_block_output", layer=3, inputs=inputs)
+    assert torch.equal(cache["decoder_block_output", 3], expected)
+
+
+def test_an_edit_is_met_again_when_a_checkpointed_decoder_is_run_a_second_time():
+    gradients = []
+    for again in (False, True):
+        model = tiny("t5").train()
+        for part in model.modules():
+            if isinstance(part, torch.nn.Dropout):
+                part.p = 0.0
+            elif isinstance(getattr(part, "dropout", None), float):  # the attention's own
+                part.dropout = 0.0
+        if again:
+            model.activation_checkpointing_enable()
+        inputs = tiny_inputs(model)
+        declared = wrapped(
+            model,
+            at(model, "cross_attention_pattern", "h", intervention=torch.square),
+            at(model, "decoder_block_output", intervention=torch.tanh),
+        )
+        output = declared({**inputs, "labels": inputs["decoder_input_ids"]}, use_cache=False).intervened
+        output.loss.backward()
+        gradients.append(model.encoder.block[0].layer[0].SelfAttention.q.weight.grad)
+    assert gradients[0].abs().max() > 0
+    assert_close(*gradients)
+
+
+def test_an_identity_in_half_precision_is_bit_identical():
+    model = tiny("t5", dtype=torch.bfloat16)
+    inputs = tiny_inputs(model)
+    declared = wrapped(model, *(at(model, name) for name in EDITED))
+    with torch.no_grad():
+        assert torch.equal(declared(inputs, [inputs]).intervened.logits, model(**inputs).logits)
