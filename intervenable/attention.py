@@ -14,8 +14,8 @@ more: it gives a `RepresentationConfig` if one layer is meant by a number, and a
 `factor`
     0 (default) ablates, 0.5 halves, 2 doubles.
 `values`
-    New entries, broadcast to `[batch, heads, queries, keys]` of those chosen. A pattern has them as they are, also
-    where the model's mask hides the keys.
+    New entries: they broadcast to `[batch, heads, queries, keys]` of those chosen, or are whole matrices, of which the
+    chosen entries are taken. A pattern has them as they are, also where the model's mask hides the keys.
 `renormalize`
     `"rows"` divides the edited rows of a pattern by their sum (rows without mass stay zero), `"check"` raises if one
     does not sum to one, `"none"` (default) leaves them.
@@ -25,7 +25,8 @@ more: it gives a `RepresentationConfig` if one layer is meant by a number, and a
     The model, to count the layers of `layer="all"`.
 
 Layers are a number, several numbers (a `range` for a window) or `"all"`, heads a number, several or `"all"`, tokens
-whatever the `where` of a `RepresentationConfig` takes: numbers from 0, words of the text, `"last"`, or a list.
+whatever the `where` of a `RepresentationConfig` takes: numbers from 0, words of the text, `"last"`, or a list. What
+makes no sense is a `ConfigError` when it is declared; what the model does not have, when it is bound.
 """
 
 from __future__ import annotations
@@ -209,7 +210,8 @@ def _where(heads: Any, **levels: Tokens) -> dict[str, Any]:
     missing = [level for level, tokens in levels.items() if tokens is None]
     if missing:
         raise ConfigError(f"The {missing[0]} are None. Say which tokens are meant, or 'all'.")
-    return levels if heads == "all" else {"heads": _numbers(heads, "heads"), **levels}
+    everywhere = isinstance(heads, str) and heads == "all"
+    return levels if everywhere else {"heads": _numbers(heads, "heads"), **levels}
 
 
 def _numbers(value: Any, name: str) -> int | list[int]:
@@ -297,7 +299,7 @@ def _intervention(at: str, mode: str | None, factor: Any, values: Tensor | None)
 
 def _layers(layers: Layers, how: How) -> int | list[int]:
     """The one layer, or the layers one by one."""
-    if layers == "all":
+    if isinstance(layers, str) and layers == "all":
         model = how.get("model")
         if model is None:
             raise ConfigError(

@@ -181,7 +181,7 @@ def compare_patched(
 def _runs(layers: Any, component: str, model: nn.Module) -> list[tuple[int, ...]]:
     """The layers of each patched run."""
     name = ALIASES.get(component, component)
-    if layers == "all":
+    if isinstance(layers, str) and layers == "all":
         layers = range(count_layers(model, name))
     listed = list(layers) if hasattr(layers, "__iter__") else [layers]
     runs = [tuple(run) if hasattr(run, "__iter__") and not isinstance(run, str) else (run,) for run in listed]

@@ -293,7 +293,7 @@ def test_a_model_that_cannot_read_the_country_does_not_know_its_capital():
 def test_several_layers_give_a_list_and_one_number_one_declaration():
     model = tiny("llama")
     assert isinstance(attention.columns(1, 2, 0), iv.RepresentationConfig)
-    for layers in ([0, 2], range(0, 3, 2), (0, 2)):
+    for layers in ([0, 2], range(0, 3, 2), (0, 2), torch.tensor([0, 2])):
         assert [entry.layer for entry in attention.columns(layers, 2, 0)] == [0, 2]
     assert [entry.layer for entry in attention.full("all", "all", model=model)] == [0, 1, 2]
     assert [entry.layer for entry in attention.knockout(5, 1, 2)] == [2]
@@ -304,7 +304,8 @@ def test_several_layers_give_a_list_and_one_number_one_declaration():
 def test_all_heads_are_no_heads_named():
     assert attention.full(1, "all").where == {}
     assert attention.columns(1, "all", 3).where == {"keys": 3}
-    assert attention.columns(1, range(2), 3).where == {"heads": [0, 1], "keys": 3}
+    for heads in (range(2), torch.arange(2)):
+        assert attention.columns(1, heads, 3).where == {"heads": [0, 1], "keys": 3}
 
 
 def test_declarations_go_to_json_and_back():
