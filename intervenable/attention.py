@@ -14,8 +14,8 @@ more: it gives a `RepresentationConfig` if one layer is meant by a number, and a
 `factor`
     0 (default) ablates, 0.5 halves, 2 doubles.
 `values`
-    New entries: they broadcast to `[batch, heads, queries, keys]` of those chosen, or are whole matrices, of which the
-    chosen entries are taken. A pattern has them as they are, also where the model's mask hides the keys.
+    New entries: they broadcast to `[batch, heads, queries, keys]` of those chosen, or are whole matrices, of which
+    the chosen entries are taken. A pattern has them as they are, also where the model's mask hides the keys.
 `renormalize`
     `"rows"` divides the edited rows of a pattern by their sum (rows without mass stay zero), `"check"` raises if one
     does not sum to one, `"none"` (default) leaves them.
