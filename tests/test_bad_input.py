@@ -87,13 +87,6 @@ DECLARED = [
         " A module path ending in .input or .output is a component too.",
     ),
     Case(
-        "component of a later release",
-        lambda: bound([{"layer": 0}, {"component": "attention_pattern", "unit": "h"}]),
-        iv.NotAvailableError,
-        NotImplementedError,
-        f"representation 1: Component 'attention_pattern' is not available yet. Allowed: {ALL_COMPONENTS}.",
-    ),
-    Case(
         "module path that leads nowhere",
         lambda: bound({"component": "model.layers[0].mpl.output"}),
         iv.UnsupportedModelError,
@@ -151,7 +144,7 @@ DECLARED = [
         lambda: bound({"unit": "token"}),
         iv.UnknownNameError,
         LookupError,
-        "representation 0: Unknown unit 'token'.\nAllowed: h, h.pos, pos.",
+        "representation 0: Unknown unit 'token'.\nAllowed: h, h.pos, h.query, h.query.key, pos.",
     ),
     Case(
         "component that the architecture lacks",
