@@ -23,9 +23,10 @@ from intervenable.errors import (
     unknown_name,
 )
 from intervenable.inputs import RunInputs
-from intervenable.locations import Subject, Units, Whole, read_locations
+from intervenable.locations import Subject, read_locations
 from intervenable.position_entries import PerExample
 from intervenable.sites import BoundSite
+from intervenable.units import Units, Whole
 from model_maps import ALIASES, COMPONENTS, Stack
 
 INPUT_IDS = "input_ids"
@@ -97,6 +98,7 @@ def readings(places: Places, components: Any, layers: Any, heads: Any) -> tuple[
     listed = [components] if _is_one(components) else list(components)
     if not listed:
         raise InputError("components is empty. Name what to collect, such as ['block_output'].")
+    layers, heads = _plain(layers), _plain(heads)
     found: dict[tuple[str, int | None], Reading] = {}
     faults: list[Fault] = []
     ids = False

@@ -179,6 +179,7 @@ def test_heads_are_those_that_were_asked_for_in_their_order(family):
     inputs = tiny_inputs(model)
     names = ["head_query_output", "head_attention_value_output", "head_attention_output", "attention_pattern"]
     whole, some = (iv.collect(model, inputs, names, LAYER, heads=heads) for heads in (None, [3, 1]))
+    assert same_bits(some, iv.collect(model, inputs, names, LAYER, heads=torch.tensor([3, 1])))
     for name in names:
         assert torch.equal(some[name, LAYER], whole[name, LAYER][:, [3, 1]])
         assert some.layouts[name, LAYER].heads == (3, 1)
