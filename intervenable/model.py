@@ -15,12 +15,13 @@ from intervenable.binding import bind
 from intervenable.config import config_from
 from intervenable.errors import ConfigError, IntervenableWarning
 from intervenable.inputs import check_options
-from intervenable.locations import RelativeTo, Units
+from intervenable.locations import RelativeTo
 from intervenable.output import IntervenableOutput
 from intervenable.plan import Plan, make_plan
 from intervenable.receipt import Explanation, Receipt
 from intervenable.runs import Fired, plain_run, run_base, run_source
 from intervenable.token_text import Decodes
+from intervenable.units import Units
 from interventions import Intervention
 from interventions.temperature import Tempered
 

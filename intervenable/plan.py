@@ -21,19 +21,10 @@ from intervenable.errors import (
     raise_listed,
 )
 from intervenable.inputs import RunInputs, read_inputs
-from intervenable.locations import (
-    Level,
-    RelativeTo,
-    Skipped,
-    Slot,
-    Subject,
-    Units,
-    Whole,
-    lists_each_intervention,
-    read_locations,
-)
+from intervenable.locations import RelativeTo, Subject, lists_each_intervention, read_locations
 from intervenable.token_text import Decodes
 from intervenable.unit_index import broadcasts
+from intervenable.units import Level, Skipped, Slot, Units, Whole
 from interventions import SubspacePerPosition
 from interventions.fixed import CoordinatewiseIntervention
 from interventions.subspaces import select

@@ -8,11 +8,11 @@ from typing import Any, overload
 
 from intervenable.binding import BoundRepresentation
 from intervenable.inputs import RunInputs
-from intervenable.locations import Units, Whole
 from intervenable.plan import Plan
 from intervenable.position_resolver import PositionResolver
 from intervenable.runs import Fired
 from intervenable.token_text import Decodes
+from intervenable.units import Units, Whole
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from intervenable.errors import EditError, NotFiredError
 from intervenable.hooks import EarlyStop, Hook, hooked
 from intervenable.inputs import RunInputs, with_own_caches
-from intervenable.locations import Units
 from intervenable.padding import with_position_ids
 from intervenable.passage import Passage
 from intervenable.plan import Capture, Edit, Plan, error_of
 from intervenable.signatures import takes
 from intervenable.sites import BoundSite, hook_at
 from intervenable.unit_index import UnitIndex, broadcasts
+from intervenable.units import Units
 from interventions import InterventionError
 
 

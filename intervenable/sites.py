@@ -19,9 +19,9 @@ from intervenable.attention_mode import InsideHook, floor_of
 from intervenable.errors import EditError, LocationError, LocationRangeError, UnsupportedModelError
 from intervenable.hooks import Hook
 from intervenable.inputs import RunInputs
-from intervenable.locations import Level, Units, Whole
 from intervenable.passage import Passage
 from intervenable.unit_index import UnitIndex
+from intervenable.units import Level, Units, Whole
 from model_maps import (
     COMPONENTS,
     HeadColumns,

@@ -13,7 +13,8 @@ from torch.testing import assert_close
 
 import intervenable as iv
 from intervenable.inputs import RunInputs
-from intervenable.locations import Skipped, Subject, Units, Whole, read_locations
+from intervenable.locations import Subject, read_locations
+from intervenable.units import Skipped, Units, Whole
 from tiny_models import HEADS, HIDDEN, PAD, tiny
 
 LENGTH = 4
@@ -587,9 +588,9 @@ def test_ragged_rows_are_filled_up_and_the_mask_says_where(data):
     units = read([rows], inputs_of(batch, size))
 
     width = max(map(len, rows))
-    assert units.position_index.shape == (batch, width)
+    assert units.filled["positions"].shape == (batch, width)
     real = torch.ones(batch, width, dtype=torch.bool) if units.real is None else units.real
-    assert [index[keep].tolist() for index, keep in zip(units.position_index, real, strict=True)] == rows
+    assert [index[keep].tolist() for index, keep in zip(units.filled["positions"], real, strict=True)] == rows
     assert units.ragged == (len(set(map(len, rows))) > 1)
 
 
