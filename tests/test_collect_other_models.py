@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
+from pathlib import Path
 
 import accelerate
 import pytest
@@ -86,3 +88,18 @@ def test_offloaded_models_give_the_same_and_their_weights_go_back(how, tmp_path)
     assert all(torch.equal(found[key], value) for key, value in expected.items())
     assert all(parameter.is_meta for parameter in model.parameters())
     assert hooks_of(model) == {}
+
+
+# --- the page ---------------------------------------------------------------------------------------------
+
+
+def test_the_examples_of_the_page_run_and_print_what_it_speaks_of(capsys):
+    page = (Path(__file__).parents[1] / "docs" / "collecting.md").read_text(encoding="utf-8")
+    names: dict[str, object] = {}
+    for example in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        exec(example, names)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "ActivationCache with 4 activation(s)"
+    assert printed[5] == "torch.Size([2, 1, 120]) ('batch', 'head', 'query', 'key')"
+    assert printed[6] == "torch.Size([2, 5])"
+    assert printed[-2:] == ["True", "True True torch.Size([2, 5])"]
