@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from intervenable.config import RepresentationConfig
 from intervenable.errors import ConfigError, UnknownNameError, UnsupportedModelError, unknown_name
 from intervenable.position_entries import Except
-from intervenable.sites import module_at
+from intervenable.site_binding import module_at
 from interventions import (
     Intervention,
     KnockoutIntervention,

@@ -23,7 +23,8 @@ from intervenable.errors import (
     each_named,
     raise_all,
 )
-from intervenable.sites import BoundSite, bind_path, bind_site, module_at
+from intervenable.site_binding import bind_path, bind_site, module_at
+from intervenable.sites import BoundSite
 from interventions import CallableIntervention, Intervention, InterventionError
 from interventions.fixed import CoordinatewiseIntervention
 from model_maps import (

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import Any, Literal
 
 import torch
@@ -22,17 +21,7 @@ from intervenable.inputs import RunInputs
 from intervenable.passage import Passage
 from intervenable.unit_index import UnitIndex
 from intervenable.units import Level, Units, Whole
-from model_maps import (
-    COMPONENTS,
-    HeadColumns,
-    ModelMap,
-    Side,
-    Site,
-    Sizes,
-    Stack,
-    columns_of,
-    is_head_component,
-)
+from model_maps import COMPONENTS, HeadColumns, Side, Stack
 
 # --- a component in a model -------------------------------------------------------------------------------
 
@@ -349,7 +338,7 @@ class BoundSite:
                 f"{self.component} needs the weight of {self.path} as a matrix, and {type(self.module).__name__} has"
                 " none that can be read."
             )
-        if not _is_conv1d(self.module):
+        if not is_conv1d(self.module):
             weight = weight.T
         columns = [self.columns.first_column(head) for head in range(self.columns.heads)]
         by_heads = torch.stack([weight[start : start + self.columns.width] for start in columns])
@@ -400,7 +389,7 @@ def _on(tensor: Tensor | None, device: torch.device) -> Any:
     return None if tensor is None else tensor.to(device)
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
     """Whether a projection keeps its weight as `[in, out]`, as GPT-2's do."""
     return type(module).__name__ == "Conv1D"
 
@@ -419,169 +408,3 @@ def hook_at(site: BoundSite, act: Callable[[Passage], None], *, writes: bool = F
     if site.kind != "inside":
         return Hook(site.module, site.side, act)
     return Hook(site.module, site.side, act, InsideHook(site.word, act, writes, *site.head_counts))
-
-
-# --- binding ----------------------------------------------------------------------------------------------
-
-
-def bind_site(
-    model: nn.Module,
-    component: str,
-    site: Site,
-    layer: int | None,
-    prefix: str,
-    sizes: Sizes,
-    plus: BoundSite | None,
-    *,
-    causal: bool = False,
-    stack: Stack | None = None,
-) -> BoundSite:
-    """A map's site in a model: the module found, widths taken from its live weight where it has one.
-
-    Args:
-        model: The wrapped model.
-        component: The component's name.
-        site: Where the map puts it.
-        layer: The block, or None.
-        prefix: Path of the block, "" outside the blocks.
-        sizes: Sizes of the model.
-        plus: The bound site of `site.plus`, if it has one.
-        causal: Whether no position reads from one behind itself there.
-        stack: The stack whose positions it has, in a model of two.
-    """
-    path = ".".join(part for part in (prefix, site.path) if part)
-    module = module_at(model, path, component)
-    if COMPONENTS[component].inside is not None:
-        return _bind_inside(model, component, layer, module, path, sizes, causal=causal, stack=stack)
-    live = live_width(module, site.side)
-    columns = columns_of(site, sizes, width=live)
-    by_heads = is_head_component(component)
-    kind: Kind = "sum" if plus is not None else "stored"
-    side, slot = site.side, site.slot
-    derived = COMPONENTS[component].derived_from
-    width = live if live is not None and site.part is None else sizes.width(site.width)
-    if columns is not None:
-        width = columns.width if by_heads else columns.heads * columns.width
-    if by_heads and columns is None:
-        raise UnsupportedModelError(
-            f"{component}: the number of heads in {type(model).__name__} is not known."
-        )
-    if COMPONENTS[component].word == "head_attention_output":
-        kind, side, slot, width = "per_head", "output", None, live_width(module, "output")
-    elif derived is not None:
-        kind, side, slot, width = "norm_scale", "output", None, 1
-    return BoundSite(
-        component,
-        layer,
-        module,
-        path,
-        side,
-        slot,
-        kind,
-        width,
-        columns,
-        by_heads,
-        site.flat,
-        plus,
-        site.read_only,
-        stack=stack,
-    )
-
-
-FUSED_KERNELS = ("flash", "flex", "paged", "kernels", "/")
-"""Parts of the names of attention implementations that never show scores or a pattern to torch."""
-
-
-def _bind_inside(
-    model: nn.Module,
-    component: str,
-    layer: int | None,
-    module: nn.Module,
-    path: str,
-    sizes: Sizes,
-    *,
-    causal: bool,
-    stack: Stack | None,
-) -> BoundSite:
-    """What an attention module computes inside itself, if it does so where it can be seen."""
-    config: Any = getattr(module, "config", getattr(model, "config", None))
-    implementation = getattr(config, "_attn_implementation", None) or "eager"
-    if any(name in implementation for name in FUSED_KERNELS):
-        raise UnsupportedModelError(
-            f"{component} cannot be seen under attn_implementation={implementation!r}, a kernel that computes"
-            " attention as a whole. Load the model with 'sdpa' or 'eager', or call"
-            " model.set_attn_implementation('sdpa')."
-        )
-    if sizes.query_heads is None or sizes.key_value_heads is None:
-        raise UnsupportedModelError(
-            f"{component}: the number of heads in {type(model).__name__} is not known."
-        )
-    matrix = COMPONENTS[component].axes == "matrix"
-    width = None if matrix else sizes.head_dim
-    heads = (sizes.query_heads, sizes.key_value_heads)
-    return BoundSite(
-        component,
-        layer,
-        module,
-        path,
-        "output",
-        None,
-        "inside",
-        width,
-        head_counts=heads,
-        causal=causal and matrix,
-        by_heads=not matrix,
-        stack=stack,
-        key_stack=COMPONENTS[component].key_stack,
-    )
-
-
-def bind_path(model: nn.Module, component: str, model_map: ModelMap | None = None) -> BoundSite:
-    """A component given as a module path, such as `model.layers[3].mlp.output`.
-
-    Args:
-        model: The wrapped model.
-        component: The path.
-        model_map: The model's map, if it has one: tells the stacks of a model of two apart.
-    """
-    written, _, side = component.rpartition(".")
-    path = written.replace("[", ".").replace("]", "")
-    module = module_at(model, path, component)
-    known: Side = "input" if side == "input" else "output"
-    stack = None if model_map is None else model_map.stack_at(path, known)
-    return BoundSite(component, None, module, path, known, width=live_width(module, known), stack=stack)
-
-
-def module_at(model: nn.Module, path: str, component: str) -> nn.Module:
-    """The module at a path; an error that shows how far the path goes and what is there."""
-    module = model
-    done: list[str] = []
-    for name in path.split(".") if path else ():
-        children = dict(module.named_children())
-        if name.startswith("-") and name[1:].isdigit() and isinstance(module, nn.ModuleList):
-            name = str(len(module) + int(name))
-        if name not in children:
-            at = ".".join(done) or type(model).__name__
-            near = get_close_matches(name, children, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near and not name.isdigit() else ""
-            raise UnsupportedModelError(
-                f"{component!r} names no module: {at} has no part {name!r}.{hint}"
-                f"\nIt has: {', '.join(children) or 'no parts'}."
-            )
-        module = children[name]
-        done.append(name)
-    return module
-
-
-def live_width(module: nn.Module, side: Side) -> int | None:
-    """The last axis of what goes into or comes out of a module, where its weight tells."""
-    weight: Any = getattr(module, "weight", None)
-    if isinstance(module, nn.Linear):
-        return module.in_features if side == "input" else module.out_features
-    if isinstance(module, nn.Embedding):
-        return module.embedding_dim if side == "output" else None
-    if not isinstance(weight, Tensor):
-        return None
-    if _is_conv1d(module):
-        return int(weight.shape[0 if side == "input" else 1])
-    return int(weight.shape[0]) if weight.dim() == 1 and "Norm" in type(module).__name__ else None
