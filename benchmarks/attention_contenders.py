@@ -54,6 +54,8 @@ JOBS: Mapping[str, Job] = {
         Job("untouched", PLAIN, PLAIN),
     )
 }
+READING = ("all patterns", "one pattern")
+EDITING = ("zero a key", "mask a key", "untouched")
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,11 @@ class Case:
     def key(self) -> int:
         """The column that is edited: not the first, so that each row keeps a key to read."""
         return self.ids.shape[1] // 2
+
+    @property
+    def column(self) -> dict[str, int]:
+        """The entries that are edited, in the words of this library."""
+        return {"heads": HEAD, "keys": self.key}
 
     def attention_path(self, layer: int) -> str:
         blocks, attention = (
@@ -225,31 +232,25 @@ def by_hand_in_one_layer(case: Case, job: str) -> Call:
 def intervenable(case: Case, job: str) -> Call:
     import intervenable as iv
 
-    def at(layer: int, component: str, unit: str, intervention: Any, **options: Any) -> Any:
-        return iv.RepresentationConfig(layer, component, unit, intervention=intervention, **options)
-
-    column = {"heads": HEAD, "keys": case.key}
-    if job in ("all patterns", "one pattern"):
+    model, inputs = case.copy(), {"input_ids": case.ids}
+    if job in READING:
         layers = case.layers if job == "all patterns" else [case.layer]
-        model = case.copy()
 
-        def collect() -> Sequence[Tensor]:
-            cache = iv.collect(
-                model, {"input_ids": case.ids}, layers=layers, components=["attention_pattern"]
-            )
-            return list(cache.values())
+        def read() -> Sequence[Tensor]:
+            cache = iv.collect(model, inputs, "attention_pattern", layers)
+            return [cache["attention_pattern", layer] for layer in layers]
 
-        return collect
-    if job == "zero a key":
-        edit = at(case.layer, "attention_pattern", "h.query.key", iv.ZeroIntervention(), where=column)
-    elif job == "mask a key":
-        edit = at(case.layer, "attention_scores", "h.query.key", iv.KnockoutIntervention(), where=column)
-    else:
-        edit = at(case.layer, "attention_pattern", "h", iv.CallableIntervention(lambda base: base))
-    intervened = iv.IntervenableModel(iv.IntervenableConfig([edit]), case.copy())
+        return read
+    component, unit, intervention, where = {
+        "zero a key": ("attention_pattern", "h.query.key", iv.ZeroIntervention(), case.column),
+        "mask a key": ("attention_scores", "h.query.key", iv.KnockoutIntervention(), case.column),
+        "untouched": ("attention_pattern", "h", iv.CallableIntervention(lambda base: base), None),
+    }[job]
+    edit = iv.RepresentationConfig(case.layer, component, unit, intervention=intervention, where=where)
+    intervened = iv.IntervenableModel(iv.IntervenableConfig([edit]), model)
 
     def call() -> list[Tensor]:
-        _, output = intervened({"input_ids": case.ids})
+        _, output = intervened(inputs)
         return [output.logits]
 
     return call
@@ -433,8 +434,6 @@ class Contender:
         )
 
 
-READING = ("all patterns", "one pattern")
-EDITING = ("zero a key", "mask a key", "untouched")
 CONTENDERS: Sequence[Contender] = (
     Contender(PLAIN, None, plain, jobs=EDITING),
     Contender(EAGER, None, eager_attentions),
