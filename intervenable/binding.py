@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from intervenable.attention_mode import SCORES
 from intervenable.config import IntervenableConfig, RepresentationConfig
 from intervenable.config_fields import is_module_path
 from intervenable.errors import (
@@ -25,7 +26,7 @@ from intervenable.errors import (
 )
 from intervenable.site_binding import bind_path, bind_site, module_at
 from intervenable.sites import BoundSite
-from interventions import CallableIntervention, Intervention, InterventionError
+from interventions import CallableIntervention, Intervention, InterventionError, KnockoutIntervention
 from interventions.fixed import CoordinatewiseIntervention
 from model_maps import (
     COMPONENTS,
@@ -99,6 +100,11 @@ def bind(config: IntervenableConfig, model: nn.Module) -> tuple[BoundRepresentat
         try:
             if site is not None:
                 intervention = _intervention(config, index, site, made)
+                if isinstance(intervention, KnockoutIntervention) and site.word not in SCORES:
+                    raise ConfigError(
+                        "KnockoutIntervention makes scores -inf, which the softmax gives no weight, and"
+                        f" {site.label} has no scores. Use it at 'attention_scores', or ZeroIntervention here."
+                    )
                 if site.read_only and not intervention.collects:
                     raise ConfigError(
                         f"{site.label} can be read and not written in {type(model).__name__}: {site.read_only}."

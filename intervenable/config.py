@@ -46,7 +46,7 @@ from intervenable.errors import (
 )
 from intervenable.locations import level_faults
 from interventions import Intervention, VanillaIntervention
-from model_maps import COMPONENTS
+from model_maps import ALIASES, COMPONENTS
 
 # --- one representation -----------------------------------------------------------------------------------
 
@@ -154,14 +154,20 @@ class RepresentationConfig(Declared):
 
     @classmethod
     def _faults_between(cls, fields: Mapping[str, Any]) -> Iterable[ConfigError]:
-        component, unit = fields.get("component", "block_output"), fields.get("unit", "pos")
-        if fields.get("layer") is not None:
-            yield from _layer_faults(fields["layer"], component)
-        yield from _unit_faults(unit, component)
-        yield from _where_faults(fields.get("where"), unit)
-        word = COMPONENTS[component].word if component in COMPONENTS else component
-        if fields.get("renormalize", "none") != "none" and word != "attention_pattern":
-            yield ConfigError(f"renormalize is for rows of 'attention_pattern', and not for {component!r}.")
+        component, unit = fields.get("component"), fields.get("unit")
+        if component is not None:
+            component = ALIASES.get(component, component)  # as it was given, where another field is wrong
+            if fields.get("layer") is not None:
+                yield from _layer_faults(fields["layer"], component)
+            if unit is not None:
+                yield from _unit_faults(unit, component)
+            word = COMPONENTS[component].word if component in COMPONENTS else component
+            if fields.get("renormalize", "none") != "none" and word != "attention_pattern":
+                yield ConfigError(
+                    f"renormalize is for rows of 'attention_pattern', and not for {component!r}."
+                )
+        if unit is not None:
+            yield from _where_faults(fields.get("where"), unit)
         yield from _object_faults(fields)
 
     def __hash__(self) -> int:

@@ -76,8 +76,17 @@ class Declared(BaseModel):
             faults = _faults_in(error, type(self).model_fields)
             wrong = {found["loc"][0] for found in error.errors() if found["loc"]}
             if wrong:  # pydantic has not come to what concerns several fields
-                faults += self._faults_between({name: named[name] for name in named.keys() - wrong})
+                known = self._defaults() | named
+                faults += self._faults_between({name: known[name] for name in known.keys() - wrong})
             raise_all(faults)
+
+    @classmethod
+    def _defaults(cls) -> dict[str, Any]:
+        return {
+            name: field.get_default(call_default_factory=True)
+            for name, field in cls.model_fields.items()
+            if not field.is_required()
+        }
 
     @classmethod
     def _by_name(cls, args: tuple[Any, ...], fields: Mapping[str, Any]) -> dict[str, Any]:

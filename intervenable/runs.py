@@ -179,9 +179,10 @@ def run_base(
             norms = partial(_norm_of_change, old.detach(), new.detach(), index.real)
             # Located units are few, and most receipts are never read; whole activations are not kept for them.
             record.norms = norms if isinstance(edit.units, Units) else partial(_same_tensor, norms())
+            before = passage.take(site.side, site.slot)
             site.write(passage, index, inputs, old, new)
             if edit.bound.config.renormalize != "none":
-                site.renormalize(passage, index, edit.bound.config.renormalize == "rows")
+                site.renormalize(passage, index, before, edit.bound.config.renormalize == "rows")
 
         return act
 

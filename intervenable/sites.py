@@ -294,14 +294,15 @@ class BoundSite:
             return torch.where(tensor <= floor_of(tensor.dtype), tensor, result)
         return result
 
-    def renormalize(self, passage: Passage, index: UnitIndex, divide: bool) -> None:
+    def renormalize(self, passage: Passage, index: UnitIndex, before: Tensor, divide: bool) -> None:
         """Make the rows of a pattern that an edit touched sum to one, or find out that they do not.
 
-        Rows without any mass stay as they are.
+        Rows without any mass stay as they are; those that had none before, of queries at padding, are not looked at.
 
         Args:
             passage: Where the pattern passes, edited.
             index: What was edited.
+            before: The pattern before.
             divide: Whether to divide the rows by their sums; otherwise they are only looked at.
 
         Raises:
@@ -315,7 +316,9 @@ class BoundSite:
             whole = rows & (sums > 0)
             passage.put(self.side, self.slot, torch.where(whole, pattern / sums.where(whole, 1.0), pattern))
             return
-        off = torch.where(rows, (sums - 1).abs(), torch.zeros_like(sums))
+        rows = rows & (before.sum(-1, keepdim=True) > 0)
+        sums = sums.detach()
+        off = torch.where(rows, (sums - 1).abs(), torch.zeros_like(sums)).nan_to_num(torch.inf)
         tolerance = 4 * pattern.shape[-1] ** 0.5 * torch.finfo(pattern.dtype).eps + 1e-5
         if bool((off > tolerance).any()):
             example, head, query, _ = (int(i) for i in (off == off.max()).nonzero()[0])
