@@ -18,9 +18,9 @@ from torch import nn
 from torch.testing import assert_close
 
 import intervenable as iv
-from intervenable.config_fields import LATER_COMPONENTS
+from intervenable.locations import LEVELS
 from interventions.registry import callable_named
-from model_maps import COMPONENTS, is_head_component
+from model_maps import COMPONENTS
 from tiny_models import LAYERS, tiny, tiny_inputs
 
 POSITIONAL = (0, "block_output", "pos", 1)
@@ -75,6 +75,8 @@ def test_every_field_may_be_given_by_position_in_the_documented_order():
         "source_representation": torch.arange(4.0),
         "latent_dim": 5,
         "name": "mine",
+        "where": "last",
+        "renormalize": "none",
     }
     assert set(values) == set(iv.RepresentationConfig.model_fields)
     assert iv.RepresentationConfig(*values.values()) == iv.RepresentationConfig(**values)
@@ -84,7 +86,13 @@ def test_defaults_are_pyvenes_but_for_the_layer():
     entry = iv.RepresentationConfig()
 
     assert (entry.component, entry.unit, entry.max_number_of_units) == ("block_output", "pos", 1)
-    others = set(iv.RepresentationConfig.model_fields) - {"component", "unit", "max_number_of_units"}
+    assert entry.renormalize == "none"
+    others = set(iv.RepresentationConfig.model_fields) - {
+        "component",
+        "unit",
+        "max_number_of_units",
+        "renormalize",
+    }
     assert all(getattr(entry, name) is None for name in others)
     model = iv.IntervenableModel(iv.IntervenableConfig(entry), tiny("gpt2"))
     assert model.names == ("layer_0.block_output.pos",)
@@ -254,7 +262,7 @@ def test_all_faults_of_a_representation_are_reported_at_once():
     layer, component, unit, units, latent, name, unknown = caught.value.faults
     assert layer == "layer is 'first'; it must be a whole number."
     assert component.startswith("Unknown component 'block_ouput'. Did you mean 'block_output'?\nAllowed: ")
-    assert unit == "Unknown unit 'positions'.\nAllowed: h, h.pos, pos."
+    assert unit == "Unknown unit 'positions'.\nAllowed: h, h.pos, h.query, h.query.key, pos."
     assert units == "max_number_of_units is 0; it must be 1 or more."
     assert latent == "latent_dim is True; it must be a whole number."
     assert name == "name is 'a/b'; it must be a text, not empty and without '/'."
@@ -472,22 +480,12 @@ def test_a_declaration_that_cannot_be_is_refused(make, message):
         ),
         (
             lambda: iv.RepresentationConfig(0, unit="t"),
-            "Unit 't' (steps of a recurrent net) is not available yet. Allowed: pos, h, h.pos.",
+            "Unit 't' (steps of a recurrent net) is not available yet. Allowed: pos, h, h.pos, h.query, h.query.key.",
         ),
         (
             lambda: iv.IntervenableConfig([{"layer": 0}, {"unit": "t"}]),
-            "representation 1: Unit 't' (steps of a recurrent net) is not available yet. Allowed: pos, h, h.pos.",
-        ),
-        (
-            lambda: iv.RepresentationConfig(0, "block_output", "h.query.key"),
-            "Unit 'h.query.key' (entries of attention matrices) is not available yet. Allowed: pos, h, h.pos.",
-        ),
-        *(
-            (
-                lambda name=name: iv.RepresentationConfig(0, name),
-                f"Component {name!r} is not available yet. Allowed: {', '.join(sorted(COMPONENTS))}.",
-            )
-            for name in LATER_COMPONENTS
+            "representation 1: Unit 't' (steps of a recurrent net) is not available yet. Allowed: pos, h, h.pos,"
+            " h.query, h.query.key.",
         ),
     ],
 )
@@ -911,12 +909,26 @@ def tensors(draw):
     return torch.tensor(numbers, dtype=torch.float64).to(dtype).reshape(shape)
 
 
+entries_there = st.integers(-9, 9) | st.sampled_from(["last", "first", "all"])
+levels_there = entries_there | st.lists(entries_there, min_size=1, max_size=3)
+
+
+def sides(unit):
+    """Locations of one run: positions alone, or what each level of the unit says."""
+    if unit == "pos":
+        return levels_there
+    return st.fixed_dictionaries({}, optional=dict.fromkeys(LEVELS[unit], levels_there))
+
+
 @st.composite
 def representations(draw):
     component = draw(st.sampled_from([*COMPONENTS, "model.layers[3].mlp.output", "transformer.h.0.input"]))
     known = component in COMPONENTS
     in_block = known and COMPONENTS[component].scope == "block"
-    by_heads = known and is_head_component(component)
+    units = COMPONENTS[component].units if known else ("pos",)
+    unit = draw(st.sampled_from(units))
+    one_side = st.none() | sides(unit)
+    pattern = known and COMPONENTS[component].word == "attention_pattern"
     what = draw(st.sampled_from([{}, {"intervention_type": "ZeroIntervention"}, {"intervention": doubled}]))
     made_of = (
         {} if "intervention" in what else {"low_rank_dimension": draw(counts), "latent_dim": draw(counts)}
@@ -926,11 +938,13 @@ def representations(draw):
     return iv.RepresentationConfig(
         layer=draw(st.none() | st.integers(-50, 50)) if in_block else None,
         component=component,
-        unit=draw(st.sampled_from(["h", "h.pos"])) if by_heads else "pos",
+        unit=unit,
         max_number_of_units=draw(st.integers(1, 99)),
         group_key=draw(keys),
         intervention_link_key=draw(keys),
         source_representation=draw(st.none() | tensors()),
+        where=draw(one_side | st.tuples(one_side, one_side)),
+        renormalize=draw(st.sampled_from(["none", "rows", "check"])) if pattern else "none",
         **made_of,
         **what,
     )

@@ -220,7 +220,7 @@ def test_gradients_through_a_swap_are_those_of_hooks_written_by_hand(family):
 @pytest.mark.parametrize("form", ["whole", "ragged"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_through_identities_at_every_component_are_the_models_own(family, form):
-    model = tiny(family)
+    model = tiny(family, attention="eager")
     inputs = tiny_inputs(model)
     places = everything(model)
     declared = wrapped(model, *(at(model, *place, intervention=lambda base: base * 1.0) for place in places))
