@@ -16,7 +16,7 @@ def test_every_exported_class_is_registered_under_its_name() -> None:
     exported = [getattr(iv, name) for name in iv.__all__]
     classes = [cls for cls in exported if inspect.isclass(cls) and issubclass(cls, Intervention)]
 
-    assert len(classes) == 24
+    assert len(classes) == 25
     for cls in classes:
         if cls is not Intervention:
             assert cls.__name__.endswith("Intervention")
