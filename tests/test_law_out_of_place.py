@@ -184,7 +184,8 @@ def assert_same_gradients(result, expected):
     for ours, theirs in zip(result, expected, strict=True):
         assert (ours is None) == (theirs is None)
         if ours is not None:
-            assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+            # Where scores or patterns are edited, a fused kernel's sums are made in another order.
+            assert_close(ours, theirs, atol=1e-5 * max(1.0, float(theirs.abs().max())), rtol=1e-4)
 
 
 KINDS = (
