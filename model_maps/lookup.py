@@ -11,6 +11,7 @@ from model_maps.encoders import ENCODERS
 from model_maps.perceptrons import PERCEPTRONS
 from model_maps.recurrent import RECURRENT
 from model_maps.schema import ModelMap, Site
+from model_maps.state_spaces import STATE_SPACES
 from model_maps.vocabulary import COMPONENTS
 
 
@@ -109,5 +110,5 @@ def component_site(model_map: ModelMap, component: str) -> Site:
 
 
 _MAPS: dict[str, ModelMap] = {}
-for _row in (*DECODERS, *ENCODERS, *ENCODER_DECODERS, *RECURRENT, *PERCEPTRONS):
+for _row in (*DECODERS, *ENCODERS, *ENCODER_DECODERS, *STATE_SPACES, *RECURRENT, *PERCEPTRONS):
     register_map(_row)
