@@ -282,6 +282,17 @@ def test_gradients_through_an_edited_pattern_are_those_of_the_formula(family, va
             assert_close(ours.grad, theirs.grad, atol=1e-4, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_gradients_are_numbers_where_a_query_is_left_without_keys(attention):
+    model = tiny("llama", attention=attention)
+    knockout = edit("attention_scores", intervention=iv.KnockoutIntervention(), where={"keys": 0})
+    logits = wrapped(model, knockout)(tiny_inputs(model)).intervened.logits
+    logits.square().sum().backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert model.model.layers[LAYER].self_attn.q_proj.weight.grad.abs().max() > 0
+
+
 def test_the_formula_written_out_is_the_models_own():
     for family, variant in MODELS:
         model = tiny(family, variant=variant, attention="eager")

@@ -83,7 +83,7 @@ SCALES = {"gemma": 6**-0.5, "gemma2": 256**-0.5, "gemma3": 256**-0.5}
 
 @pytest.mark.parametrize("attention", ["eager", None])
 @pytest.mark.parametrize(
-    "family", ["llama", "mistral", "qwen3", "gpt_neox", "gptj", "phi3", "olmo2", "gemma2"]
+    "family", ["llama", "mistral", "qwen3", "gpt_neox", "gptj", "phi3", "olmo2", "gemma2", "gemma3"]
 )
 def test_scores_are_products_of_rotated_queries_and_keys(family, attention):
     model = tiny(family, attention=attention)
@@ -97,7 +97,7 @@ def test_scores_are_products_of_rotated_queries_and_keys(family, attention):
             cap = model.config.attn_logit_softcapping
             expected = cap * torch.tanh(expected / cap)
         distance = torch.arange(7)[:, None] - torch.arange(7)
-        windowed = family == "mistral" or (family == "gemma2" and layer == 0)
+        windowed = family == "mistral" or (family in ("gemma2", "gemma3") and layer == 0)
         hidden = (distance < 0) | ((distance >= 4) & windowed)
         assert_close(scores, expected.masked_fill(hidden, -torch.inf), atol=1e-5, rtol=1e-5)
         assert_close(pattern, scores.softmax(-1), atol=1e-6, rtol=1e-5)
