@@ -212,10 +212,10 @@ class AttentionMode(TorchFunctionMode):
             seen = scores[..., :keys]
             new = self._shown(seen, *SCORES)
             if new is not seen:
-                floor = floor_of(new.dtype)
                 given = _like(torch.cat([new, scores[..., keys:]], -1) if sink else new, given)
                 if not sink:
-                    dead = (seen > floor).any(-1, keepdim=True) & ~(new > floor).any(-1, keepdim=True)
+                    dead = _dead_rows(seen, new)
+                if dead is not None:
                     given = given.masked_fill(_like(dead, given), 0.0)
         output: Tensor = func(given, *rest, **named)
         pattern = self._by_heads(output)
@@ -273,16 +273,17 @@ class AttentionMode(TorchFunctionMode):
         dropout: float,
         causal: bool,
         scale: float | None,
-    ) -> Tensor:
-        """What `scaled_dot_product_attention` computes, with hooks at scores and pattern.
+    ) -> Tensor | None:
+        """What `scaled_dot_product_attention` computes, with hooks at scores and pattern; None if these only read.
 
         Operations and dtypes are those of the eager attention of transformers.
         """
         key, value = self._expanded(key), self._expanded(value)
-        scores = query @ key.transpose(2, 3) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+        scores = (query @ key.transpose(2, 3)).mul_(scale)  # in place while the tensor is ours alone
         if causal:
-            ones = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
-            scores = scores.masked_fill(~ones.tril(), -torch.inf)
+            future = torch.full(scores.shape[-2:], -torch.inf, dtype=scores.dtype, device=scores.device)
+            scores = scores.add_(future.triu(1))
         if mask is not None and mask.dtype == torch.bool:
             scores = scores.masked_fill(~mask, -torch.inf)
         elif mask is not None:
@@ -292,15 +293,32 @@ class AttentionMode(TorchFunctionMode):
         dead = None
         if mask is not None or scores is not seen:  # else each query reads itself at least
             # As the kernel does: rows that are -inf altogether give zeros; others that are masked are the model's.
-            floor = floor_of(scores.dtype)
-            died = (seen > floor).any(-1, keepdim=True) & ~(scores > floor).any(-1, keepdim=True)
-            dead = died | (scores == -torch.inf).all(-1, keepdim=True)
+            dead = _dead_rows(seen, scores, empty=True)
+        if dead is not None:
             scores = scores.masked_fill(dead, 0.0)
         pattern = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
         if dead is not None:
             pattern = pattern.masked_fill(dead, 0.0)
         pattern = self._shown(pattern, "attention_pattern")
+        if not self._writes(*SCORES, "attention_pattern"):
+            return None
         return nn.functional.dropout(pattern, dropout, training=dropout > 0) @ value
+
+
+def _dead_rows(seen: Tensor, scores: Tensor, empty: bool = False) -> Tensor | None:
+    """Rows `[b, heads, q, 1]` that an edit left without a key (with `empty`, also those that are -inf altogether).
+
+    None if there are none, as nearly always.
+    """
+    # The largest of a row: one pass over the scores, a tenth of what comparing each of them costs.
+    floor, top = floor_of(scores.dtype), scores.detach().amax(-1, keepdim=True)
+    low = top <= floor
+    if not low.any():
+        return None
+    dead = low & (seen.detach().amax(-1, keepdim=True) > floor)
+    if empty:
+        dead = dead | (top == -torch.inf)
+    return dead if dead.any() else None
 
 
 def _like(tensor: Tensor, other: Tensor) -> Tensor:

@@ -273,9 +273,16 @@ def _separated(joined: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _norm_of_change(old: Tensor, new: Tensor, real: Tensor | None) -> Tensor:
-    change = torch.where(
-        new == old, torch.zeros_like(old), new - old
-    ).float()  # masked scores are -inf in both
+    change = (new - old).float()
+    norms = _norm(change, real)
+    if norms.isfinite().all():
+        return norms
+    return _norm(
+        torch.where(new == old, torch.zeros_like(change), change), real
+    )  # masked scores: -inf in both
+
+
+def _norm(change: Tensor, real: Tensor | None) -> Tensor:
     if real is not None:
         mask = real if real.dim() == change.dim() else real[..., None]
         change = torch.where(mask, change, torch.zeros_like(change))

@@ -221,7 +221,7 @@ class BoundSite:
             added_by_heads = index.read(values) @ self._output_weights(index.heads, values.device)
             return added_by_heads.to(passage.take(self.side, self.slot).dtype)  # autocast may have another
         if self.kind == "inside":
-            return self._read_inside(self._protected(passage.take(self.side, None)), index)
+            return self._protected(self._read_inside(passage.take(self.side, None), index))
         if self.kind == "norm_scale":
             return index.read(
                 norm_scale(passage.module, self._as_stream(passage.take("input", None), inputs))
@@ -289,10 +289,10 @@ class BoundSite:
         return index.read(stream)
 
     def _written_inside(self, tensor: Tensor, index: UnitIndex, new: Tensor) -> Tensor:
-        result = index.write(tensor, new)
         if self.word == "attention_scores":
-            return torch.where(tensor <= floor_of(tensor.dtype), tensor, result)
-        return result
+            old = index.read(tensor)
+            new = torch.where(old <= floor_of(tensor.dtype), old, new)
+        return index.write(tensor, new)
 
     def renormalize(self, passage: Passage, index: UnitIndex, before: Tensor, divide: bool) -> None:
         """Make the rows of a pattern that an edit touched sum to one, or find out that they do not.
