@@ -183,3 +183,66 @@ def test_a_patched_head_gives_equal_logits(bridges, component, family):
         output = swap(base, [source], {"sources->base": head}, output_original_output=True)
     assert_close(output.intervened.logits, theirs, rtol=0, atol=TOLERANCE)
     assert (output.intervened.logits - output.original.logits).abs().max() > 10 * TOLERANCE
+
+
+INSIDE_ATTENTION = {
+    "attention_pattern": "attn.hook_pattern",
+    "attention_scores_masked": "attn.hook_attn_scores",
+}
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("component", INSIDE_ATTENTION)
+def test_attention_matrices_are_equal(bridges, component, family, layer):
+    model = tiny(family)
+    ids = tiny_inputs(model)["input_ids"]
+    with torch.no_grad():
+        _, cache = bridges[family].run_with_cache(ids)
+    ours = iv.collect(model, {"input_ids": ids}, component, layers=layer)[component, layer]
+    theirs = cache[f"blocks.{layer}.{INSIDE_ATTENTION[component]}"]
+    seen = torch.ones(
+        ids.shape[1], ids.shape[1], dtype=torch.bool
+    ).tril()  # what is masked is written differently
+    assert_close(ours[..., seen], theirs[..., seen], rtol=0, atol=TOLERANCE)
+    assert theirs[..., seen].std() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+@pytest.mark.parametrize(
+    ("component", "name"), [("rotary_query", "hook_rot_q"), ("rotary_key", "hook_rot_k")]
+)
+def test_rotated_queries_and_keys_are_equal(bridges, component, name, layer):
+    model = tiny("llama")
+    ids = tiny_inputs(model)["input_ids"]
+    with torch.no_grad():
+        _, cache = bridges["llama"].run_with_cache(ids)
+    theirs = cache[f"blocks.{layer}.attn.{name}"]
+    ours = iv.collect(model, {"input_ids": ids}, component, layers=layer)[component, layer]
+    if theirs.shape != ours.shape:  # positions before heads
+        theirs = theirs.transpose(1, 2)
+    assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("component", INSIDE_ATTENTION)
+def test_a_key_taken_away_from_a_head_gives_equal_logits(bridges, component, family):
+    model, layer, head, key = tiny(family), 1, 2, 3
+    ids = tiny_inputs(model)["input_ids"]
+    scores = component == "attention_scores_masked"
+    intervention = iv.KnockoutIntervention() if scores else iv.ZeroIntervention()
+
+    def take_away(value: Tensor, hook: Any) -> Tensor:
+        value = value.clone()
+        value[:, head, :, key] = -torch.inf if scores else 0.0
+        return value
+
+    with torch.no_grad():
+        name = f"blocks.{layer}.{INSIDE_ATTENTION[component]}"
+        theirs = bridges[family].run_with_hooks(ids, fwd_hooks=[(name, take_away)])
+        entry = iv.RepresentationConfig(
+            layer, component, "h.query.key", intervention=intervention, where={"heads": head, "keys": key}
+        )
+        ours = iv.IntervenableModel(entry, model)(ids, output_original_output=True)
+    assert_close(ours.intervened.logits, theirs, rtol=0, atol=TOLERANCE)
+    assert (ours.intervened.logits - ours.original.logits).abs().max() > 10 * TOLERANCE
