@@ -146,6 +146,7 @@ class Places:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._map: ModelMap | None = None
+        self._counts: dict[str, int] = {}
         config = getattr(model, "config", None)
         self.sizes = sizes_of(config) if config is not None else Sizes()
 
@@ -173,8 +174,9 @@ class Places:
     @property
     def layers(self) -> int:
         """How many blocks the model has; 1 if it is one itself. Of two stacks those of the deeper one."""
-        inside = [name for name in self.map.components() if COMPONENTS[name].scope == "block"]
-        return max((self.layers_of(name) for name in inside), default=0)
+        one = self.map.blocks
+        paths = [*self.map.stacks.values()] if one is None else [one]
+        return max(map(self._blocks_at, paths), default=0)
 
     def layers_of(self, component: str) -> int:
         """How many blocks a component is in: those of its stack, in a model of two."""
@@ -182,9 +184,14 @@ class Places:
         if blocks is None:
             self._site_of(component)  # of the other kind of model: its error says which name to take
             raise UnsupportedModelError(f"{type(self.model).__name__} has no blocks.")
-        if not blocks:
-            return 1
-        return len(module_at(self.model, blocks, "the list of blocks"))  # type: ignore[arg-type]  # a ModuleList
+        return self._blocks_at(blocks)
+
+    def _blocks_at(self, path: str) -> int:
+        """How many blocks there are in a list of them."""
+        if path not in self._counts:
+            found = module_at(self.model, path, "the list of blocks") if path else None
+            self._counts[path] = 1 if found is None else len(found)  # type: ignore[arg-type]  # a ModuleList
+        return self._counts[path]
 
     def _component(self, component: str, layer: int | None) -> BoundSite:
         site = self._site_of(component)
