@@ -407,6 +407,30 @@ def test_after_an_edit_that_raises_inside_the_module_no_hook_and_no_mode_is_left
         assert same_bits(model(**inputs), expected)
 
 
+class Forgiving(Block):
+    """Goes on without what its attention cannot give."""
+
+    def forward(self, hidden_states):
+        try:
+            return super().forward(hidden_states)
+        except ArithmeticError:
+            return hidden_states
+
+
+def test_a_model_that_gets_over_an_error_goes_on_without_the_mode(registry):
+    places = {name: PLACES[name] for name in ("block_input", "block_output", "attention_input")}
+    iv.register_map(iv.ModelMap(("RoutedHeads",), "blocks", places, causal=False))
+    model = RoutedHeads()
+    model.blocks[0] = Forgiving()
+    depths = []
+    handle = model.blocks[1].register_forward_pre_hook(lambda *_: depths.append(modes()))
+    declared = wrapped(model, entry("attention_pattern", "h", refuse(ArithmeticError()), layer=0))
+    with pytest.raises(iv.NotFiredError), torch.no_grad():
+        declared(torch.randn(2, 5, 8))
+    handle.remove()
+    assert depths == [0]
+
+
 @pytest.mark.parametrize(
     "place", ["attention_input", "query_output", "attention_value_output", "attention_output"]
 )
