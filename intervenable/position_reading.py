@@ -26,11 +26,8 @@ from intervenable.position_entries import (
     Span,
     Words,
 )
+from intervenable.token_classes import Markers, TokensOfClass, tokens_of_class
 from intervenable.token_text import TokenView, align
-
-Marker = int | str
-Markers = tuple[Marker, Marker | None, Marker]
-"""Start marker, special token (None if there is none), end marker of a class of tokens; ids, or texts of tokens."""
 
 
 @dataclass(frozen=True)
@@ -383,53 +380,14 @@ class _Reading:
         if what == "random":
             return self._read(Sampled(f"all-{name}", int(count or 1)))
         if name == "text":
-            inside = {place for other in self.table.classes for place in self._class(other)["all"]}
-            markers = {place for other in self.table.classes for place in self._class(other)["markers"]}
-            return [place for place in range(len(self.view)) if place not in inside | markers]
-        return self._class(name)[what]
+            others = [self._class(other) for other in self.table.classes]
+            taken = {place for other in others for place in (*other.all, *other.markers)}
+            return [place for place in range(len(self.view)) if place not in taken]
+        found: Sequence[int] = getattr(self._class(name), what)
+        return found
 
-    def _class(self, name: str) -> Mapping[str, Sequence[int]]:
-        """Positions of a class of tokens: all, and those of its markers."""
-        start, special, end = self.table.classes[name]
-        starts, ends = self._marked(start), self._marked(end)
-        if start == end:
-            inside = starts[1:-1] or starts
-            spans = [(starts[0], starts[-1])] if starts else []
-            markers = starts
-        else:
-            spans = self._spans(starts, ends, name)
-            inside = [place for first, last in spans for place in range(first, last + 1)]
-            markers = []
-        within = set(inside)
-        specials = [] if special is None else [place for place in self._marked(special) if place in within]
-        return {
-            "all": inside,
-            "markers": markers,
-            "start": [first for first, _ in spans],
-            "end": [last for _, last in spans],
-            "last": [last - 1 for _, last in spans if last],
-            "special": specials,
-        }
-
-    def _spans(self, starts: Sequence[int], ends: Sequence[int], name: str) -> list[tuple[int, int]]:
-        spans: list[tuple[int, int]] = []
-        after = 0
-        for end in ends:
-            begins = [start for start in starts if after <= start < end]
-            if begins:
-                spans.append((begins[0], end))
-            after = end + 1
-        if any(start >= after for start in starts):
-            raise LocationError(
-                f"The tokens of class {name!r}{self.where} begin in {self.example} and do not end: there is no"
-                f" {self.table.classes[name][2]!r} after the last {self.table.classes[name][0]!r}."
-            )
-        return spans
-
-    def _marked(self, marker: Marker) -> list[int]:
-        if isinstance(marker, int):
-            return [place for place, token in enumerate(self.view.ids or ()) if token == marker]
-        return [place for place, token in enumerate(self.view.tokens) if marker in (token, token.strip())]
+    def _class(self, name: str) -> TokensOfClass:
+        return tokens_of_class(self.view, name, self.table.classes[name], self.where)
 
     def _in_text(self, entry: str) -> Sequence[int]:
         if not entry:

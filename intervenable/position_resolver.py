@@ -10,7 +10,8 @@ import torch
 
 from intervenable.errors import InputError, LocationError
 from intervenable.position_entries import Entry, Span, checked_pivots
-from intervenable.position_reading import Markers, NameTable, is_name, resolve
+from intervenable.position_reading import NameTable, is_name, resolve
+from intervenable.token_classes import Markers
 from intervenable.token_text import Decodes, TokenView, decoder
 
 Inputs = Any
