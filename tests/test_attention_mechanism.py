@@ -103,6 +103,45 @@ def test_scores_are_products_of_rotated_queries_and_keys(family, attention):
         assert_close(pattern, scores.softmax(-1), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_edited_queries_keys_and_values_are_those_that_are_read(attention):
+    """Queries of a head doubled; keys that heads share negated for all of them, and for one; values zeroed."""
+    model = tiny("llama", attention=attention)
+    inputs = tiny_inputs(model)
+    names = ("attention_scores", "attention_pattern", "expanded_head_value", "head_attention_value_output")
+
+    def after(component, intervention, head, position):
+        where = {"heads": head, "positions": position}
+        return read(model, inputs, *names, edits=[entry(component, "h.pos", intervention, where=where)])
+
+    plain, _, values, _ = read(model, inputs, *names)
+    double, negate = iv.ScaleIntervention(2.0), iv.ScaleIntervention(-1.0)
+    for component, intervention, head, heads, at in (
+        ("rotary_query", double, 1, [1], (4, slice(None))),
+        ("rotary_key", negate, 1, [2, 3], (slice(None), 2)),
+        ("expanded_head_key", negate, 2, [2], (slice(None), 2)),
+    ):
+        expected = plain.clone()
+        for one in heads:
+            cells = expected[:, one, at[0], at[1]]
+            factor = 2.0 if intervention is double else -1.0
+            expected[:, one, at[0], at[1]] = torch.where(cells.isinf(), cells, cells * factor)
+        scores, pattern, same, given = after(
+            component, intervention, head, 4 if intervention is double else 2
+        )
+        assert_close(scores, expected, atol=1e-5, rtol=1e-5)
+        assert_close(pattern, expected.softmax(-1), atol=1e-6, rtol=1e-5)
+        assert torch.equal(same, values)
+        assert_close(given, pattern @ values, atol=1e-5, rtol=1e-5)
+
+    removed = values.clone()
+    removed[:, 3, 1] = 0
+    _, pattern, edited, given = after("expanded_head_value", iv.ZeroIntervention(), 3, 1)
+    assert torch.equal(edited, removed)
+    assert_close(given, pattern @ removed, atol=1e-5, rtol=1e-5)
+    assert values[:, 3, 1].abs().min() > 0
+
+
 def test_scores_of_bloom_have_its_bias_for_near_keys():
     model = tiny("bloom")
     inputs = tiny_inputs(model)
@@ -165,9 +204,12 @@ def test_dropout_of_a_pattern_comes_after_the_edit_and_is_the_models_own():
         assert not torch.equal(main_output(model(**inputs)), results[0])
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "falcon"])
-def test_a_single_query_of_grouped_heads_has_a_pattern_of_ones(family):
-    model = tiny(family, variant="grouped" if family == "falcon" else None, attention="sdpa")
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [("llama", None), ("llama", "single"), ("qwen2", None), ("falcon", None), ("falcon", "grouped")],
+)
+def test_a_single_query_of_grouped_heads_has_a_pattern_of_ones(family, variant):
+    model = tiny(family, variant=variant, attention="sdpa")
     inputs = tiny_inputs(model, length=1)
     with torch.no_grad():
         expected = model(**inputs).logits
