@@ -300,3 +300,15 @@ def test_the_formula_written_out_is_the_models_own():
         with torch.no_grad():
             result, _ = run_written_out(model, inputs)
             assert_close(result, main_output(model(**inputs)), **CLOSE)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("intervention", [iv.ZeroIntervention(), iv.ScaleIntervention(0.0)])
+def test_the_change_of_scores_leaves_out_those_under_the_mask(intervention, attention):
+    model = tiny("llama", attention=attention)
+    inputs = tiny_inputs(model)
+    with torch.no_grad():
+        _, seen = run_written_out(tiny("llama", attention="eager"), inputs)
+        receipt = wrapped(model, edit("attention_scores", "h", intervention))(inputs).receipt
+    norms = seen.scores[0].masked_fill(seen.scores[0] == -torch.inf, 0.0).flatten(1).norm(dim=1)
+    assert [line.change for line in receipt] == pytest.approx(norms.tolist(), rel=1e-5)

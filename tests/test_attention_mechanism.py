@@ -20,6 +20,7 @@ from model_maps import lookup
 from tiny_models import CASES, DECODERS, LANGUAGE_MODELS, RECURRENT, tiny, tiny_inputs
 
 LANGUAGE = [case for case in CASES if case[0] not in RECURRENT]
+SMALL = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SINKS = ("gpt_oss",)
 """Families with a column in the softmax that stands for no key."""
 
@@ -224,6 +225,30 @@ def test_a_single_query_of_grouped_heads_has_a_pattern_of_ones(family, variant):
     assert_close(untouched.intervened.logits, expected, atol=1e-6, rtol=1e-6)
 
 
+def test_a_single_query_packed_with_those_it_shares_keys_with_is_unpacked():
+    """Transformers do so for heads too wide for the kernel that knows of shared ones."""
+    config = transformers.LlamaConfig(
+        hidden_size=16,
+        intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=260,
+        **SMALL,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
+    inputs = {"input_ids": torch.tensor([[5], [7]])}
+    names = ("attention_pattern", "expanded_head_value", "head_attention_value_output")
+    pattern, values, given = read(model, inputs, *names)
+    assert torch.equal(pattern, torch.ones(2, 4, 1, 1))
+    assert_close(given, values)
+    scaled = entry("attention_pattern", "h", iv.ScaleIntervention(0.5), where={"heads": 2})
+    (edited,) = read(model, inputs, names[2], edits=[scaled])
+    given[:, 2] /= 2
+    assert_close(edited, given)
+
+
 # Other forms of attention
 
 
@@ -240,7 +265,6 @@ PLACES = {
     "attention_output": iv.Site("self_attn"),
     "value_output": iv.Site("self_attn.v_proj", width="key_value", heads="key_value"),
 }
-SMALL = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def random_model(cls, config):
