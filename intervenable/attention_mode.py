@@ -137,7 +137,7 @@ class AttentionMode(TorchFunctionMode):
     def _expanded(self, tensor: Tensor) -> Tensor:
         """Keys or values `[b, heads, s, dh]` with one for each query head."""
         repeats = self._heads // tensor.shape[1]
-        return tensor if repeats == 1 else tensor.repeat_interleave(repeats, dim=1)
+        return tensor if repeats == 1 else tensor[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2)
 
     def _keys_shown(self, keys: Tensor) -> Tensor:
         """What hooks make of the keys: the same tensor if they leave them as they are, else maybe expanded."""

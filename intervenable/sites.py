@@ -139,8 +139,10 @@ class BoundSite:
             columns = self._column_index(device)
             if located is None:
                 return UnitIndex((slice(None), slice(None), columns))
-            if located.span is not None and isinstance(columns, slice):
-                return UnitIndex((slice(None), located.span, columns), None, None, last)
+            if located.spans is not None and isinstance(columns, slice):
+                return UnitIndex(
+                    (slice(None), located.spans["positions"], columns), None, None, last, view=True
+                )
             positions = _on(located.filled["positions"], device)
             rows = torch.arange(len(positions), device=device)[:, None]
             if isinstance(columns, slice):
@@ -162,6 +164,11 @@ class BoundSite:
         """An index into `[b, heads, positions, dh]` or `[b, heads, queries, keys]`."""
         if isinstance(units, Whole):
             return UnitIndex((slice(None),) * 4)
+        if units.spans is not None:
+            axes: tuple[Level, ...] = ("heads", "queries", "keys") if self.matrix else ("heads", "positions")
+            slices = [units.spans.get(level, slice(None)) for level in axes]
+            columns = () if self.matrix else (slice(None),)
+            return UnitIndex((slice(None), *slices, *columns), None, None, units.last_position, view=True)
         batch, real = len(units), _on(units.real, device)
         length = inputs.of(self.stack).length
         sizes: dict[Level, int] = {"heads": self.heads or 0, "positions": length}
@@ -180,8 +187,8 @@ class BoundSite:
             part.view(batch, *(part.shape[1] if other == axis else 1 for other in range(1, len(parts))))
             for axis, part in enumerate(parts)
         ]
-        columns = () if self.matrix else (slice(None),)
-        return UnitIndex((*spread, *columns), real, None, units.last_position)
+        whole = () if self.matrix else (slice(None),)
+        return UnitIndex((*spread, *whole), real, None, units.last_position)
 
     def _head_columns(self, heads: Tensor | None, batch: int, device: torch.device) -> Tensor:
         """The columns of each head, `[b, heads, 1, dh]`."""

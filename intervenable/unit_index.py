@@ -28,10 +28,13 @@ class UnitIndex:
     last_position: int = -1
     """The largest position among the units; -1 if every position is meant."""
 
+    view: bool = False
+    """Whether located units are reached by slices alone, which do not copy."""
+
     def read(self, stream: Tensor) -> Tensor:
         """The units; a copy, unless every position is meant."""
         units = stream[self.index]
-        return units.clone() if self.last_position >= 0 and isinstance(self.index[0], slice) else units
+        return units.clone() if self.view else units
 
     def write(self, stream: Tensor, units: Tensor) -> Tensor:
         """A copy of the stream with other units in it."""

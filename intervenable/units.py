@@ -81,12 +81,17 @@ class Units:
         return -1 if self.positions is None else max(map(max, self.positions))
 
     @cached_property
-    def span(self) -> slice | None:
-        """All positions as one slice, where they are neighbours in order and the same for every example."""
-        if self.positions is None or len(set(self.positions)) > 1:
+    def spans(self) -> dict[Level, slice] | None:
+        """Each located level as one slice, where all are neighbours in order and the same for every example."""
+        if self.relation is not None:
             return None
-        first, last = self.positions[0][0], self.positions[0][-1]
-        return slice(first, last + 1) if self.positions[0] == tuple(range(first, last + 1)) else None
+        spans: dict[Level, slice] = {}
+        for level, rows in self.levels.items():
+            first, last = rows[0][0], rows[0][-1]
+            if rows[0] != tuple(range(first, last + 1)) or any(row != rows[0] for row in rows):
+                return None
+            spans[level] = slice(first, last + 1)
+        return spans
 
     @cached_property
     def filled(self) -> dict[Level, Tensor]:
