@@ -1,7 +1,7 @@
 """What a model answers when activations of one prompt are put into its run of another.
 
-`compare_patched` is the workflow of activation patching: a run that gives values (`base`), a run that takes them
-(`target`), and the second once more for each layer, patched. Everything is looked at where the answer begins, at the
+`compare_patched` is the workflow of activation patching: a run that gives values (`source`), a run that takes them
+(`base`), and the second once more for each layer, patched. Everything is looked at where the answer begins, at the
 last real token of each example.
 """
 
@@ -27,9 +27,9 @@ Token = int | str
 
 @dataclass(frozen=True, eq=False)
 class PatchingComparison:
-    """Logits of a base run, of a target run and of the target run patched, and how they compare.
+    """Logits of a source run, of a base run and of the base run patched, and how they compare.
 
-    A pair of tokens is what the base says and what the target says; the logit difference of a run is the second less
+    A pair of tokens is what the source says and what the base says; the logit difference of a run is the second less
     the first, `z[c] - z[s]`.
 
     Example:
@@ -43,26 +43,26 @@ class PatchingComparison:
     layers: tuple[tuple[int, ...], ...]
     """For each patched run the layers that were patched in it."""
 
-    base_logits: Tensor
-    """`[b, V]` at the last token of the base."""
+    source_logits: Tensor
+    """`[b, V]` at the last token of the source."""
 
     clean_logits: Tensor
-    """`[b, V]` at the last token of the target, unpatched."""
+    """`[b, V]` at the last token of the base, unpatched."""
 
     patched_logits: Tensor
-    """`[runs, b, V]` at the last token of the target, patched."""
+    """`[runs, b, V]` at the last token of the base, patched."""
 
     tokens: Tensor | None = None
-    """`[b, 2]` the tokens of base and target whose logits are compared; None if none were given."""
+    """`[b, 2]` the tokens of source and base whose logits are compared; None if none were given."""
 
     @property
     def clean_difference(self) -> Tensor:
-        """`[b]` logit difference of the unpatched target."""
+        """`[b]` logit difference of the unpatched base."""
         return self._difference(self.clean_logits)
 
     @property
     def patched_difference(self) -> Tensor:
-        """`[runs, b]` logit difference of the patched targets."""
+        """`[runs, b]` logit difference of the patched bases."""
         return self._difference(self.patched_logits)
 
     @property
@@ -71,14 +71,14 @@ class PatchingComparison:
         return (self.patched_difference - self.clean_difference).mean(-1)
 
     @property
-    def kl_base_clean(self) -> Tensor:
-        """`KL(base || clean)`, the mean over the examples."""
-        return _divergence(self.base_logits, self.clean_logits)
+    def kl_source_clean(self) -> Tensor:
+        """`KL(source || clean)`, the mean over the examples."""
+        return _divergence(self.source_logits, self.clean_logits)
 
     @property
-    def kl_base_patched(self) -> Tensor:
-        """`[runs]` of `KL(base || patched)`, the mean over the examples."""
-        return _divergence(self.base_logits, self.patched_logits)
+    def kl_source_patched(self) -> Tensor:
+        """`[runs]` of `KL(source || patched)`, the mean over the examples."""
+        return _divergence(self.source_logits, self.patched_logits)
 
     @property
     def kl_clean_patched(self) -> Tensor:
@@ -87,21 +87,21 @@ class PatchingComparison:
 
     @property
     def kl_change(self) -> Tensor:
-        """`[runs]` of `KL(base || patched) - KL(base || clean)`: below 0 where patching leads towards the base."""
-        return self.kl_base_patched - self.kl_base_clean
+        """`[runs]` of `KL(source || patched) - KL(source || clean)`: below 0 where patching leads to the source."""
+        return self.kl_source_patched - self.kl_source_clean
 
     def _difference(self, logits: Tensor) -> Tensor:
         if self.tokens is None:
             raise ConfigError(
-                "Which logits? Give compare_patched the tokens: tokens=[(of the base, of the target)]."
+                "Which logits? Give compare_patched the tokens: tokens=[(of the source, of the base)]."
             )
         index = self.tokens.to(logits.device).expand(*logits.shape[:-1], 2)
-        base, target = logits.gather(-1, index).unbind(-1)
-        return target - base
+        source, base = logits.gather(-1, index).unbind(-1)
+        return base - source
 
     def __str__(self) -> str:
         """A line for each patched run."""
-        columns = {"KL(base||patched)": self.kl_base_patched, "change": self.kl_change}
+        columns = {"KL(source||patched)": self.kl_source_patched, "change": self.kl_change}
         if self.tokens is not None:
             columns = {"variation": self.variation, **columns}
         head = "".join(f"{name:>20}" for name in columns)
@@ -116,7 +116,7 @@ class PatchingComparison:
 def compare_patched(
     model: nn.Module,
     base: Any,
-    target: Any,
+    source: Any,
     component: str = "block_output",
     layers: int | Iterable[int | Iterable[int]] | Literal["all"] = (),
     positions: Any = None,
@@ -125,21 +125,20 @@ def compare_patched(
     heads: Any = None,
     tokenizer: Any = None,
 ) -> PatchingComparison:
-    """Run base and target, and the target once for each of `layers` with the base's activations in it.
+    """Run base and source, and the base once for each of `layers` with the source's activations in it.
 
-    The words are those of this workflow: `base` gives the values and `target` is patched. (In an `IntervenableModel`
-    they would be the source and the base.) No gradients are computed.
+    As everywhere here the source gives the values and the base is what is patched. No gradients are computed.
 
     Args:
         model: A model with logits `[b, s, V]`.
-        base: Inputs of the run that gives its activations, batch and padding as usual.
-        target: Inputs of the run that is patched, of as many examples.
+        base: Inputs of the run that is patched, batch and padding as usual.
+        source: Inputs of the run that gives its activations, of as many examples.
         component: What is patched.
         layers: Layers for a patched run each; several together, `[(3, 4)]`, are patched in one run. Leave them out
             for a component outside the blocks.
-        positions: Where, as in `RepresentationConfig.where`: an entry or a list, or a tuple `(base, target)` of them;
+        positions: Where, as in `RepresentationConfig.where`: an entry or a list, or a tuple `(source, base)` of them;
             for attention matrices a mapping of its levels. None for all.
-        tokens: Pairs (token of the base, token of the target), one for all examples or one for each.
+        tokens: Pairs (token of the source, token of the base), one for all examples or one for each.
         heads: Which heads, for components by heads; None for all.
         tokenizer: For positions and tokens by name.
 
@@ -151,15 +150,15 @@ def compare_patched(
     Example:
         >>> from intervenable import load_small_lm
         >>> tokenizer, lm = load_small_lm()
-        >>> base = tokenizer("The capital of Italy is", return_tensors="pt")
-        >>> target = tokenizer("The capital of Spain is", return_tensors="pt")
-        >>> result = compare_patched(lm, base, target, "block_output", [0, 5], 3, [(" Rome", " Madrid")],
+        >>> base = tokenizer("The capital of Spain is", return_tensors="pt")
+        >>> source = tokenizer("The capital of Italy is", return_tensors="pt")
+        >>> result = compare_patched(lm, base, source, "block_output", [0, 5], 3, [(" Rome", " Madrid")],
         ...                          tokenizer=tokenizer)
         >>> bool(result.variation[0] < result.variation[1])  # the country is read from its token in early layers
         True
     """
     runs = _runs(layers, component, model)
-    examples = read_inputs(target, model, "target"), read_inputs(base, model, "base")
+    examples = read_inputs(base, model, "base"), read_inputs(source, model, "source")
     pairs = None if tokens is None else _pairs(tokens, examples[0].batch, tokenizer)
     patched = [
         IntervenableModel(
@@ -171,11 +170,11 @@ def compare_patched(
     ]
     plain = IntervenableModel([], model)
     with torch.no_grad():
-        base_logits = _last_logits(plain(base).intervened, examples[1], model)
-        clean_logits = _last_logits(plain(target).intervened, examples[0], model)
+        source_logits = _last_logits(plain(source).intervened, examples[1], model)
+        clean_logits = _last_logits(plain(base).intervened, examples[0], model)
         _check_vocabulary(pairs, clean_logits)
-        found = [_last_logits(one(target, [base]).intervened, examples[0], model) for one in patched]
-    return PatchingComparison(tuple(runs), base_logits, clean_logits, torch.stack(found), pairs)
+        found = [_last_logits(one(base, [source]).intervened, examples[0], model) for one in patched]
+    return PatchingComparison(tuple(runs), source_logits, clean_logits, torch.stack(found), pairs)
 
 
 def _runs(layers: Any, component: str, model: nn.Module) -> list[tuple[int, ...]]:
@@ -216,7 +215,7 @@ def _entry(component: str, layer: int | None, positions: Any, heads: Any) -> Rep
         sides = positions if isinstance(positions, tuple) else (positions,)
         levels = [{"positions": side} for side in sides]
         positions = tuple(levels) if isinstance(positions, tuple) else levels[0]
-    return RepresentationConfig(layer, component, unit, group_key="base", where=positions)
+    return RepresentationConfig(layer, component, unit, group_key="source", where=positions)
 
 
 def _pairs(tokens: Sequence[Any], batch: int, tokenizer: Any) -> Tensor:
@@ -224,7 +223,7 @@ def _pairs(tokens: Sequence[Any], batch: int, tokenizer: Any) -> Tensor:
     paired = all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in tokens)
     if not paired or len(tokens) not in (1, batch):
         raise ConfigError(
-            f"tokens={tokens!r}: give pairs (token of the base, token of the target), one for all examples or one for"
+            f"tokens={tokens!r}: give pairs (token of the source, token of the base), one for all examples or one for"
             f" each of the {batch}."
         )
     ids = torch.tensor([[_token_id(token, tokenizer) for token in pair] for pair in tokens])

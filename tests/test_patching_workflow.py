@@ -19,22 +19,22 @@ def two_prompts(model, padding=None):
     return tiny_inputs(model, seed=1, padding=padding), tiny_inputs(model, seed=2, padding=padding)
 
 
-def patched_by_hand(model, component, layer, base, target, read, write):
-    """Logits of the target with the base's vectors at `read` put at `write`."""
-    given = by_hand.seen(model, component, base, layer=layer)
+def patched_by_hand(model, component, layer, source, base, read, write):
+    """Logits of the base with the source's vectors at `read` put at `write`."""
+    given = by_hand.seen(model, component, source, layer=layer)
 
     def change(value):
         value = value.clone()
         value[:, write] = given[:, read]
         return value
 
-    return by_hand.run_with(model, component, change, target, layer=layer).logits
+    return by_hand.run_with(model, component, change, base, layer=layer).logits
 
 
 def test_the_worked_example():
     result = PatchingComparison(
         layers=((0,),),
-        base_logits=torch.zeros(1, 2),
+        source_logits=torch.zeros(1, 2),
         clean_logits=torch.tensor([[2.0, 1.0]]),
         patched_logits=torch.tensor([[[0.0, 3.0]]]),
         tokens=torch.tensor([[0, 1]]),
@@ -47,19 +47,19 @@ def test_the_worked_example():
 @pytest.mark.parametrize(("family", "component"), [("llama", "block_output"), ("gpt2", "mlp_output")])
 def test_each_layer_is_patched_in_a_run_of_its_own(family, component):
     model = tiny(family)
-    base, target = two_prompts(model)
+    source, base = two_prompts(model)
     pairs = [(3, 5), (7, 4)]
-    result = compare_patched(model, base, target, component, range(LAYERS), ([1, 2], [4, 6]), pairs)
+    result = compare_patched(model, base, source, component, range(LAYERS), ([1, 2], [4, 6]), pairs)
     with torch.no_grad():
-        clean, given = model(**target).logits[:, -1], model(**base).logits[:, -1]
+        clean, given = model(**base).logits[:, -1], model(**source).logits[:, -1]
         expected = torch.stack(
             [
-                patched_by_hand(model, component, layer, base, target, [1, 2], [4, 6])[:, -1]
+                patched_by_hand(model, component, layer, source, base, [1, 2], [4, 6])[:, -1]
                 for layer in range(LAYERS)
             ]
         )
     assert result.layers == ((0,), (1,), (2,))
-    assert_close(result.base_logits, given)
+    assert_close(result.source_logits, given)
     assert_close(result.clean_logits, clean)
     assert_close(result.patched_logits, expected, atol=1e-5, rtol=1e-5)
 
@@ -75,43 +75,43 @@ def test_each_layer_is_patched_in_a_run_of_its_own(family, component):
 
 def test_divergences_are_those_of_torch_and_directed():
     model = tiny("llama")
-    base, target = two_prompts(model)
-    result = compare_patched(model, base, target, "block_output", [0, 1], -1)
+    source, base = two_prompts(model)
+    result = compare_patched(model, base, source, "block_output", [0, 1], -1)
 
     def divergence(left, right):
         return nn.functional.kl_div(
             right.log_softmax(-1), left.log_softmax(-1), log_target=True, reduction="batchmean"
         )
 
-    given, clean = result.base_logits, result.clean_logits
+    given, clean = result.source_logits, result.clean_logits
     for run, patched in enumerate(result.patched_logits):
-        assert_close(result.kl_base_patched[run], divergence(given, patched))
+        assert_close(result.kl_source_patched[run], divergence(given, patched))
         assert_close(result.kl_clean_patched[run], divergence(clean, patched))
-    assert_close(result.kl_base_clean, divergence(given, clean))
-    assert_close(result.kl_change, result.kl_base_patched - result.kl_base_clean)
-    assert (result.kl_base_clean - divergence(clean, given)).abs() > 1e-3
+    assert_close(result.kl_source_clean, divergence(given, clean))
+    assert_close(result.kl_change, result.kl_source_patched - result.kl_source_clean)
+    assert (result.kl_source_clean - divergence(clean, given)).abs() > 1e-3
 
 
 def test_tokens_that_cannot_be_said_make_no_divergence_infinite():
     logits = torch.tensor([[1.0, 0.0, -torch.inf]])
     result = PatchingComparison(((0,),), logits, logits, logits[None])
-    assert result.kl_base_patched.tolist() == [0]
+    assert result.kl_source_patched.tolist() == [0]
 
 
 def test_everything_patched_in_the_last_layer_gives_the_answer_of_the_base():
     model = tiny("llama")
-    base, target = two_prompts(model)
-    result = compare_patched(model, base, target, "block_output", LAYERS - 1)
-    assert_close(result.patched_logits[0], result.base_logits)
-    assert_close(result.kl_change[0], -result.kl_base_clean)
+    source, base = two_prompts(model)
+    result = compare_patched(model, base, source, "block_output", LAYERS - 1)
+    assert_close(result.patched_logits[0], result.source_logits)
+    assert_close(result.kl_change[0], -result.kl_source_clean)
 
 
 def test_layers_given_together_are_patched_in_one_run():
     model = tiny("llama")
-    base, target = two_prompts(model)
-    result = compare_patched(model, base, target, "mlp_output", [(0, 1), 2], 3)
+    source, base = two_prompts(model)
+    result = compare_patched(model, base, source, "mlp_output", [(0, 1), 2], 3)
     with torch.no_grad():
-        given = [by_hand.seen(model, "mlp_output", base, layer=layer) for layer in (0, 1)]
+        given = [by_hand.seen(model, "mlp_output", source, layer=layer) for layer in (0, 1)]
 
         def change(layer):
             def put(value):
@@ -122,7 +122,7 @@ def test_layers_given_together_are_patched_in_one_run():
             return put
 
         handles = [by_hand.hook(model, "mlp_output", change(layer), layer=layer) for layer in (0, 1)]
-        expected = model(**target).logits[:, -1]
+        expected = model(**base).logits[:, -1]
         for handle in handles:
             handle.remove()
     assert result.layers == ((0, 1), (2,))
@@ -131,38 +131,38 @@ def test_layers_given_together_are_patched_in_one_run():
 
 def test_one_head_alone_is_patched():
     model = tiny("llama")
-    base, target = two_prompts(model)
-    result = compare_patched(model, base, target, "head_attention_value_output", 1, 4, heads=2)
+    source, base = two_prompts(model)
+    result = compare_patched(model, base, source, "head_attention_value_output", 1, 4, heads=2)
     columns = slice(2 * HEAD_DIM, 3 * HEAD_DIM)
     with torch.no_grad():
-        given = by_hand.seen(model, "attention_value_output", base)
+        given = by_hand.seen(model, "attention_value_output", source)
 
         def change(value):
             value = value.clone()
             value[:, 4, columns] = given[:, 4, columns]
             return value
 
-        expected = by_hand.run_with(model, "attention_value_output", change, target).logits[:, -1]
+        expected = by_hand.run_with(model, "attention_value_output", change, base).logits[:, -1]
     assert_close(result.patched_logits[0], expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_padding_and_batches_change_nothing(padding):
     model = tiny("llama")
-    base, target = two_prompts(model, padding)
-    assert (target["attention_mask"] == 0).any()
-    together = compare_patched(model, base, target, "block_output", [0, 1], -2, [(3, 5)])
+    source, base = two_prompts(model, padding)
+    assert (base["attention_mask"] == 0).any()
+    together = compare_patched(model, base, source, "block_output", [0, 1], -2, [(3, 5)])
     for example in range(2):
-        real = target["attention_mask"][example].bool()
+        real = base["attention_mask"][example].bool()
         alone = compare_patched(
             model,
-            *({"input_ids": inputs["input_ids"][example : example + 1, real]} for inputs in (base, target)),
+            *({"input_ids": inputs["input_ids"][example : example + 1, real]} for inputs in (base, source)),
             "block_output",
             [0, 1],
             -2,
             [(3, 5)],
         )
-        for name in ("base_logits", "clean_logits"):
+        for name in ("source_logits", "clean_logits"):
             assert_close(getattr(together, name)[example], getattr(alone, name)[0], atol=1e-5, rtol=1e-5)
         assert_close(together.patched_logits[:, example], alone.patched_logits[:, 0], atol=1e-5, rtol=1e-5)
         assert_close(
@@ -172,21 +172,21 @@ def test_padding_and_batches_change_nothing(padding):
 
 def test_prompts_of_different_length_are_patched_where_each_says():
     model = tiny("llama")
-    base, target = tiny_inputs(model, length=5, seed=1), tiny_inputs(model, length=7, seed=2)
-    result = compare_patched(model, base, target, "block_output", 1, (-1, -1))
-    assert_close(result.patched_logits[0].shape, result.base_logits.shape)
+    source, base = tiny_inputs(model, length=5, seed=1), tiny_inputs(model, length=7, seed=2)
+    result = compare_patched(model, base, source, "block_output", 1, (-1, -1))
+    assert_close(result.patched_logits[0].shape, result.source_logits.shape)
     with torch.no_grad():
-        expected = patched_by_hand(model, "block_output", 1, base, target, 4, 6)[:, -1]
+        expected = patched_by_hand(model, "block_output", 1, source, base, 4, 6)[:, -1]
     assert_close(result.patched_logits[0], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_place_may_lie_outside_the_blocks():
     model = tiny("llama")
-    base, target = two_prompts(model)
-    result = compare_patched(model, base, target, "embedding_output", positions=2)
+    source, base = two_prompts(model)
+    result = compare_patched(model, base, source, "embedding_output", positions=2)
     with torch.no_grad():
-        mixed = target["input_ids"].clone()
-        mixed[:, 2] = base["input_ids"][:, 2]
+        mixed = base["input_ids"].clone()
+        mixed[:, 2] = source["input_ids"][:, 2]
         expected = model(input_ids=mixed).logits[:, -1]
     assert result.layers == ((),)
     assert_close(result.patched_logits[0], expected, atol=1e-5, rtol=1e-5)
@@ -195,19 +195,19 @@ def test_the_place_may_lie_outside_the_blocks():
 @pytest.mark.parametrize("padding", [None, "left", "right"])
 def test_a_model_of_two_stacks_answers_in_its_decoder(padding):
     model = tiny("t5")
-    base, target = two_prompts(model, padding)
-    last = [int(row.nonzero().max()) for row in target["decoder_attention_mask"]]
-    everything = compare_patched(model, base, target, "encoder_block_output", LAYERS - 1)
-    assert compare_patched(model, base, target, "decoder_mlp_output", "all").layers == (
+    source, base = two_prompts(model, padding)
+    last = [int(row.nonzero().max()) for row in base["decoder_attention_mask"]]
+    everything = compare_patched(model, base, source, "encoder_block_output", LAYERS - 1)
+    assert compare_patched(model, base, source, "decoder_mlp_output", "all").layers == (
         (0,),
         (1,),
         (2,),
         (3,),
     )
     with torch.no_grad():
-        clean = model(**target).logits[[0, 1], last]
-        read = {name: base[name] for name in ("input_ids", "attention_mask")}
-        expected = model(**{**target, **read}).logits[[0, 1], last]  # all of the encoder is the base's
+        clean = model(**base).logits[[0, 1], last]
+        read = {name: source[name] for name in ("input_ids", "attention_mask")}
+        expected = model(**{**base, **read}).logits[[0, 1], last]  # all of the encoder is the source's
     assert_close(everything.clean_logits, clean, atol=1e-5, rtol=1e-5)
     assert_close(everything.patched_logits[0], expected, atol=1e-5, rtol=1e-5)
     assert (clean - expected).abs().max() > 1e-2
@@ -215,11 +215,11 @@ def test_a_model_of_two_stacks_answers_in_its_decoder(padding):
 
 def test_tokens_may_be_texts_of_one_token():
     tokenizer, model = iv.load_small_lm()
-    base, target = (
+    source, base = (
         tokenizer(f"The capital of {country} is", return_tensors="pt") for country in ("Italy", "Spain")
     )
     answers = [(" Rome", " Madrid")]
-    named = compare_patched(model, base, target, layers=2, positions=3, tokens=answers, tokenizer=tokenizer)
+    named = compare_patched(model, base, source, layers=2, positions=3, tokens=answers, tokenizer=tokenizer)
     ids = [tokenizer.encode(city, add_special_tokens=False)[0] for city in answers[0]]
     assert named.tokens.tolist() == [ids]
     assert named.variation[0] < -5  # the answer turns from Madrid to Rome
@@ -227,15 +227,15 @@ def test_tokens_may_be_texts_of_one_token():
     assert str(named).splitlines()[1].split()[0] == "2"
     with pytest.raises(iv.ConfigError, match=r"'Rome and Madrid' is \d tokens and not one"):
         compare_patched(
-            model, base, target, layers=2, tokens=[("Rome and Madrid", " Rome")], tokenizer=tokenizer
+            model, base, source, layers=2, tokens=[("Rome and Madrid", " Rome")], tokenizer=tokenizer
         )
     with pytest.raises(iv.ConfigError, match="give the tokenizer, or its id"):
-        compare_patched(model, base, target, layers=2, tokens=answers)
+        compare_patched(model, base, source, layers=2, tokens=answers)
 
 
 def test_what_makes_no_sense_is_said_before_any_run():
     model = tiny("llama")
-    base, target = two_prompts(model)
+    source, base = two_prompts(model)
     calls = SimpleNamespace(count=0)
     model.register_forward_pre_hook(lambda *_: setattr(calls, "count", calls.count + 1))
     wrong = [
@@ -251,26 +251,26 @@ def test_what_makes_no_sense_is_said_before_any_run():
     ]
     for options, message in wrong:
         with pytest.raises(iv.ConfigError, match=message):
-            compare_patched(model, base, target, **options)
+            compare_patched(model, base, source, **options)
     with pytest.raises(iv.ConfigError, match="Which logits"):
         _ = PatchingComparison(((0,),), torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 1, 2)).variation
     assert calls.count == 0
     with pytest.raises(iv.ConfigError, match="Token 999 does not exist"):
-        compare_patched(model, base, target, layers=1, tokens=[(1, 999)])
+        compare_patched(model, base, source, layers=1, tokens=[(1, 999)])
     headless = tiny("llama", head="base")
     with pytest.raises(iv.UnsupportedModelError, match="gives no logits"):
-        compare_patched(headless, base, target, layers=1)
+        compare_patched(headless, base, source, layers=1)
 
 
 def test_the_model_and_the_inputs_stay_as_they_were():
     model = tiny("llama").train()
-    base, target = two_prompts(model)
+    source, base = two_prompts(model)
     before = {
-        name: value.clone() for name, value in {**base, **{f"t{k}": v for k, v in target.items()}}.items()
+        name: value.clone() for name, value in {**source, **{f"t{k}": v for k, v in base.items()}}.items()
     }
-    result = compare_patched(model, base, target, layers=[0, 1], positions=1)
+    result = compare_patched(model, base, source, layers=[0, 1], positions=1)
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not result.patched_logits.requires_grad
-    after = {**base, **{f"t{k}": v for k, v in target.items()}}
+    after = {**source, **{f"t{k}": v for k, v in base.items()}}
     assert all(torch.equal(before[name], after[name]) for name in before)
