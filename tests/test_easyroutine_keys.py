@@ -1,4 +1,4 @@
-"""The keys of easyroutine against what SPEC's table says of them, and against real models."""
+"""The keys of easyroutine against a table of what they mean, and against real models."""
 
 from __future__ import annotations
 
