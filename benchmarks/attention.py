@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import json
 import sys
 import warnings
@@ -53,7 +52,7 @@ from benchmarks.attention_contenders import (
     case_on,
     load,
 )
-from benchmarks.overhead import BLOCK_SECONDS, MODELS, Spread, aligned, seconds_of, versions
+from benchmarks.overhead import BLOCK_SECONDS, MODELS, Spread, aligned, installed, seconds_of, versions
 
 BATCHES = (1, 16)
 LENGTHS = (8, 64)
@@ -200,11 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     warnings.simplefilter("ignore")  # what the libraries warn of is not the subject here
-    packages = [package for package in dict.fromkeys(c.package for c in CONTENDERS) if package is not None]
-    packages = [package for package in packages if options.only is None or package in options.only]
-    for package in [package for package in packages if importlib.util.find_spec(package) is None]:
-        print(f"{package} is not installed: left out.", file=sys.stderr)
-        packages.remove(package)
+    packages = installed((c.package for c in CONTENDERS), options.only)
     contenders = [entry for entry in CONTENDERS if entry.package is None or entry.package in packages]
 
     results: list[Result] = []

@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -484,6 +484,20 @@ def rounds_for(name: str, batch: int, *, quick: bool) -> int:
     return 16 if batch == 1 else 8
 
 
+def installed(packages: Iterable[str | None], only: Sequence[str] | None) -> list[str]:
+    """Those of the libraries that are there, in order and each once; what is left out is said.
+
+    Args:
+        packages: What contenders need; None where they need nothing.
+        only: The libraries that were asked for; None for all.
+    """
+    wanted = [p for p in dict.fromkeys(packages) if p is not None and (only is None or p in only)]
+    missing = [package for package in wanted if importlib.util.find_spec(package) is None]
+    for package in missing:
+        print(f"{package} is not installed: left out.", file=sys.stderr)
+    return [package for package in wanted if package not in missing]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -505,11 +519,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.disable_progress_bar()
     warnings.simplefilter("ignore")  # what the libraries warn of is not the subject here
     # Ours comes before nnsight, which gives `object` a method when it is imported.
-    packages = [package for package in dict.fromkeys(c.package for c in CONTENDERS) if package is not None]
-    packages = [package for package in packages if options.only is None or package in options.only]
-    for package in [package for package in packages if importlib.util.find_spec(package) is None]:
-        print(f"{package} is not installed: left out.", file=sys.stderr)
-        packages.remove(package)
+    packages = installed((c.package for c in CONTENDERS), options.only)
     labels = [c.label for c in CONTENDERS if c.package is None or c.package in packages]
 
     results: list[Result] = []
