@@ -40,11 +40,6 @@ class KeyKind:
     """Why nothing can be written there, as the end of a sentence; "" if it can."""
 
     @property
-    def by_head(self) -> bool:
-        """Whether its keys name a head."""
-        return "{head}" in self.template
-
-    @property
     def unit(self) -> str:
         """The unit in which positions of it are located."""
         return {"stream": "pos", "heads": "h.pos", "matrix": "h.query.key"}[COMPONENTS[self.component].axes]
