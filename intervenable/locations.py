@@ -312,7 +312,7 @@ class _Place:
 
     def counted_in(self, level: Level) -> _Place:
         """The same, with both runs counted in the positions of one level."""
-        if not (self.subject.stack or self.subject.key_stack):  # of one stack there is nothing else to count in
+        if not (self.subject.stack or self.subject.key_stack):  # one stack: nothing else to count in
             return self
         other = None if self.other is None else self.subject.counted_in(level, self.other)
         return replace(self, inputs=self.subject.counted_in(level, self.inputs), other=other)
