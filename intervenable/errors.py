@@ -107,6 +107,14 @@ class NotFiredError(IntervenableError, RuntimeError):
     """An intervention ran another number of times than its plan says."""
 
 
+class MetricError(IntervenableError, ValueError):
+    """A metric gave no number, or numbers of another shape than before."""
+
+
+class InexactError(IntervenableError, RuntimeError):
+    """A shortcut gave something else than the plain way."""
+
+
 class NotAvailableError(IntervenableError, NotImplementedError):
     """Something that is known and not there yet."""
 
