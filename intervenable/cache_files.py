@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from torch import Tensor
 
 from intervenable.cache_layout import Layout, TokenAxis
 from intervenable.errors import StorageError
+from intervenable.tensor_files import FileKind, read_tensors, write_tensors
 
-FORMAT = "intervenable.ActivationCache"
-VERSION = 1
-FILE_NAME = "activations.safetensors"
+CACHE = FileKind(
+    "intervenable.ActivationCache",
+    version=1,
+    file_name="activations.safetensors",
+    noun="an activation cache",
+    writer="ActivationCache.save",
+    remedy="Collect them anew.",
+)
 
 Name = tuple[str, int | None]
 Kept = Tensor | tuple[Tensor, ...]
-
-
-def file_at(path: Path) -> Path:
-    """The file that a path means: itself, or the one in that folder."""
-    return path if path.suffix == ".safetensors" else path / FILE_NAME
 
 
 def write_cache(
@@ -35,17 +33,15 @@ def write_cache(
     """Write activations to a file, by way of another beside it: whoever is interrupted leaves the old one as it was.
 
     Raises:
-        StorageError: `info` holds something that JSON has no form for.
+        StorageError: `info` holds something that JSON has no form for, or the file could not be written.
     """
-    from safetensors.torch import save_file
-
     tensors: dict[str, Tensor] = {}
     known: dict[int, str] = {}
 
     def keep(tensor: Tensor) -> str:
         if id(tensor) not in known:
             known[id(tensor)] = f"{len(tensors):05d}"
-            tensors[known[id(tensor)]] = tensor.detach().cpu().contiguous().clone()
+            tensors[known[id(tensor)]] = tensor
         return known[id(tensor)]
 
     entries = [
@@ -67,26 +63,11 @@ def write_cache(
         }
         for key, value in values.items()
     ]
-    sums = {name: _checksum(tensor) for name, tensor in tensors.items()}
     try:
-        header = json.dumps({"activations": entries, "info": dict(info), "checksums": sums}, allow_nan=False)
+        json.dumps(dict(info), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise StorageError(f"info holds something that cannot be written as JSON: {error}.") from error
-    target = file_at(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.{uuid4().hex}.part")
-    try:
-        part.touch()  # with the permissions of any new file, which save_file does not give
-        mode = part.stat().st_mode
-        save_file(tensors, part, {"format": FORMAT, "version": str(VERSION), "header": header})
-        part.chmod(mode)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, target)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    return target
+    return write_tensors(CACHE.file_at(path), CACHE, tensors, {"activations": entries, "info": dict(info)})
 
 
 def read_cache(
@@ -98,42 +79,8 @@ def read_cache(
         StorageError: another kind of file, or a damaged one.
         FileNotFoundError: no file.
     """
-    from safetensors import SafetensorError, safe_open
-
-    target = file_at(path)
-    if not target.is_file():
-        raise FileNotFoundError(f"There is no file {str(target)!r}.")
-    try:
-        with safe_open(target, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            _check_kind(metadata, target)
-            header = json.loads(metadata["header"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
-        damaged = [name for name, total in header["checksums"].items() if _checksum(tensors[name]) != total]
-        if damaged or header["checksums"].keys() != tensors.keys():
-            raise StorageError(
-                f"{target} is damaged: its tensors are not those that were written. Collect them anew."
-            )
-        return (*_activations(header["activations"], tensors, device), header["info"])
-    except StorageError:
-        raise
-    except (SafetensorError, KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
-        raise StorageError(
-            f"{target} cannot be read as an activation cache: it is damaged, or another kind of file ({error})."
-        ) from error
-
-
-def _check_kind(metadata: Mapping[str, str], target: Path) -> None:
-    if metadata.get("format") != FORMAT:
-        raise StorageError(
-            f"{target} is a safetensors file, and not one that ActivationCache.save has written (its format is"
-            f" {metadata.get('format')!r})."
-        )
-    if int(metadata["version"]) > VERSION:
-        raise StorageError(
-            f"{target} has version {metadata['version']} of the format, and this library reads versions up to"
-            f" {VERSION}. Update intervenable."
-        )
+    tensors, content = read_tensors(CACHE.file_at(path), CACHE)
+    return (*_activations(content["activations"], tensors, device), content["info"])
 
 
 def _activations(
@@ -158,8 +105,3 @@ def _activations(
             None if entry["heads"] is None else tuple(entry["heads"]),
         )
     return values, layouts
-
-
-def _checksum(tensor: Tensor) -> int:
-    flat = tensor.contiguous().reshape(-1)
-    return zlib.crc32(flat.view(torch.uint8).numpy().data) if flat.numel() else 0
