@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,8 @@ from torch import Tensor
 
 from intervenable.errors import ConfigError, IntervenableWarning, MetricError, UnknownNameError, unknown_name
 from intervenable.sweep_files import SWEEP, read_sweep, write_sweep
+from intervenable.sweep_selection import chosen, index_of
+from intervenable.sweep_tables import SweepCell, cells_of, item_names, table_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,34 +23,6 @@ if TYPE_CHECKING:
 
 HEAD = "head"
 """The axis that may be shorter for one component than for another: there are fewer key-value heads."""
-
-
-@dataclass(frozen=True)
-class SweepCell:
-    """One cell of a sweep: what was patched, and what came of it."""
-
-    component: str
-    metric: str
-
-    entries: Mapping[str, Any]
-    """What was patched on each axis: `{"layer": 3, "pos": 4}`."""
-
-    labels: Mapping[str, str]
-    """The names of the same: `{"layer": "3", "pos": " Spain"}`."""
-
-    value: float
-    """The metric; the mean of what it gave if that is several numbers."""
-
-    change: float | None
-    """The value less that of the run that was patched; None if that is not known."""
-
-    def __str__(self) -> str:
-        places = (
-            f"{axis} {entry}" + ("" if self.labels[axis] == str(entry) else f" {self.labels[axis]!r}")
-            for axis, entry in self.entries.items()
-        )
-        change = "" if self.change is None else f" ({self.change:+.4g})"
-        return f"{', '.join((self.component, *places))}: {self.value:.4g}{change}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +126,7 @@ class SweepResult:
             *(("component",) if len(self.components) > 1 else ()),
             *self.axes,
             *(("metric",) if len(self.metrics) > 1 else ()),
-            *_item_names(len(self._shape())),
+            *item_names(len(self._shape())),
         )
 
     @property
@@ -220,21 +193,8 @@ class SweepResult:
         (name,) = one.metrics
         run = one.clean if self.settings.get("direction") == "noise" else one.corrupted
         before = run[name].item() if name in run else None
-        cells = [
-            SweepCell(
-                component,
-                name,
-                {axis: one.entries[axis][i] for axis, i in zip(one.axes, index, strict=True)},
-                {axis: one.labels[axis][i] for axis, i in zip(one.axes, index, strict=True)},
-                value,
-                None if before is None else value - before,
-            )
-            for (component, _), values in one.results.items()
-            for index, value in zip(_indices(values.shape), values.flatten().tolist(), strict=True)
-            if value == value  # no NaN
-        ]
-        cells.sort(key=lambda cell: -cell.value if cell.change is None else -abs(cell.change))
-        return tuple(cells[:k])
+        cells = cells_of(one.axes, one.entries, one.labels, one.results, before)
+        return tuple(sorted(cells, key=lambda cell: -cell.effect)[:k])
 
     # -- making others
 
@@ -255,8 +215,8 @@ class SweepResult:
             UnknownNameError: no such component, metric, axis or entry.
             ConfigError: a label that several entries have.
         """
-        components = _chosen("component", component, self.components)
-        metrics = _chosen("metric", metric, self.metrics)
+        components = chosen("component", component, self.components)
+        metrics = chosen("metric", metric, self.metrics)
         unknown = [axis for axis in where if axis not in self.axes]
         if unknown:
             raise UnknownNameError(unknown_name("axis", unknown[0], ("component", "metric", *self.axes)))
@@ -325,34 +285,7 @@ class SweepResult:
         Columns: `component`, each axis with its entries, `<axis>_label` with their labels, `metric`, `value`, and
         before it `item` (`item_0`, `item_1`, ...) if a metric gives several numbers for each cell, each in a row.
         """
-        import pandas as pd
-
-        items = _item_names(max(len(self._shape_of(metric)) for metric in self.metrics))
-        columns = [
-            "component",
-            *self.axes,
-            *(f"{axis}_label" for axis in self.axes),
-            "metric",
-            *items,
-            "value",
-        ]
-        rows: list[list[Any]] = []
-        for (component, metric), values in self.results.items():
-            for index, value in zip(_indices(values.shape), values.flatten().tolist(), strict=True):
-                cell, item = index[: len(self.axes)], index[len(self.axes) :]
-                rows.append(
-                    [
-                        component,
-                        *(self.entries[axis][i] for axis, i in zip(self.axes, cell, strict=True)),
-                        *(self.labels[axis][i] for axis, i in zip(self.axes, cell, strict=True)),
-                        metric,
-                        *item,
-                        *[None] * (len(items) - len(item)),
-                        value,
-                    ]
-                )
-        table = pd.DataFrame(rows, columns=columns)
-        return table.astype(dict.fromkeys(items, "Int64"))
+        return table_of(self.axes, self.entries, self.labels, self.results)
 
     def plot(self, tokenizer: Any = None, **options: Any) -> Picture:
         """Draw the result: a heat map over two axes, a panel for each head or component where there are more.
@@ -456,7 +389,10 @@ class SweepResult:
     def _at(self, axis: str, wanted: Any) -> SweepResult:
         at = self.axes.index(axis)
         several = isinstance(wanted, list)
-        indices = [self._index(axis, one) for one in (wanted if several else [wanted])]
+        indices = [
+            index_of(axis, one, self.entries[axis], self.labels[axis])
+            for one in (wanted if several else [wanted])
+        ]
 
         def taken(key: tuple[str, str]) -> Tensor:
             values = (self._padded(*key) if axis == HEAD else self.results[key]).index_select(
@@ -480,26 +416,6 @@ class SweepResult:
             else {**self.settings, "selected": {**selected, axis: self.labels[axis][indices[0]]}},
         )
 
-    def _index(self, axis: str, wanted: Any) -> int:
-        entries, labels = self.entries[axis], self.labels[axis]
-        alike: tuple[Callable[[int], bool], ...] = (
-            lambda i: type(entries[i]) is type(wanted) and entries[i] == wanted,
-            lambda i: labels[i] == wanted,
-        )
-        for like in alike:
-            found = [i for i in range(len(entries)) if like(i)]
-            if len(found) > 1:
-                places = ", ".join(repr(entries[i]) for i in found)
-                raise ConfigError(
-                    f"{axis}={wanted!r} is said of several entries of this axis: {places}. Give the entry."
-                )
-            if found:
-                return found[0]
-        if isinstance(wanted, int) and not isinstance(wanted, bool) and -len(entries) <= wanted < 0:
-            return wanted + len(entries)
-        allowed = [str(entry) for entry in entries] + [repr(label) for label in labels]
-        raise UnknownNameError(unknown_name(f"entry of {axis!r}", wanted, dict.fromkeys(allowed)))
-
 
 def _stacked(tensors: Sequence[Tensor], axis: int) -> Tensor:
     """Several tensors along a new axis; one as it is."""
@@ -513,21 +429,3 @@ def _stacked(tensors: Sequence[Tensor], axis: int) -> Tensor:
 
 def _wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _indices(shape: Sequence[int]) -> product[tuple[int, ...]]:
-    return product(*(range(size) for size in shape))
-
-
-def _item_names(count: int) -> tuple[str, ...]:
-    return ("item",) if count == 1 else tuple(f"item_{i}" for i in range(count))
-
-
-def _chosen(kind: str, wanted: str | Sequence[str] | None, there: Sequence[str]) -> Sequence[str]:
-    if wanted is None:
-        return there
-    names = [wanted] if isinstance(wanted, str) else list(wanted)
-    unknown = [name for name in names if name not in there]
-    if unknown:
-        raise UnknownNameError(unknown_name(kind, unknown[0], there))
-    return names
