@@ -15,7 +15,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 REQUIREMENTS := pyproject.toml constraints.txt
 
-.PHONY: help demo test lint format types smollm2 test-smollm2 peers bench bench-attention bench-easyroutine tutorials clean
+.PHONY: help demo test lint format types smollm2 test-smollm2 peers bench bench-attention bench-sweep bench-easyroutine tutorials clean
 
 help:
 	@echo "make demo          run the main job on the language model that ships with the library"
@@ -27,6 +27,7 @@ help:
 	@echo "make bench         what a swap costs, against the peers (BENCH=--quick, BENCH=--help)"
 	@echo "make bench-attention    what reading and editing patterns costs, likewise"
 	@echo "make bench-easyroutine  the same in easyroutine, whose environment is its own"
+	@echo "make bench-sweep        what a whole patching sweep costs, in time and memory"
 	@echo "make tutorials     run every notebook from top to bottom"
 	@echo "make clean         remove the environments, caches and outputs"
 	@echo "make PYTHON=python3.12 ... chooses the interpreter of new environments"
@@ -82,6 +83,9 @@ bench: $(PEERS_VENV)/.peers
 
 bench-attention: $(PEERS_VENV)/.peers
 	$(ONE_THREAD) $(PEERS_VENV)/bin/python -m benchmarks.attention $(BENCH)
+
+bench-sweep: $(PEERS_VENV)/.peers
+	$(ONE_THREAD) $(PEERS_VENV)/bin/python -m benchmarks.sweep $(BENCH)
 
 # It asks for an old transformers and a vllm that only its other half uses: benchmarks/easyroutine.md.
 $(EASYROUTINE_VENV)/.easyroutine: benchmarks/easyroutine.txt
