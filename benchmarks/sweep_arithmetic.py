@@ -24,6 +24,22 @@ READ_TOKENS = 2
 
 
 @dataclass(frozen=True)
+class Limit:
+    """What one sweep asks of the processor."""
+
+    model: str
+    prompts: str
+    sweep: str
+    by_hooks: int  # multiply-adds
+    changed: int  # those of them that the patches can change
+    busy_seconds: float  # that a fully busy processor would need for the changed ones
+
+    @property
+    def ratio(self) -> float:
+        return self.by_hooks / self.changed
+
+
+@dataclass(frozen=True)
 class TokenCosts:
     """Multiply-adds for one token."""
 
@@ -101,3 +117,8 @@ def best_rate(model: PreTrainedModel) -> float:
     """Multiply-adds a second in a pass so large that reading the weights costs nothing to speak of."""
     large = random_case(model, *BUSY_ROWS, differing=[0], sweep=RESIDUAL)
     return plain_pass(large) / min(seconds_of(lambda: model(large.corrupted).logits, 1) for _ in range(3))
+
+
+def limit_of(model: str, prompts: str, case: Case, rate: float) -> Limit:
+    possible = changed(case)
+    return Limit(model, prompts, case.sweep, hook_loop(case), possible, possible / rate)
