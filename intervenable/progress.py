@@ -52,10 +52,11 @@ class Progress:
     def advance(self, count: int = 1, *, computed: bool = True) -> None:
         """So much more is done; not `computed` is what was done before and tells nothing about the rate."""
         self.done += count
-        if self._bar is not None:
-            if not computed:
-                self._bar.initial += count
+        if self._bar is not None and computed:
             self._bar.update(count)
+        elif self._bar is not None:
+            for counter in ("n", "initial", "last_print_n"):  # tqdm takes its rates from their differences
+                setattr(self._bar, counter, getattr(self._bar, counter) + count)
         if self._report is not None:
             self._report(self.done, self.total)
 
