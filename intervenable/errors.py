@@ -15,7 +15,7 @@
     ├── EditError (ValueError)                an intervention gave back something unusable
     ├── CacheError (ValueError)               activations that cannot be joined, averaged or cut as asked
     │   └── MissingActivationError (KeyError) an activation that was not collected
-    ├── StorageError (ValueError)             a file that is damaged, or none of ours
+    ├── StorageError (ValueError)             a file that is damaged, none of ours, or cannot be written
     ├── NotFiredError (RuntimeError)          an intervention ran another number of times than planned
     ├── NotAvailableError (NotImplementedError)   known, and not there yet
     └── MissingExtraError (ImportError)   a feature needs a package that is not installed
@@ -100,7 +100,7 @@ class MissingActivationError(CacheError, KeyError):
 
 
 class StorageError(IntervenableError, ValueError):
-    """A file that is damaged, or was not written by this library."""
+    """A file that is damaged, was not written by this library, or cannot be written."""
 
 
 class NotFiredError(IntervenableError, RuntimeError):
