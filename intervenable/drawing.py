@@ -19,6 +19,7 @@ try:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Colormap, ListedColormap, Normalize
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Rectangle
 except ImportError as error:
     raise MissingExtraError(
@@ -34,6 +35,7 @@ COLOURS = {"sequential": "Blues", "diverging": "RdBu_r"}
 INK, FAINT, MISSING, HIDDEN = "#222222", "#666666", "#e4e4e4", "#efefef"
 PAGE = 9.0
 """Inches that the maps of a picture may take side by side."""
+TALLEST_BAR = 6.0
 LETTER = 0.075
 """Inches that a letter of a label takes."""
 WITHIN_REACH = 1.6
@@ -115,8 +117,9 @@ class Scale:
         self.limits = limits
         self.norm = Normalize(*limits)
         # Ends are marked by an arrow where values lie beyond them.
+        slack = ROUNDING * (limits[1] - limits[0])
         self.extend = {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[
-            (low < limits[0], high > limits[1])
+            (low < limits[0] - slack, high > limits[1] + slack)
         ]
 
     def ink(self, value: float) -> str:
@@ -126,29 +129,39 @@ class Scale:
 
     def draw_bar(self, figure: Figure, beside: Axes | list[Axes], label: str) -> None:
         """The colour bar, with the landmarks between it and the maps."""
+        height = figure.get_figheight() - 1.0
+        shown = min(height, TALLEST_BAR)
         bar = figure.colorbar(
             ScalarMappable(self.norm, self.colours),
             ax=beside,
             extend=self.extend,
-            aspect=max(5.0, (figure.get_figheight() - 1.0) / 0.13),
+            aspect=max(5.0, shown / 0.13),
+            shrink=shown / height if height > shown else 1.0,
+            anchor=(0.0, 1.0),
             pad=0.02,
         )
         bar.outline.set_visible(False)
         bar.ax.tick_params(labelsize=7.5, length=2, width=0.6, color=FAINT, labelcolor=INK)
         bar.set_label(drawable(label), **text_options([label], 8.5))
-        self._draw_landmarks(bar.ax, figure.get_figheight() - 1.0)
+        self._draw_landmarks(bar.ax, shown)
 
     def _draw_landmarks(self, bar: Axes, height: float) -> None:
         low, high = self.limits
-        line = 0.14 / height * (high - low)
+        least = 0.14 / height * (high - low)
         within = sorted((value, name) for name, value in self.landmarks.items() if low <= value <= high)
-        places = _apart([value for value, _ in within], line, low, high)
+        places = apart([value for value, _ in within], least, low, high)
         for (value, name), place in zip(within, places, strict=True):
-            bar.plot([0, 1], [value, value], color=INK, linewidth=0.9, transform=bar.get_yaxis_transform())
+            line_at = {
+                "color": INK,
+                "linewidth": 0.9,
+                "transform": bar.get_yaxis_transform(),
+                "clip_on": False,
+            }
+            bar.plot([-0.35, 1], [value, value], **line_at)
             bar.annotate(
                 name,
                 (0, value),
-                (-0.45, place),
+                (-0.6, place),
                 xycoords=bar.get_yaxis_transform(),
                 ha="right",
                 va="center_baseline",
@@ -198,8 +211,8 @@ def _around(
     return limits, ListedColormap(colours(shares))
 
 
-def _apart(values: Sequence[float], least: float, low: float, high: float) -> list[float]:
-    """Sorted places for labels near their values, at least so far from each other, within the range."""
+def apart(values: Sequence[float], least: float, low: float, high: float) -> list[float]:
+    """Places for labels near their sorted values, at least so far from each other, within the range."""
     places: list[float] = []
     for value in values:
         places.append(max(value, places[-1] + least) if places else max(value, low))
@@ -247,9 +260,11 @@ def text_options(texts: Iterable[str], size: float) -> dict[str, Any]:
 def draw_cells(axes: Axes, matrix: Tensor, scale: Scale, cell: float, empty: str = MISSING) -> None:
     """A matrix in colours, the first row at the bottom. What is no number has the colour `empty`."""
     rows, columns = matrix.shape
-    gap = min(1.0, 4 * cell)
+    gap = min(1.0, 4 * cell) if cell >= 0.1 else 0.0
     axes.pcolormesh(matrix.numpy(), cmap=scale.colours, norm=scale.norm, edgecolors="white", linewidth=gap)
     axes.set_facecolor(empty)
+    if empty == MISSING:  # no colour that a value may have
+        axes.patch.set(hatch="/////", hatchcolor="white", hatch_linewidth=0.7)
     axes.set(xlim=(0, columns), ylim=(0, rows))
     bare(axes)
 
@@ -302,7 +317,8 @@ def write_values(axes: Axes, matrix: Tensor, scale: Scale, size: float = 7) -> N
     for row, line in enumerate(matrix.tolist()):
         for column, value in enumerate(line):
             if value == value:
-                text = f"{value:.{digits}f}".replace("-0.00", "0.00")
+                text = f"{value:.{digits}f}".replace("-", "−")
+                text = text if text.strip("−0.") else text.lstrip("−")
                 place = (column + 0.5, row + 0.5)
                 axes.text(*place, text, ha="center", va="center", fontsize=size, color=scale.ink(value))
 
@@ -358,28 +374,29 @@ def draw_maps(
     across = min(grid.across, len(maps))
     down = -(-len(maps) // across)
     width_of_cell, height_of_cell = grid.cell
-    columns = max(len(panel.columns) for panel in maps)
+    widths = [max(len(panel.columns) for panel in maps[column::across]) for column in range(across)]
     slant = any(slanted(panel.columns, width_of_cell * grid.column_step) for panel in maps)
     beside = longest_line(rows) * LETTER
     below = max(label_height(panel.columns, slant) for panel in maps)
     names = 0.32 if any(panel.name for panel in maps) else 0.1
     figure = Picture(
         figsize=(
-            max(4.0, across * (width_of_cell * columns + 0.17) + beside + 1.3),
+            max(4.0, width_of_cell * sum(widths) + across * 0.17 + beside + 1.3),
             down * (height_of_cell * len(rows) + names) + 0.55 + below,
         ),
         layout="constrained",
     )
-    axes_of = figure.subplots(down, across, squeeze=False, sharey=True)
+    axes_of = figure.subplots(down, across, squeeze=False, sharey=True, width_ratios=widths)
     for index, axes in enumerate(axes_of.flat):
         if index >= len(maps):
             axes.set_visible(False)
             continue
-        panel = maps[index]
+        panel, widest = maps[index], widths[index % across]
         draw_cells(axes, panel.matrix, scale, min(grid.cell), grid.empty)
-        if len(panel.columns) < columns:
-            # Cells are as wide as those of the other maps: what is left over is no part of this one.
-            axes.set(xlim=(0, columns), facecolor="none")
+        if len(panel.columns) < widest:
+            # Cells are as wide as those of the map above: what is left over is no part of this one.
+            axes.set(xlim=(0, widest), facecolor="none")
+            axes.patch.set_hatch(None)
             axes.add_patch(Rectangle((0, 0), len(panel.columns), len(rows), color=grid.empty, zorder=-1))
         if grid.top_down:
             axes.set_ylim(len(rows), 0)
@@ -398,7 +415,47 @@ def draw_maps(
             )
         else:
             axes.tick_params(axis="x", labelbottom=False)
-    if title:
-        figure.suptitle(drawable(title), x=0.01, ha="left", **text_options([title], 10))
+        if lowest and index // across < down - 1:
+            axes.xaxis.set_in_layout(False)  # its labels hang into the empty place below
+    _draw_title(figure, title, axes_of[0, 0] if len(maps) == 1 and not maps[0].name else None)
     scale.draw_bar(figure, list(axes_of.flat), value_label)
     return figure
+
+
+def draw_overview(
+    matrices: Sequence[Sequence[Tensor]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    scale: Scale,
+    title: str,
+    value_label: str,
+    axes_names: tuple[str, str],
+    empty: str = HIDDEN,
+) -> Picture:
+    """Very many matrices `[queries, keys]` in rows and columns, the first row at the bottom, without tokens."""
+    side = max(0.3, min(PAGE / len(columns), 12.0 / len(rows), 1.2))
+    width, height = max(4.0, len(columns) * side + 1.6), max(2.4, len(rows) * side + 1.0)
+    figure = Picture(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    colours = scale.colours.with_extremes(bad=empty)
+    gap = 0.05
+    # One set of axes for all: hundreds of them would take minutes.
+    for row, line in enumerate(matrices):
+        for column, matrix in enumerate(line):
+            extent = (column + gap, column + 1 - gap, row + gap, row + 1 - gap)
+            axes.imshow(matrix.numpy(), cmap=colours, norm=scale.norm, extent=extent, aspect="auto")
+    axes.set(xlim=(0, len(columns)), ylim=(0, len(rows)))
+    bare(axes)
+    label_rows(axes, rows, axes_names[0], side)
+    label_columns(axes, columns, axes_names[1], False, side)
+    _draw_title(figure, title, axes)
+    scale.draw_bar(figure, axes, value_label)
+    return figure
+
+
+def _draw_title(figure: Figure, title: str, axes: Axes | None) -> None:
+    """Above the map if there is one, else above all of them."""
+    if title and axes is not None:
+        axes.set_title(drawable(title), loc="left", **text_options([title], 10))
+    elif title:
+        figure.suptitle(drawable(title), x=0.01, ha="left", **text_options([title], 10))

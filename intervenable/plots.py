@@ -27,22 +27,15 @@ from intervenable.drawing import (
     Palette,
     Picture,
     Scale,
-    bare,
     checked,
-    draw_cells,
     draw_maps,
+    draw_overview,
     evenly,
-    frame,
-    label_columns,
-    label_height,
-    label_rows,
+    longest_line,
     names_of,
-    slanted,
-    text_options,
-    write_values,
 )
 from intervenable.errors import InputError
-from intervenable.picture_labels import drawable, token_label
+from intervenable.picture_labels import token_label
 from intervenable.token_text import Decodes
 
 __all__ = ["MISSING", "Palette", "Picture", "attention_maps", "head_maps", "heat_map", "token_labels"]
@@ -111,26 +104,14 @@ def heat_map(
     row_names = names_of(row_labels, rows, "row")
     column_names = names_of(column_labels, columns, "column")
     scale = Scale(matrix, palette, limits, centre, landmarks)
-    wide, high = _cell_width(columns), _cell_height(rows)
-
-    slant = slanted(column_names, wide)
-    width = max(3.6, wide * columns + 1.9)
-    height = max(2.2, high * rows + 1.0 + label_height(column_names, slant))
-    figure = Picture(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    draw_cells(axes, matrix, scale, high)
-    label_rows(axes, row_names, row_axis, high)
-    label_columns(axes, column_names, column_axis, slant, wide)
+    cells = []
     for row, column in marks:
         if not (-rows <= row < rows and -columns <= column < columns):
             raise InputError(f"The mark {(row, column)} is outside of the {rows} rows and {columns} columns.")
-        frame(axes, row % rows, column % columns)
-    if show_values if show_values is not None else rows * columns <= 80:
-        write_values(axes, matrix, scale)
-    if title:
-        axes.set_title(drawable(title), loc="left", **text_options([title], 10))
-    scale.draw_bar(figure, axes, value_label)
-    return figure
+        cells.append((row % rows, column % columns))
+    grid = large_grid(rows, column_names, show_values if show_values is not None else rows * columns <= 80)
+    panel = Map("", matrix, column_names, cells)
+    return draw_maps([panel], row_names, scale, grid, title, value_label, row_axis, column_axis)
 
 
 def head_maps(
@@ -264,36 +245,42 @@ def _side_by_side(
 
 def _overview(panels: Sequence[Panel], scale: Scale, title: str, value_label: str) -> Picture:
     rows = [list(row) for _, row in groupby(panels, key=lambda panel: panel.layer)]
-    columns = max(map(len, rows))
-    side = max(0.3, min(PAGE / columns, 12.0 / len(rows), 1.2))
-    width, height = max(4.0, columns * side + 1.6), max(2.4, len(rows) * side + 1.0)
-    figure = Picture(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    colours = scale.colours.with_extremes(bad=HIDDEN)
-    gap = 0.05
-    # One set of axes for all: hundreds of them would take minutes.
-    for row, line in enumerate(rows):
-        for column, panel in enumerate(line):
-            extent = (column + gap, column + 1 - gap, row + gap, row + 1 - gap)
-            axes.imshow(panel.matrix.numpy(), cmap=colours, norm=scale.norm, extent=extent, aspect="auto")
-    axes.set(xlim=(0, columns), ylim=(0, len(rows)))
-    bare(axes)
-    label_rows(axes, [str(line[0].layer) for line in rows], "layer", side)
-    heads = [[str(panel.head) for panel in line] for line in rows]
-    label_columns(axes, max(heads, key=len), "head", slanted=False, cell=side)
-    if title:
-        axes.set_title(drawable(title), loc="left", **text_options([title], 10))
-    scale.draw_bar(figure, axes, value_label)
-    return figure
+    return draw_overview(
+        [[panel.matrix for panel in row] for row in rows],
+        [str(row[0].layer) for row in rows],
+        [str(panel.head) for panel in max(rows, key=len)],
+        scale,
+        title,
+        value_label,
+        ("layer", "head"),
+    )
 
 
 # --- sizes, in inches -------------------------------------------------------------------------------------
 
 
+def large_grid(rows: int, columns: Sequence[str], values: bool) -> Grid:
+    """One map: wide enough for words when there are few columns, narrow enough for a page when there are many."""
+    widest = 0.62 if longest_line(columns) > 3 else 0.46 if values else 0.36
+    width, height = min(widest, max(0.23, 7.0 / len(columns))), min(0.34, max(0.15, 4.6 / rows))
+    return Grid(1, (width, height), values=values)
+
+
+def medium_grid(maps: int, rows: int, columns: int, across: int | None = None) -> Grid:
+    """A few maps side by side."""
+    across = across or evenly(maps, most=max(1, int(PAGE / (0.16 * columns + 0.2))))
+    width = min(0.5, max(0.14, (PAGE / across - 0.2) / columns))
+    return Grid(across, (width, min(0.3, max(0.14, 4.4 / rows))))
+
+
 def small_grid(maps: int, rows: int, columns: int, across: int | None = None) -> Grid:
-    """Small maps, as many in a row as fit a page."""
-    width, height = min(0.3, max(0.11, 1.6 / columns)), min(0.24, max(0.07, 2.2 / rows))
-    return Grid(across or evenly(maps, most=max(1, int(PAGE / (width * columns + 0.2)))), (width, height))
+    """Small maps, as many in a row as fit a page; of very many tokens not all are named."""
+    least = 0.11 if maps <= 9 else 0.05
+    width, height = min(0.3, max(least, 1.6 / columns)), min(0.24, max(0.07, 2.2 / rows))
+    across = across or evenly(maps, most=max(1, int(PAGE / (width * columns + 0.2))))
+    down = -(-maps // across)
+    height = min(height, max(0.04, (14.0 / down - 0.35) / rows))
+    return Grid(across, (width, height), column_step=max(1, round(0.1 / width)))
 
 
 def square_grid(maps: int, queries: int, keys: int, across: int | None = None) -> Grid:
@@ -303,12 +290,3 @@ def square_grid(maps: int, queries: int, keys: int, across: int | None = None) -
     step = max(1, round(0.09 / cell))
     across = across or evenly(maps, most=max(1, int(PAGE / (cell * keys + 0.15))))
     return Grid(across, (cell, cell), size, size, step, step, top_down=True, empty=HIDDEN)
-
-
-def _cell_width(columns: int) -> float:
-    """Wide enough for words when there are few columns, narrow enough for a page when there are many."""
-    return min(0.62, max(0.23, 7.0 / columns))
-
-
-def _cell_height(rows: int) -> float:
-    return min(0.34, max(0.15, 4.6 / rows))
