@@ -61,7 +61,6 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, fingerprint: Mapping[str, Any], waves: int) -> None:
         self.folder = Path(folder)
-        self.waves = waves
         about = _as_json({**fingerprint, "waves": waves})
         self._digest = sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
         self._lock = FolderLock(self.folder, LOCK)
@@ -76,7 +75,7 @@ class Checkpoints:
     @property
     def finished(self) -> tuple[int, ...]:
         """Numbers of the waves that are there, in order."""
-        return tuple(sorted(wave for wave in self._finished if wave < self.waves))
+        return tuple(sorted(self._finished))
 
     def read(self, wave: int) -> dict[str, Tensor] | None:
         """What a wave gave, bit by bit; None if it is not finished.

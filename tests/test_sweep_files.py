@@ -224,6 +224,16 @@ def test_a_write_that_the_system_refuses_leaves_the_old_file_and_no_other(tmp_pa
     assert same(some_result(), SweepResult.load(tmp_path))
 
 
+def test_who_reads_the_old_file_while_another_takes_its_place_goes_on_reading_it(tmp_path):
+    file = some_result().save(tmp_path)
+    before = file.read_bytes()
+    with file.open("rb") as reader:
+        beginning = reader.read(100)
+        some_result(shortcuts=()).save(tmp_path)
+        assert beginning + reader.read() == before
+    assert file.read_bytes() != before
+
+
 def test_a_full_disk_is_called_so_and_leaves_the_old_file(tmp_path, monkeypatch):
     file = some_result().save(tmp_path)
 

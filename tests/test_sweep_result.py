@@ -244,6 +244,11 @@ def test_normalized_is_zero_where_corrupted_and_one_where_clean():
     assert torch.equal(result.normalized().values, result.values)
 
 
+def test_normalized_turns_round_a_metric_that_is_lower_on_the_clean_run():
+    loss = {"clean": {"difference": torch.tensor(1.0)}, "corrupted": {"difference": torch.tensor(3.0)}}
+    assert by_layer_and_token(**loss).normalized().values.tolist() == [[1, 0, 1], [1, 0.5, 1.25]]
+
+
 def test_normalized_where_the_runs_are_equal_is_nan_with_a_warning():
     with pytest.warns(iv.IntervenableWarning, match="'accuracy' has the same value on the clean and the"):
         result = by_example().normalized()
