@@ -288,9 +288,16 @@ class SweepResult:
         return table_of(self.axes, self.entries, self.labels, self.results)
 
     def plot(self, tokenizer: Any = None, **options: Any) -> Picture:
-        """Draw the result: a heat map over two axes, a panel for each head or component where there are more.
+        """Draw the result: a heat map over two axes, one for each head or component where there are more.
 
-        What the options are `iv.plots` says.
+        Options: `component`, `metric`, `normalized`, `title`, `limits`, `palette`, `marks`, `show_values`, `across`,
+        and entries of axes as in `select`: `result.plot(layer=3, normalized=True)`. `plot_sweep` in
+        `intervenable.sweep_plots` says more of them.
+
+        Raises:
+            MetricError: several metrics and none chosen, several numbers for each cell, or a baseline not known.
+            ConfigError: an axis, entry, component or metric that is not there.
+            MissingExtraError: matplotlib is not installed.
         """
         from intervenable.sweep_plots import plot_sweep
 
