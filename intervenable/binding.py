@@ -166,6 +166,11 @@ class Places:
         return self._component(component, self._layer(component, layer or 0) if inside else None)
 
     @property
+    def known(self) -> bool:
+        """Whether the model has a map."""
+        return self._map_if_any is not None
+
+    @property
     def components(self) -> tuple[str, ...]:
         """Names of the components the model has; of one without a map all there are."""
         known = self._map_if_any

@@ -20,7 +20,7 @@ from intervenable.hooks import Hook
 from intervenable.inputs import RunInputs
 from intervenable.passage import Passage
 from intervenable.unit_index import UnitIndex
-from intervenable.units import Level, Units, Whole
+from intervenable.units import Level, UnitRows, Units, Whole
 from model_maps import COMPONENTS, HeadColumns, Side, Stack
 
 # --- a component in a model -------------------------------------------------------------------------------
@@ -127,12 +127,12 @@ class BoundSite:
             return stream.transpose(0, 1)
         return stream.reshape(like.shape)
 
-    def index(self, units: Units | Whole, inputs: RunInputs, device: torch.device) -> UnitIndex:
+    def index(self, units: Units | UnitRows | Whole, inputs: RunInputs, device: torch.device) -> UnitIndex:
         """The units of one run as an index into this site's stream, on its device."""
         if self.kind == "inside":
             return self._index_inside(units, inputs, device)
         inputs = inputs.of(self.stack)
-        located = units if isinstance(units, Units) else None
+        located = None if isinstance(units, Whole) else units
         real = None if located is None else _on(located.real, device)
         last = -1 if located is None else located.last_position
         if not self.by_heads:
@@ -144,7 +144,7 @@ class BoundSite:
                     (slice(None), located.spans["positions"], columns), None, None, last, view=True
                 )
             positions = _on(located.filled["positions"], device)
-            rows = torch.arange(len(positions), device=device)[:, None]
+            rows = _rows(units, len(positions), device)[:, None]
             if isinstance(columns, slice):
                 return UnitIndex((rows, positions, columns), real, None, last)
             return UnitIndex((rows[..., None], positions[..., None], columns), real, None, last)
@@ -155,12 +155,12 @@ class BoundSite:
             positions = torch.arange(inputs.length, device=device)[None].expand(batch, -1)
         if real is not None and real.dim() == 2:  # unit `h`: all positions of each head
             real = real[..., None].expand(-1, -1, positions.shape[1])
-        rows = torch.arange(batch, device=device)[:, None, None, None]
+        rows = _rows(units, batch, device)[:, None, None, None]
         return UnitIndex(
             (rows, positions[:, None, :, None], self._head_columns(heads, batch, device)), real, heads, last
         )
 
-    def _index_inside(self, units: Units | Whole, inputs: RunInputs, device: torch.device) -> UnitIndex:
+    def _index_inside(self, units: Units | UnitRows | Whole, inputs: RunInputs, device: torch.device) -> UnitIndex:
         """An index into `[b, heads, positions, dh]` or `[b, heads, queries, keys]`."""
         if isinstance(units, Whole):
             return UnitIndex((slice(None),) * 4)
@@ -175,7 +175,7 @@ class BoundSite:
         if self.matrix:
             keys = inputs.of(self.key_stack).length
             sizes = {"heads": self.heads or 0, "queries": length, "keys": keys}
-        parts = [torch.arange(batch, device=device)[:, None]]
+        parts = [_rows(units, batch, device)[:, None]]
         for level, size in sizes.items():
             if level not in units.filled:  # not located: all there are
                 parts.append(torch.arange(size, device=device).expand(batch, -1))
@@ -393,6 +393,11 @@ def norm_scale(module: nn.Module, stream: Tensor) -> Tensor:
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _rows(units: Units | UnitRows | Whole, batch: int, device: torch.device) -> Tensor:
+    """`[b]`: the row of the stream in which each example of the units is."""
+    return units.rows.to(device) if isinstance(units, UnitRows) else torch.arange(batch, device=device)
 
 
 def _on(tensor: Tensor | None, device: torch.device) -> Any:

@@ -123,5 +123,30 @@ def _filled(rows: Sequence[tuple[int, ...]]) -> list[list[int]]:
     return [[*row, *[row[-1]] * (width - len(row))] for row in rows]
 
 
+@dataclass(frozen=True, eq=False)
+class UnitRows:
+    """Units as tensors already, with the row of the stream in which each of them is."""
+
+    rows: Tensor
+    """`[n]` rows of the stream, for each entry of the tensors below the one it is in."""
+
+    filled: Mapping[Level, Tensor]
+    """For each level that the place has `[n, units]` indices along its axis."""
+
+    real: Tensor | None = None
+    """Which of them are meant, with an axis for each level; None if all are."""
+
+    spans: None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def last_position(self) -> int:
+        """The largest index along the position axis; -1 where there is no such level."""
+        positions = self.filled.get("positions")
+        return -1 if positions is None else int(positions.max())
+
+
 Slot = Whole | Skipped | Units
 """What one intervention touches in one run."""

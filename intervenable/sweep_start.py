@@ -1,0 +1,173 @@
+"""The runs that come before the cells: both prompts at once where that goes, and what waves need to know of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intervenable.hooks import hooked
+from intervenable.inputs import RunInputs
+from intervenable.plan import Plan
+from intervenable.runs import without_cache
+from intervenable.signatures import takes
+from intervenable.sites import BoundSite
+from intervenable.sweep_axes import real_tokens
+from intervenable.sweep_pairs import Pair
+from intervenable.sweep_runs import Unpatched, run_unpatched
+from intervenable.sweep_values import Place, Reader, rows_of
+from intervenable.wave_caches import recording_cache
+from intervenable.wave_inputs import WaveInputs
+from intervenable.wave_learning import Trace
+from intervenable.wave_readout import Reading, Readout, logits_of
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """The runs without patches."""
+
+    base: Unpatched
+    """The run that is patched."""
+
+    other: Unpatched | None
+    """The other one, if there is one."""
+
+    waves: Tracks | None
+    """What waves need to know; None where there can be none."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tracks:
+    """What waves need to know of the run that is patched."""
+
+    inputs: WaveInputs
+    order: tuple[int, ...]
+    """Which block each call was of."""
+
+    joins: Mapping[tuple[int, int], int]
+    """For each place (by identity) and passage the call that was on."""
+
+    cache: Any
+    """Keys and values of this run, and maybe of the other behind it; None if they were not recorded."""
+
+
+def last_tokens(inputs: RunInputs, length: int) -> list[int]:
+    """Tensor positions at which metrics probably look: the last real token of each example."""
+    if length != inputs.length:
+        return list(range(length))
+    return sorted({row[-1] for row in real_tokens(inputs) if row})
+
+
+def start(
+    pair: Pair, sites: Mapping[Place, BoundSite], from_other: bool, blocks: Sequence[nn.Module], suffix: bool
+) -> Start:
+    """Run both prompts without patches.
+
+    Args:
+        pair: The prompts.
+        sites: Places whose values are kept, of the run that is patched.
+        from_other: Whether they are kept of the other run too.
+        blocks: The model's blocks.
+        suffix: Whether keys and values are worth keeping.
+
+    Raises:
+        NotFiredError: a place was not reached.
+        UnsupportedModelError: the model gives no logits.
+    """
+    acting = any(plan is not None and plan.edits for plan in (pair.base, pair.other))
+    if not acting:
+        found = _together(pair, sites, from_other, blocks, suffix)
+        if found is not None:
+            return found
+    base = run_unpatched(pair.model, pair.base, sites, "run that is patched")
+    kept = sites if from_other else {}
+    other = None if pair.other is None else run_unpatched(pair.model, pair.other, kept, "other run")
+    if acting:
+        return Start(base, other, None)
+    inputs = WaveInputs(pair.base.base, pair.model)
+    trace = Trace(blocks)
+    reader = Reader(sites, pair.base.base, lambda: trace.now)
+    with hooked([*trace.hooks, *reader.hooks], pair.model):
+        inputs.call(1)
+    return Start(base, other, Tracks(inputs, tuple(trace.order), reader.calls, None))
+
+
+def _together(
+    pair: Pair, sites: Mapping[Place, BoundSite], from_other: bool, blocks: Sequence[nn.Module], suffix: bool
+) -> Start | None:
+    """Both runs as one of two groups of rows; None if they do not go together."""
+    inputs = WaveInputs(pair.base.base, pair.model)
+    other = None if pair.other is None else WaveInputs(pair.other.base, pair.model)
+    tensors = inputs.tensors(1) if other is None else inputs.together_with(other)
+    if tensors is None:
+        return None
+    base = pair.base.base
+    counted = base.decoder or base
+    groups = 1 if other is None else 2
+    for recording in (True, False) if suffix and takes(pair.model, "past_key_values") else (False,):
+        trace = Trace(blocks)
+        reader = Reader(sites, rows_of(base, groups), lambda trace=trace: trace.now)  # type: ignore[misc]
+        guess = last_tokens(counted, counted.length)
+        if other is not None and pair.other is not None:
+            guess = sorted({*guess, *last_tokens(pair.other.base.decoder or pair.other.base, counted.length)})
+        readout = Readout(pair.model, Reading(torch.tensor(guess), None, counted.length), 0, narrow=True)
+        try:
+            cache = recording_cache(pair.model) if recording else None
+            options = (
+                {"past_key_values": cache, "use_cache": True}
+                if recording
+                else without_cache(pair.model, base)
+            )
+            with torch.no_grad(), hooked([*trace.hooks, *reader.hooks, *readout.hooks], pair.model):
+                output = pair.model(**tensors, **options)
+            logits = logits_of(output, pair.model)
+        except Exception:  # a model's own code may raise anything for a cache it was not made for
+            if recording:
+                continue
+            return None
+        reader.check("run that is patched")
+        narrow = bool(readout.hooks) and logits.shape[1] == len(guess)
+        positions = torch.tensor(guess) if narrow else None
+        length = counted.length if narrow else logits.shape[1]
+        if logits.shape[0] != groups * base.batch:
+            return None
+        return _split(
+            pair,
+            reader,
+            logits,
+            positions,
+            length,
+            from_other,
+            Tracks(
+                inputs,
+                tuple(trace.order),
+                reader.calls,
+                getattr(output, "past_key_values", None) if recording else None,
+            ),
+        )
+    return None
+
+
+def _split(
+    pair: Pair,
+    reader: Reader,
+    logits: Tensor,
+    positions: Tensor | None,
+    length: int,
+    from_other: bool,
+    tracks: Tracks,
+) -> Start:
+    """What one run of both prompts gave, prompt by prompt."""
+    batch = pair.base.base.batch
+    shape = (batch, length, logits.shape[-1])
+
+    def part(plan: Plan, number: int, kept: bool) -> Unpatched:
+        rows = slice(number * batch, (number + 1) * batch)
+        values = {place: [value[rows] for value in passed] for place, passed in reader.values.items()}
+        return Unpatched(pair.model, plan, values if kept else {}, shape, positions, logits[rows])
+
+    other = None if pair.other is None else part(pair.other, 1, from_other)
+    return Start(part(pair.base, 0, True), other, tracks)

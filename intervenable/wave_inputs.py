@@ -1,0 +1,114 @@
+"""The inputs of a wave: the same examples several times, from one token to another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intervenable.inputs import RunInputs
+from intervenable.padding import with_position_ids
+from intervenable.signatures import forward_signature, takes
+
+MASK = "attention_mask"
+POSITIONS = "position_ids"
+
+
+class WaveInputs:
+    """Inputs of one run as keyword arguments, to be repeated and cut.
+
+    Args:
+        inputs: The run.
+        model: The model.
+    """
+
+    def __init__(self, inputs: RunInputs, model: nn.Module) -> None:
+        names = list(forward_signature(model).parameters)
+        self._kwargs: dict[str, Any] = {
+            **dict(zip(names, inputs.args, strict=False)),
+            **with_position_ids(inputs, model),
+        }
+        self.model = model
+        self.batch, self.length, self.time_first = inputs.batch, inputs.length, inputs.time_first
+        self.padded = inputs.real_positions is not None
+
+    def call(
+        self, groups: int, start: int = 0, stop: int | None = None, cache: Any = None, keep: int = 0
+    ) -> Any:
+        """Run the model on several groups of the examples.
+
+        Args:
+            groups: How many.
+            start: The first token; those before it are in the cache.
+            stop: Where to end; None for the end.
+            cache: Keys and values to go on with; True for whatever cache the model makes itself.
+            keep: Of how many positions from the end logits are needed; 0 for all.
+        """
+        options: dict[str, Any] = {}
+        if cache is True:
+            options = {"use_cache": True}
+        elif cache is not None:
+            options = {"use_cache": True, "past_key_values": cache}
+        elif "use_cache" not in self._kwargs and self._takes("use_cache"):
+            options = {"use_cache": False}
+        if keep and takes(self.model, "logits_to_keep"):
+            options["logits_to_keep"] = keep
+        with torch.no_grad():
+            return self.model(**{**self.tensors(groups, start, stop), **options})
+
+    def tensors(self, groups: int, start: int = 0, stop: int | None = None) -> dict[str, Any]:
+        """The inputs of several groups, from a token to another."""
+        return {
+            name: self._repeated(self._cut(name, item, start, stop), groups)
+            for name, item in self._kwargs.items()
+        }
+
+    def together_with(self, other: WaveInputs) -> dict[str, Any] | None:
+        """The inputs of this run and another as one of two groups; None if they do not fit together."""
+        if self._kwargs.keys() != other._kwargs.keys() or (self.batch, self.length) != (
+            other.batch,
+            other.length,
+        ):
+            return None
+        joined: dict[str, Any] = {}
+        for name, item in self._kwargs.items():
+            there = other._kwargs[name]
+            if not isinstance(item, Tensor) or not isinstance(there, Tensor):
+                if item is not there and item != there:
+                    return None
+                joined[name] = item
+            elif self._counts_rows(item) and item.shape == there.shape and item.dtype == there.dtype:
+                joined[name] = torch.cat([item, there], self._row_axis)
+            elif item.shape == there.shape and torch.equal(item, there):
+                joined[name] = item
+            else:
+                return None
+        return joined
+
+    @property
+    def _row_axis(self) -> int:
+        return 1 if self.time_first else 0
+
+    def _takes(self, name: str) -> bool:
+        parameters = forward_signature(self.model).parameters
+        return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+    def _counts_rows(self, item: Tensor) -> bool:
+        return item.dim() > self._row_axis and item.shape[self._row_axis] == self.batch
+
+    def _repeated(self, item: Any, groups: int) -> Any:
+        if groups == 1 or not isinstance(item, Tensor) or not self._counts_rows(item):
+            return item
+        times = [1] * item.dim()
+        times[self._row_axis] = groups
+        return item.repeat(times)
+
+    def _cut(self, name: str, item: Any, start: int, stop: int | None) -> Any:
+        if not isinstance(item, Tensor) or (start == 0 and stop is None):
+            return item
+        if name == POSITIONS and item.shape[-1] == self.length:
+            return item[..., start:stop]
+        if item.dim() < 2 or item.shape[1] != self.length or self.time_first:
+            return item
+        return item[:, :stop] if name == MASK else item[:, start:stop]
