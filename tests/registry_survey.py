@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal
 
 import torch
@@ -272,40 +273,58 @@ def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".replace("\n", " ")[:600]
 
 
-# --- a process for each type ------------------------------------------------------------------------------
+# --- a process beside this one ----------------------------------------------------------------------------
 
 
-def in_own_process(
-    function: Callable[[str], list[Finding]], model_type: str, seconds: float = SECONDS
-) -> list[Finding]:
-    """What a function finds about a type, in a process that may crash or hang without harm."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "datasets", "transformers.models.llama.modeling_llama"])
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(function, model_type, theirs))
-    process.start()
-    theirs.close()
-    try:
-        if not ours.poll(seconds):
-            return [Finding(model_type, "path", "failed", text=f"no answer after {seconds:g} seconds")]
-        answer = ours.recv()
-    except EOFError:
-        process.join(10)
-        return [Finding(model_type, "path", "failed", text=f"the process ended with code {process.exitcode}")]
-    finally:
-        process.kill()
-        process.join()
-        ours.close()
-    return [Finding(model_type, "path", "failed", text=answer)] if isinstance(answer, str) else list(answer)
+class Worker:
+    """A process that surveys one type after another. One that crashes or hangs is replaced, and that is a finding."""
+
+    def __init__(self) -> None:
+        self._process: Any = None
+
+    def ask(
+        self, function: Callable[[str], list[Finding]], model_type: str, seconds: float = SECONDS
+    ) -> list[Finding]:
+        """What a function finds about a type."""
+        if self._process is None:
+            context = multiprocessing.get_context("spawn")
+            self._ours, theirs = context.Pipe()
+            self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            self._process.start()
+            theirs.close()
+            self._ours.recv()  # it has imported what it needs
+        answer: list[Finding] | str = f"no answer after {seconds:g} seconds"
+        try:
+            self._ours.send((function, model_type))
+            if self._ours.poll(seconds):
+                answer = self._ours.recv()
+            else:
+                self.close()
+        except EOFError:
+            self._process.join(10)
+            answer = f"the process ended with code {self._process.exitcode}"
+            self.close()
+        return [Finding(model_type, "path", "failed", text=answer)] if isinstance(answer, str) else answer
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._ours.close()
+            self._process = None
 
 
-def _answer(function: Callable[[str], list[Finding]], model_type: str, out: Connection) -> None:
+def _serve(theirs: Connection) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    try:
-        out.send(function(model_type))
-    except Exception as error:
-        out.send(_line(error))
+    theirs.send("ready")
+    while True:
+        function, model_type = theirs.recv()
+        try:
+            theirs.send(function(model_type))
+        except Exception as error:
+            theirs.send(_line(error))
 
 
 # --- the page ---------------------------------------------------------------------------------------------
@@ -380,8 +399,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args(arguments)
     findings: list[Finding] = []
+    idle: SimpleQueue[Worker] = SimpleQueue()
+    for _ in range(options.jobs):
+        idle.put(Worker())
+
+    def survey_beside(model_type: str) -> list[Finding]:
+        worker = idle.get()
+        try:
+            return worker.ask(survey, model_type)
+        finally:
+            idle.put(worker)
+
     with ThreadPoolExecutor(options.jobs) as pool:
-        for found in pool.map(lambda name: in_own_process(survey, name), options.only or model_types()):
+        for found in pool.map(survey_beside, options.only or model_types()):
             findings += found
             for one in found:
                 figures = f"{one.error:9.1e}{one.moved:9.1e}{one.seconds:7.2f} s"
