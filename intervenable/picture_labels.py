@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import lru_cache
 
-from matplotlib import font_manager
+from intervenable.optional_matplotlib import font_manager
 
 LONGEST = 18
 """Letters of the longest token that is written out on an axis."""

@@ -17,24 +17,10 @@ import torch
 from torch import Tensor
 
 from intervenable.attention_panels import Head, Panel, panels_of, without_future
-from intervenable.drawing import (
-    HIDDEN,
-    MISSING,
-    PAGE,
-    Cell,
-    Grid,
-    Map,
-    Palette,
-    Picture,
-    Scale,
-    checked,
-    draw_maps,
-    draw_overview,
-    evenly,
-    longest_line,
-    names_of,
-)
+from intervenable.colour_scale import Scale
+from intervenable.drawing import MISSING, Cell, Palette, Picture, checked, names_of
 from intervenable.errors import InputError
+from intervenable.map_grids import Map, draw_maps, draw_overview, large_grid, small_grid, square_grid
 from intervenable.picture_labels import token_label
 from intervenable.token_text import Decodes
 
@@ -254,39 +240,3 @@ def _overview(panels: Sequence[Panel], scale: Scale, title: str, value_label: st
         value_label,
         ("layer", "head"),
     )
-
-
-# --- sizes, in inches -------------------------------------------------------------------------------------
-
-
-def large_grid(rows: int, columns: Sequence[str], values: bool) -> Grid:
-    """One map: wide enough for words when there are few columns, narrow enough for a page when there are many."""
-    widest = 0.62 if longest_line(columns) > 3 else 0.46 if values else 0.36
-    width, height = min(widest, max(0.23, 7.0 / len(columns))), min(0.34, max(0.15, 4.6 / rows))
-    return Grid(1, (width, height), values=values)
-
-
-def medium_grid(maps: int, rows: int, columns: int, across: int | None = None) -> Grid:
-    """A few maps side by side."""
-    across = across or evenly(maps, most=max(1, int(PAGE / (0.16 * columns + 0.2))))
-    width = min(0.5, max(0.14, (PAGE / across - 0.2) / columns))
-    return Grid(across, (width, min(0.3, max(0.14, 4.4 / rows))))
-
-
-def small_grid(maps: int, rows: int, columns: int, across: int | None = None) -> Grid:
-    """Small maps, as many in a row as fit a page; of very many tokens not all are named."""
-    least = 0.11 if maps <= 9 else 0.05
-    width, height = min(0.3, max(least, 1.6 / columns)), min(0.24, max(0.07, 2.2 / rows))
-    across = across or evenly(maps, most=max(1, int(PAGE / (width * columns + 0.2))))
-    down = -(-maps // across)
-    height = min(height, max(0.04, (14.0 / down - 0.35) / rows))
-    return Grid(across, (width, height), column_step=max(1, round(0.1 / width)))
-
-
-def square_grid(maps: int, queries: int, keys: int, across: int | None = None) -> Grid:
-    """Maps of tokens by tokens, the first query at the top, with names for as many tokens as can be told apart."""
-    cell = min(0.3, (PAGE / min(maps, across or 3, 3) - 0.15) / max(queries, keys))
-    size = min(7.5, 60 * cell) if cell >= 0.08 else 6.0
-    step = max(1, round(0.09 / cell))
-    across = across or evenly(maps, most=max(1, int(PAGE / (cell * keys + 0.15))))
-    return Grid(across, (cell, cell), size, size, step, step, top_down=True, empty=HIDDEN)

@@ -10,21 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intervenable.drawing import (
-    MISSING,
+from intervenable.colour_scale import Scale
+from intervenable.drawing import MISSING, Palette, Picture, checked, names_of
+from intervenable.errors import ConfigError, MetricError
+from intervenable.map_grids import (
     Grid,
     Map,
-    Palette,
-    Picture,
-    Scale,
-    checked,
     draw_maps,
     draw_overview,
-    names_of,
+    large_grid,
+    medium_grid,
+    small_grid,
+    square_grid,
 )
-from intervenable.errors import ConfigError, MetricError
 from intervenable.picture_labels import clipped, token_label
-from intervenable.plots import large_grid, medium_grid, small_grid, square_grid
 from intervenable.sweep_profiles import draw_profiles
 from intervenable.sweep_result import SweepResult
 from intervenable.token_text import Decodes

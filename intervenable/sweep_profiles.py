@@ -5,18 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib.axes import Axes
 from torch import Tensor
 
-from intervenable.drawing import (
-    FAINT,
-    INK,
-    Picture,
-    apart,
-    label_height,
-    slanted,
-    text_options,
-)
+from intervenable.colour_scale import apart
+from intervenable.drawing import FAINT, INK, Picture, label_height, slanted, text_options
+from intervenable.optional_matplotlib import Axes
 from intervenable.picture_labels import drawable
 
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
