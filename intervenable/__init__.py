@@ -16,7 +16,7 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
-from intervenable import attention, patching
+from intervenable import attention, metrics, patching
 from intervenable._version import __version__
 from intervenable.cache import ActivationCache
 from intervenable.collecting import collect
@@ -193,6 +193,7 @@ __all__ = [
     "get_loc",
     "head_vectors",
     "load_small_lm",
+    "metrics",
     "norm_statistics",
     "parse_activation_key",
     "patching",

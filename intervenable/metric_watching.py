@@ -93,7 +93,20 @@ _ONE_AT_A_TIME = RLock()
 
 
 class Watch:
-    """Sees what is done in a `with` block, in this thread: whether anybody looks at numbers, and at unknown ones."""
+    """Sees what is done in a `with` block, in this thread: whether anybody looks at numbers, and at unknown ones.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.tensor([1.0, 2.0, torch.nan])
+        >>> with Watch() as watch:
+        ...     answer = logits[0] > logits[1]
+        >>> watch.looked, watch.unknown
+        (True, False)
+        >>> with watch:
+        ...     answer = logits.argmax()
+        >>> watch.unknown
+        True
+    """
 
     def __init__(self) -> None:
         self.unknown = False
@@ -221,16 +234,3 @@ def _parts(given: Any) -> Iterator[Any]:
         yield from _parts(list(given.values()))
     elif given is not None:
         yield given
-
-
-def watched(metric: Callable[[Tensor], Any], logits: Tensor) -> tuple[Any, Watch]:
-    """What a metric gives for logits, and what it looked at.
-
-    Example:
-        >>> logits = torch.tensor([[[1.0, 2.0, torch.nan]]])
-        >>> watched(lambda z: z[0, 0, 2] > 1, logits)[1].unknown, watched(lambda z: z[0, 0, 1] > 1, logits)[1].unknown
-        (True, False)
-    """
-    with Watch() as watch:
-        value = metric(logits)
-    return value, watch
