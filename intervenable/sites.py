@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,31 @@ from model_maps import COMPONENTS, HeadColumns, Side, Stack
 # --- a component in a model -------------------------------------------------------------------------------
 
 Kind = Literal["stored", "sum", "per_head", "norm_scale", "inside"]
+
+
+class StreamAxes(NamedTuple):
+    """Where a tensor has its examples and its tokens, if not on the first two axes."""
+
+    rows: int
+    """The axis of examples."""
+
+    positions: int
+    """The axis of tokens; the same one if examples lie behind each other on it."""
+
+    def stream(self, tensor: Tensor, batch: int) -> Tensor:
+        """The tensor as `[batch, positions, columns]`."""
+        if self.rows == self.positions:
+            ahead = tensor.movedim(self.rows, 0)
+            return ahead.reshape(batch, -1, *ahead.shape[1:]).flatten(2)
+        return tensor.movedim((self.rows, self.positions), (0, 1)).flatten(2)
+
+    def tensor(self, stream: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `stream`."""
+        rest = [size for axis, size in enumerate(like.shape) if axis not in self]
+        by_axis = stream.reshape(*stream.shape[:2], *rest)
+        if self.rows == self.positions:
+            return by_axis.flatten(0, 1).movedim(0, self.rows)
+        return by_axis.movedim((0, 1), (self.rows, self.positions))
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +105,9 @@ class BoundSite:
     stack: Stack | None = None
     """The stack whose positions it has (a matrix: in its rows); None where there is but one."""
 
+    axes: StreamAxes | None = None
+    """Where it has its examples and its tokens, if that was found out by a run."""
+
     key_stack: Stack | None = None
     """The stack whose positions the columns of a matrix have."""
 
@@ -116,6 +144,8 @@ class BoundSite:
         return self._as_stream(passage.take(self.side, self.slot), inputs.of(self.stack))
 
     def _as_stream(self, tensor: Tensor, inputs: RunInputs) -> Tensor:
+        if self.axes is not None:
+            return self.axes.stream(tensor, inputs.batch)
         if self.flat:
             return tensor.reshape(inputs.batch, -1, tensor.shape[-1])
         if tensor.dim() == 2:
@@ -123,6 +153,8 @@ class BoundSite:
         return tensor.transpose(0, 1) if inputs.time_first else tensor
 
     def _from_stream(self, stream: Tensor, like: Tensor, inputs: RunInputs) -> Tensor:
+        if self.axes is not None:
+            return self.axes.tensor(stream, like)
         if inputs.time_first and like.dim() == 3:
             return stream.transpose(0, 1)
         return stream.reshape(like.shape)
@@ -160,7 +192,9 @@ class BoundSite:
             (rows, positions[:, None, :, None], self._head_columns(heads, batch, device)), real, heads, last
         )
 
-    def _index_inside(self, units: Units | UnitRows | Whole, inputs: RunInputs, device: torch.device) -> UnitIndex:
+    def _index_inside(
+        self, units: Units | UnitRows | Whole, inputs: RunInputs, device: torch.device
+    ) -> UnitIndex:
         """An index into `[b, heads, positions, dh]` or `[b, heads, queries, keys]`."""
         if isinstance(units, Whole):
             return UnitIndex((slice(None),) * 4)

@@ -132,7 +132,7 @@ def _together(
         narrow = bool(readout.hooks) and logits.shape[1] == len(guess)
         positions = torch.tensor(guess) if narrow else None
         length = counted.length if narrow else logits.shape[1]
-        if logits.shape[0] != groups * base.batch:
+        if logits.shape[0] % groups:
             return None
         return _split(
             pair,
@@ -161,13 +161,15 @@ def _split(
     tracks: Tracks,
 ) -> Start:
     """What one run of both prompts gave, prompt by prompt."""
-    batch = pair.base.base.batch
-    shape = (batch, length, logits.shape[-1])
+    groups = 1 if pair.other is None else 2
+    shape = (logits.shape[0] // groups, length, logits.shape[-1])
 
     def part(plan: Plan, number: int, kept: bool) -> Unpatched:
-        rows = slice(number * batch, (number + 1) * batch)
-        values = {place: [value[rows] for value in passed] for place, passed in reader.values.items()}
-        return Unpatched(pair.model, plan, values if kept else {}, shape, positions, logits[rows])
+        def of(tensor: Tensor) -> Tensor:
+            return tensor.view(groups, -1, *tensor.shape[1:])[number]
+
+        values = {place: [of(value) for value in passed] for place, passed in reader.values.items()}
+        return Unpatched(pair.model, plan, values if kept else {}, shape, positions, of(logits))
 
     other = None if pair.other is None else part(pair.other, 1, from_other)
     return Start(part(pair.base, 0, True), other, tracks)

@@ -257,9 +257,10 @@ def _edits(
             base[level] = torch.tensor([cell.heads or everyone for _, cell in cells])
             continue
         tokens = [cell.tokens(level, whole[level]) for _, cell in cells]
-        base[level] = torch.stack([one.base for one in tokens])
-        source[level] = torch.stack([one.source for one in tokens])
-        masks[level] = torch.stack([one.real for one in tokens])
+        # Where the model makes one example of several rows of its inputs (code books), the first tells of all.
+        base[level] = torch.stack([one.base[:batch] for one in tokens])
+        source[level] = torch.stack([one.source[:batch] for one in tokens])
+        masks[level] = torch.stack([one.real[:batch] for one in tokens])
     put = _gathered(values.expand(batch, *values.shape[1:]), levels, base.get("heads"), source)
     there = _gathered(own, levels, base.get("heads"), base)
     differs = put != there
@@ -270,7 +271,7 @@ def _edits(
     position = _spread(base[along], levels, along, differs.dim()).expand(differs.shape)
     if start is not None and bool(differs.any()):
         # Before the first token that differs there is nothing but rounding, if the model looks back only.
-        before = position < start.view(1, -1, *[1] * (differs.dim() - 2))
+        before = position < start[:batch].view(1, -1, *[1] * (differs.dim() - 2))
         close = (put - there).abs() <= ROUNDING * there.abs().amax()
         differs = differs & ~(before.to(differs.device) & (close if site.matrix else close.all(-1)))
     differs = differs.cpu() & real

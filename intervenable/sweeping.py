@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from intervenable.sweep_cells import Cell, all_cells
 from intervenable.sweep_checkpoints import Checkpoints
 from intervenable.sweep_fingerprint import fingerprint
 from intervenable.sweep_grids import Grids, Subsets, make_grids, model_blocks, read_components
+from intervenable.sweep_layouts import with_layouts
 from intervenable.sweep_pairs import Direction, Pair
 from intervenable.sweep_result import SweepResult
 from intervenable.sweep_runs import PlainRuns, PlainWaves, Unpatched
@@ -133,6 +135,7 @@ def sweep(
     source = Source.of(kind, pair, reference, seed)
     grids = make_grids(Places(pair.model), components, asked, subsets, pair, source.paired, align, tokenizer)
 
+    grids = replace(grids, sites=with_layouts(pair.model, pair.base.base, grids.sites))
     cells = all_cells(grids.grids)
     differs = _differs_from(pair, source, align)
     blocks = model_blocks(pair.model, components)

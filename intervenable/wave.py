@@ -225,7 +225,7 @@ class Waves:
         with hooked([*hooks, *readout.hooks], self.model):
             output = self.recorded.inputs.call(groups, start, cache=cache, keep=readout.keep)
         logits = readout.of(output)
-        batch = self.recorded.inputs.batch
+        batch = self.recorded.logits.shape[0]
         if logits.shape[0] != total * batch:
             raise NoShortcutError(f"the model gave logits of {logits.shape[0]} rows, not of {total * batch}")
         logits = logits.view(total, batch, *logits.shape[1:])

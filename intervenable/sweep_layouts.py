@@ -1,0 +1,76 @@
+"""How tensors at module paths are laid out: which axis counts examples and which tokens, found out by running."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from intervenable.config_fields import is_module_path
+from intervenable.errors import UnsupportedModelError
+from intervenable.hooks import hooked
+from intervenable.inputs import RunInputs
+from intervenable.passage import Passage
+from intervenable.sites import BoundSite, StreamAxes, hook_at
+from intervenable.sweep_values import Place
+from intervenable.wave_inputs import WaveInputs
+
+SHORTER = 2
+"""By how many tokens a run is shorter that tells the axis of tokens."""
+
+
+def with_layouts(
+    model: nn.Module, run: RunInputs, sites: Mapping[Place, BoundSite]
+) -> dict[Place, BoundSite]:
+    """The same places, those given as module paths with the axes that they have.
+
+    Raises:
+        UnsupportedModelError: a tensor without an axis over tokens.
+    """
+    paths = {place: site for place, site in sites.items() if is_module_path(site.component)}
+    if not paths or run.length <= SHORTER or run.time_first:
+        return dict(sites)
+    inputs = WaveInputs(run, model)
+    plain, double, short = (
+        _shapes(inputs, paths, groups, stop)
+        for groups, stop in ((1, None), (2, None), (1, run.length - SHORTER))
+    )
+    found = {
+        place: replace(site, axes=_axes(site, plain[place], double[place], short[place]))
+        for place, site in paths.items()
+        if place in plain and place in short  # what is not reached is told of when it is read
+    }
+    return {**sites, **found}
+
+
+def _shapes(
+    inputs: WaveInputs, sites: Mapping[Place, BoundSite], groups: int, stop: int | None
+) -> dict[Place, tuple[int, ...]]:
+    """The shape of what passes at each place first."""
+    found: dict[Place, tuple[int, ...]] = {}
+
+    def look(place: Place, site: BoundSite) -> Callable[[Passage], None]:
+        def act(passage: Passage) -> None:
+            found.setdefault(place, tuple(passage.take(site.side, site.slot).shape))
+
+        return act
+
+    with hooked([hook_at(site, look(place, site)) for place, site in sites.items()], inputs.model):
+        inputs.call(groups, 0, stop, keep=1)
+    return found
+
+
+def _axes(
+    site: BoundSite, plain: tuple[int, ...], double: tuple[int, ...], short: tuple[int, ...]
+) -> StreamAxes | None:
+    rows = [axis for axis, (a, b) in enumerate(zip(plain, double, strict=True)) if a != b]
+    tokens = [axis for axis, (a, b) in enumerate(zip(plain, short, strict=True)) if a != b]
+    if len(rows) != 1 or len(tokens) != 1 or double[rows[0]] != 2 * plain[rows[0]]:
+        raise UnsupportedModelError(
+            f"{site.label} has shape {plain}: no one axis counts its examples and no one its tokens, so that it cannot"
+            " be swept."
+        )
+    if (rows[0], tokens[0]) == (0, 1) and len(plain) == 3:
+        return None
+    return StreamAxes(rows[0], tokens[0])
