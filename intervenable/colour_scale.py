@@ -80,7 +80,7 @@ class Scale:
 
     def draw_bar(self, figure: Figure, beside: Axes | list[Axes], label: str) -> None:
         """The colour bar, with the landmarks between it and the maps."""
-        height = figure.get_figheight() - 1.0
+        height = max(0.4, figure.get_figheight() - 1.0)
         shown = min(height, TALLEST_BAR)
         bar = figure.colorbar(
             ScalarMappable(self.norm, self.colours),
