@@ -25,6 +25,11 @@ LAYER = "{layer}"
 """Stands for the layer in a module path."""
 
 
+def is_path(component: str) -> bool:
+    """Whether a component is a module path, with a place for the layer or without."""
+    return is_module_path(component.replace(LAYER, "0"))
+
+
 def read_components(component: Any) -> tuple[str, ...]:
     """Names of components and module paths, as users write them.
 
@@ -35,7 +40,7 @@ def read_components(component: Any) -> tuple[str, ...]:
     listed = [component] if isinstance(component, str) else list(component)
     names = [ALIASES.get(name, name) for name in listed]
     for name in names:
-        if name not in COMPONENTS and not (isinstance(name, str) and is_module_path(name)):
+        if name not in COMPONENTS and not (isinstance(name, str) and is_path(name)):
             raise UnknownNameError(unknown_name("component", name, (*COMPONENTS, *ALIASES)))
     if not names:
         raise ConfigError("component is empty. Name at least one, such as 'block_input'.")
@@ -46,7 +51,7 @@ def read_components(component: Any) -> tuple[str, ...]:
 
 def count_layers(places: Places, component: str) -> int | None:
     """How many layers a component is in; None outside the blocks."""
-    if is_module_path(component):
+    if is_path(component):
         if LAYER not in component:
             return None
         blocks = block_list(component)
@@ -68,7 +73,7 @@ def block_list(path: str) -> str:
 def model_blocks(model: nn.Module, components: Sequence[str]) -> list[nn.Module]:
     """The blocks of a model, list after list; none if it has no lists of blocks."""
     places = Places(model)
-    paths = [block_list(name) for name in components if is_module_path(name) and LAYER in name]
+    paths = [block_list(name) for name in components if is_path(name) and LAYER in name]
     if places.known:
         described = places.map
         one = [] if described.blocks is None else [described.blocks]
@@ -85,7 +90,7 @@ def site_at(places: Places, component: str, layer: int | None) -> BoundSite:
         ConfigError: it cannot be written.
     """
     site = places.at(component.replace(LAYER, str(layer)), layer)
-    if is_module_path(component):
+    if is_path(component):
         site = replace(site, component=component, layer=layer)
     if site.read_only:
         raise ConfigError(

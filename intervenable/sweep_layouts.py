@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from torch import nn
 
-from intervenable.config_fields import is_module_path
 from intervenable.errors import UnsupportedModelError
 from intervenable.hooks import hooked
 from intervenable.inputs import RunInputs
 from intervenable.passage import Passage
 from intervenable.sites import BoundSite, StreamAxes, hook_at
+from intervenable.sweep_grids import is_path
 from intervenable.sweep_values import Place
 from intervenable.wave_inputs import WaveInputs
 
@@ -28,7 +28,7 @@ def with_layouts(
     Raises:
         UnsupportedModelError: a tensor without an axis over tokens.
     """
-    paths = {place: site for place, site in sites.items() if is_module_path(site.component)}
+    paths = {place: site for place, site in sites.items() if is_path(site.component)}
     if not paths or run.length <= SHORTER or run.time_first:
         return dict(sites)
     inputs = WaveInputs(run, model)
@@ -68,8 +68,8 @@ def _axes(
     tokens = [axis for axis, (a, b) in enumerate(zip(plain, short, strict=True)) if a != b]
     if len(rows) != 1 or len(tokens) != 1 or double[rows[0]] != 2 * plain[rows[0]]:
         raise UnsupportedModelError(
-            f"{site.label} has shape {plain}: no one axis counts its examples and no one its tokens, so that it cannot"
-            " be swept."
+            f"{site.label} has shape {plain}: no one axis counts its examples and no one its tokens, so that it"
+            " cannot be swept."
         )
     if (rows[0], tokens[0]) == (0, 1) and len(plain) == 3:
         return None
