@@ -16,7 +16,13 @@ SAMPLES = 64
 
 
 def fingerprint(pair: Pair, settings: Mapping[str, Any], **parts: Any) -> dict[str, Any]:
-    """A description of a sweep, as JSON has it: two of the same description give the same values."""
+    """A description of a sweep, as JSON has it: two of the same description give the same values.
+
+    Args:
+        pair: The model and its inputs.
+        settings: What is told of the sweep as it is.
+        **parts: What is told of it by a digest alone: what cells put where, and which are computed together.
+    """
     found = {key: value for key, value in settings.items() if key != "version"}
     found["weights"] = _of_weights(pair.model)
     for name, plan in (("clean", pair.clean), ("corrupted", pair.corrupted)):
@@ -54,4 +60,4 @@ def _add(digest: Any, value: Any) -> None:
         for item in value:
             _add(digest, item)
     else:
-        digest.update(repr(value).encode())
+        digest.update(f"{value!r};".encode())

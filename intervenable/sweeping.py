@@ -153,7 +153,13 @@ def sweep(
     print_of = (
         {}
         if checkpoint is None
-        else fingerprint(pair, about, values=(baseline, rest), given=(repr(given), budget))
+        else fingerprint(
+            pair,
+            about,
+            baselines=(baseline, rest),
+            patches=[(one.site.label, one.passage, one.cells, one.base, one.real, one.values) for one in edits],
+            parts=[wave.cells for wave in engine.waves],
+        )
     )
     found = _Found(cells, baseline)
     with (
