@@ -22,7 +22,7 @@ from intervenable.sweep_values import Place, Reader, rows_of
 from intervenable.wave_caches import recording_cache
 from intervenable.wave_inputs import WaveInputs
 from intervenable.wave_learning import Trace
-from intervenable.wave_readout import Reading, Readout, logits_of
+from intervenable.wave_readout import Reading, Readout, logits_of, reads_head
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +113,7 @@ def _together(
         guess = last_tokens(counted, counted.length)
         if other is not None and pair.other is not None:
             guess = sorted({*guess, *last_tokens(pair.other.base.decoder or pair.other.base, counted.length)})
-        readout = Readout(pair.model, Reading(torch.tensor(guess), None, counted.length), 0, narrow=True)
+        readout = Readout(pair.model, Reading(torch.tensor(guess), None, counted.length), 0, True, reads_head(pair.model, sites.values()))
         try:
             cache = recording_cache(pair.model) if recording else None
             options = (

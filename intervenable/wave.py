@@ -32,7 +32,7 @@ from intervenable.wave_caches import copied, cut, give_rows, is_croppable, layer
 from intervenable.wave_inputs import WaveInputs
 from intervenable.wave_learning import ROUTES, CallRows, Learnt, Route, learn_calls, prefix_cache
 from intervenable.wave_plan import Costs, Wave, plan_waves
-from intervenable.wave_readout import Reading, Readout, furthest
+from intervenable.wave_readout import Reading, Readout, furthest, reads_head
 from intervenable.wave_rows import NoShortcutError, Path, Rows, UnknownTensorError, mapped, with_groups
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -105,6 +105,7 @@ class Waves:
             for cell, parts in self._of_cell.items()
         }
         self._prefixes: dict[int, Any] = {}
+        self._reads_head = reads_head(self.model, [one.site for one in self.edits])
         self.tolerance = TOLERANCES.get(self.recorded.logits.dtype, 1e-5)
         self._routes = self._checked_routes() if self.first else ()
         batch, length = self.recorded.inputs.batch, self.reading.length
@@ -215,7 +216,7 @@ class Waves:
         rows = Growth(calls, alive, total, route.growth, at_start)
         if cache is not None:
             rows.caches(cache, self.learnt.cache_rows[route.cache])
-        readout = Readout(self.model, self.reading, start, narrow)
+        readout = Readout(self.model, self.reading, start, narrow, self._reads_head)
         hooks = [
             *rows.entering(self.blocks),
             *self._writing(cells, group, start, rows),

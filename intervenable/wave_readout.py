@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from intervenable.errors import UnsupportedModelError
 from intervenable.hooks import Hook
 from intervenable.passage import Passage
+from intervenable.sites import BoundSite
 from intervenable.wave_rows import NoShortcutError
 
 
@@ -82,6 +83,11 @@ def output_embedding(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Linear) else None
 
 
+def reads_head(model: nn.Module, sites: Iterable[BoundSite]) -> bool:
+    """Whether a place is at the output embedding, which then has to compute all logits, or is the model itself."""
+    return any(site.module in (output_embedding(model), model) for site in sites)
+
+
 class Readout:
     """Lets a model compute the logits of some positions and tokens alone, by hooks at its output embedding.
 
@@ -90,14 +96,17 @@ class Readout:
         reading: What is read.
         start: The first token of the run.
         narrow: Whether to do so; otherwise all logits are computed and what is read is taken out of them.
+        whole: Whether the model has to compute the logits of all positions.
     """
 
-    def __init__(self, model: nn.Module, reading: Reading, start: int, narrow: bool) -> None:
+    def __init__(
+        self, model: nn.Module, reading: Reading, start: int, narrow: bool, whole: bool = False
+    ) -> None:
         self._model, self._reading = model, reading
         self._positions = reading.after(start)
-        self._head = output_embedding(model) if narrow else None
+        self._head = output_embedding(model) if narrow and not whole else None
         self._inputs: list[Tensor] = []
-        self.keep = 0 if self._head is not None else reading.kept(start)
+        self.keep = 0 if whole or self._head is not None else reading.kept(start)
         """Of how many positions from the end the model is to compute logits; 0 for all."""
         self._offset = 0 if self.keep == 0 else reading.length - start - self.keep
         self.hooks = (
