@@ -157,7 +157,9 @@ def sweep(
             pair,
             about,
             baselines=(baseline, rest),
-            patches=[(one.site.label, one.passage, one.cells, one.base, one.real, one.values) for one in edits],
+            patches=[
+                (one.site.label, one.passage, one.cells, one.base, one.real, one.values) for one in edits
+            ],
             parts=[wave.cells for wave in engine.waves],
         )
     )
