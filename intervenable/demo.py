@@ -1,13 +1,12 @@
 """`python -m intervenable demo`: one swap, what it did, and a map of where the answer comes from.
 
 It tells the main story of the library on any causal language model that has a map, with the public names alone, and
-so reads as an example too. This is the one place in the library that prints.
+so reads as an example too. The commands are the one place in the library that prints.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -17,8 +16,8 @@ import torch
 from torch import Tensor
 
 import intervenable as iv
+from intervenable.command_line import check_picture, load, parameters, told
 
-PICTURES = (".png", ".pdf", ".svg")
 DEPTH = 0.8
 """Where the last token is swapped by default, as a share of the layers. Late enough for a fact to have reached the
 last token, early enough for the layers above to have something left to do."""
@@ -68,14 +67,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Tell the story; the result is the exit code: 0, or 2 with the reason on standard error."""
-    try:
+
+    def work() -> None:
         check_picture(options.out)
-        tokenizer, model = load(options.model)
-        tell(tokenizer, model, options)
-    except (iv.IntervenableError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        tell(*load(options.model), options)
+
+    return told(work)
 
 
 def tell(tokenizer: Any, model: Any, options: argparse.Namespace) -> None:
@@ -122,30 +119,7 @@ def tell(tokenizer: Any, model: Any, options: argparse.Namespace) -> None:
     print(f"\nThe map of all of them, with the swap from above framed: {options.out}")
 
 
-# --- the model and the prompts ----------------------------------------------------------------------------
-
-
-def load(name: str | None) -> tuple[Any, Any]:
-    """A tokenizer and a causal language model."""
-    if name is None:
-        return iv.load_small_lm()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name).train(False)
-    except (OSError, ValueError, ImportError) as error:
-        raise iv.InputError(
-            f"--model {name} is no causal language model that can be loaded. {error}"
-        ) from error
-
-
-def check_picture(path: Path) -> None:
-    """Refuse a picture that could not be written before anything is run for it."""
-    if path.suffix not in PICTURES:
-        raise iv.InputError(f"--out {path}: the name must end in one of {', '.join(PICTURES)}.")
-    if path.is_dir():
-        raise iv.InputError(f"--out {path} is a folder. Give the name of a file.")
-    _ = iv.plots
+# --- the prompts ------------------------------------------------------------------------------------------
 
 
 def read_prompts(tokenizer: Any, base: str, source: str) -> Prompts:
@@ -280,8 +254,3 @@ def texts(tokenizer: Any, inputs: Any) -> list[str]:
 
 def shortened(text: str, length: int = 40) -> str:
     return text if len(text) <= length else f"… {text[2 - length :]}"
-
-
-def parameters(model: Any) -> str:
-    count = sum(parameter.numel() for parameter in model.parameters())
-    return f"{count / 1e9:.1f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"
