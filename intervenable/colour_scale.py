@@ -115,8 +115,9 @@ class Scale:
                 annotation_clip=False,
                 **text_options([name], 7.5),
             )
-        above = [f"{name} {value:.3g} ↑" for name, value in self.landmarks.items() if value > high]
-        below = [f"{name} {value:.3g} ↓" for name, value in self.landmarks.items() if value < low]
+        said = {name: f"{name} {value:.3g}".replace("-", "−") for name, value in self.landmarks.items()}
+        above = [f"{said[name]} ↑" for name, value in self.landmarks.items() if value > high]
+        below = [f"{said[name]} ↓" for name, value in self.landmarks.items() if value < low]
         for texts, y, va in ((above, 1.0, "bottom"), (below, 0.0, "top")):
             if texts:
                 bar.annotate(

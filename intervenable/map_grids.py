@@ -197,7 +197,7 @@ def small_grid(maps: int, rows: int, columns: int, across: int | None = None) ->
 
 def square_grid(maps: int, queries: int, keys: int, across: int | None = None) -> Grid:
     """Maps of tokens by tokens, the first query at the top, with names for as many tokens as can be told apart."""
-    cell = min(0.3, (PAGE / min(maps, across or 3, 3) - 0.15) / max(queries, keys))
+    cell = min(0.3, (PAGE / min(maps, across or 3) - 0.15) / max(queries, keys))
     size = min(7.5, 60 * cell) if cell >= 0.08 else 6.0
     step = max(1, round(0.09 / cell))
     across = across or evenly(maps, most=max(1, int(PAGE / (cell * keys + 0.15))))

@@ -32,6 +32,8 @@ TOKENS = ("pos", "query", "key")
 """Axes whose entries are tokens."""
 MOST_MAPS = 64
 """Maps in one picture that can still be told apart by their names."""
+MOST_HEADS = 8
+"""Heads of a layer that have a row of maps to themselves."""
 FEW_MAPS = 4
 """Maps that are large enough for a label beside each row."""
 
@@ -163,7 +165,7 @@ def _title(result: SweepResult) -> str:
         other = "corrupted" if run == "clean" else "clean"
         what = ", ".join(filter(None, (what, f"{other} into {run}")))
     else:
-        done = {"zero": "set to zero", "mean": "set to its mean", "resample": "from other examples"}
+        done = {0: "set to zero", "mean": "set to its mean", "resample": "from other examples"}
         said = done.get(value, f"set to {value}" if isinstance(value, int | float) else "set to other values")
         what = f"{what} {said} in the {run} run".lstrip()
     selected = result.settings.get("selected", {})
@@ -269,7 +271,8 @@ class _Page:
             shown = rows * columns <= 80 if show_values is None else show_values
             grid = large_grid(rows, maps[0].columns, shown)
         elif self.row == "query":
-            grid = square_grid(count, rows, columns, across)
+            heads = len(self.labels["head"]) if self.facets == ("layer", "head") else MOST_HEADS + 1
+            grid = square_grid(count, rows, columns, across or (heads if heads <= MOST_HEADS else None))
         elif count <= FEW_MAPS:
             grid = medium_grid(count, rows, columns, across)
         else:

@@ -309,7 +309,7 @@ def test_what_is_left_after_selecting_is_drawn_over_the_rest():
     [
         ({}, "block input, clean into corrupted"),
         ({"direction": "noise"}, "block input, corrupted into clean"),
-        ({"direction": "noise", "value": "zero"}, "block input set to zero in the clean run"),
+        ({"direction": "noise", "value": 0.0}, "block input set to zero in the clean run"),
         ({"direction": "noise", "value": "mean"}, "block input set to its mean in the clean run"),
         ({"direction": "noise", "value": "resample"}, "block input from other examples in the clean run"),
         ({"direction": "denoise", "value": 2.5}, "block input set to 2.5 in the corrupted run"),
