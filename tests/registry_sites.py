@@ -209,11 +209,15 @@ def _only(axes: Any) -> int:
 # --- the truth --------------------------------------------------------------------------------------------
 
 
-def last_logits(model: nn.Module, inputs: Inputs, tokens: Sequence[int]) -> Tensor:
-    """`[rows, tokens]` logits at the last position."""
+def last_logits(
+    model: nn.Module, inputs: Inputs, tokens: Sequence[int], lasts: Sequence[int] | None = None
+) -> Tensor:
+    """`[rows, tokens]` logits at the last position, or at one given for each example."""
     with torch.no_grad():
         logits: Tensor = model(**inputs).logits
-    return logits[:, -1, list(tokens)].clone()
+    rows = torch.arange(len(logits))[:, None]
+    at = torch.tensor(lasts or [logits.shape[1] - 1] * len(logits))[:, None]
+    return logits[rows, at, list(tokens)].clone()
 
 
 def values_of(model: nn.Module, place: Place, inputs: Inputs) -> dict[int, list[Tensor]]:
@@ -231,13 +235,26 @@ def values_of(model: nn.Module, place: Place, inputs: Inputs) -> dict[int, list[
 
 
 def patched_by_hand(
-    model: nn.Module, place: Place, clean: Inputs, corrupted: Inputs, tokens: Sequence[int]
+    model: nn.Module,
+    place: Place,
+    clean: Inputs,
+    corrupted: Inputs,
+    tokens: Sequence[int],
+    lasts: Sequence[int] | None = None,
 ) -> Tensor:
     """`[layers, positions, rows, tokens]`: one forward pass a cell, with the clean value at a layer and position."""
     axes, batch = axes_of(model, place, corrupted), corrupted["input_ids"].shape[0]
     values = values_of(model, place, clean)
     cells = [
-        _patched(model, place, layer, _position_cell(axes, position, batch, values[layer]), corrupted, tokens)
+        _patched(
+            model,
+            place,
+            layer,
+            _position_cell(axes, position, batch, values[layer]),
+            corrupted,
+            tokens,
+            lasts,
+        )
         for layer in place.modules
         for position in range(corrupted["input_ids"].shape[1])
     ]
@@ -277,7 +294,13 @@ def _head_cell(head: int, heads: int, values: Sequence[Tensor]) -> Cell:
 
 
 def _patched(
-    model: nn.Module, place: Place, layer: int, cell: Cell, inputs: Inputs, tokens: Sequence[int]
+    model: nn.Module,
+    place: Place,
+    layer: int,
+    cell: Cell,
+    inputs: Inputs,
+    tokens: Sequence[int],
+    lasts: Sequence[int] | None = None,
 ) -> Tensor:
     calls = iter(range(1000))
 
@@ -287,4 +310,4 @@ def _patched(
         return new
 
     with place.hooked(layer, change):
-        return last_logits(model, inputs, tokens)
+        return last_logits(model, inputs, tokens, lasts)

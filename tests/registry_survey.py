@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -90,10 +90,14 @@ class Pair:
     padding: str = ""
 
     @property
+    def mask(self) -> Tensor:
+        """`[rows, positions]`: 1 at real tokens."""
+        return self.corrupted.get("attention_mask", torch.ones_like(self.corrupted["input_ids"]))
+
+    @property
     def lasts(self) -> tuple[int, ...]:
         """Where the last real token of each example is."""
-        mask = self.corrupted.get("attention_mask", torch.ones_like(self.corrupted["input_ids"]))
-        return tuple(int(row.nonzero()[-1]) for row in mask)
+        return tuple(int(row.nonzero()[-1]) for row in self.mask)
 
 
 def one_pair(model: nn.Module) -> Pair:
@@ -104,7 +108,7 @@ def one_pair(model: nn.Module) -> Pair:
     return Pair(clean, corrupted, ((clean, corrupted),))
 
 
-def two_pairs(model: nn.Module) -> Pair | None:
+def two_pairs(model: nn.Module, place: Place) -> Pair | None:
     """Two prompts and two others, the second shorter: padded so that the model computes what it does without.
 
     On the left if that is possible, else on the right, else not at all and of one length; None if the model makes
@@ -122,32 +126,34 @@ def two_pairs(model: nn.Module) -> Pair | None:
             tuple({"input_ids": row["input_ids"][index, kept.bool()][None]} for row in (clean, corrupted))
             for index, kept in enumerate(mask)
         )
-        if _same_alone(model, corrupted, [one for _, one in alone]):
-            return Pair(clean, corrupted, alone, side)
+        pair = Pair(clean, corrupted, alone, side)
+        if _same_alone(model, place, pair):
+            return pair
     return None
 
 
-def _same_alone(model: nn.Module, batch: Inputs, rows: Sequence[Inputs]) -> bool:
-    """Whether a model gives a batch the logits it gives its examples, perhaps if it is told their positions."""
-    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-    told = {**batch, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-    for given in (batch, told) if takes(model, "position_ids") else (batch,):
+def _same_alone(model: nn.Module, place: Place, pair: Pair) -> bool:
+    """Whether a model gives a batch, patched in one layer, the logits it gives its examples patched.
+
+    It may need to be told their positions.
+    """
+    layer = sorted(place.modules)[1]
+    one = replace(place, modules={layer: place.modules[layer]})
+    told = {"position_ids": (pair.mask.cumsum(-1) - 1).clamp(min=0)}
+    for options in ({}, told) if takes(model, "position_ids") else ({},):
+        clean, corrupted = {**pair.clean, **options}, {**pair.corrupted, **options}
         try:
-            with torch.no_grad():
-                together = model(**given).logits
-                singly = [model(**row).logits[0] for row in rows]
-        except (RuntimeError, ValueError, IndexError):
+            (alone,) = _by_hand(model, pair, one, by_heads=False)
+            (together,) = patched_by_hand(model, one, clean, corrupted, READ, pair.lasts)
+            near = TOLERANCE / 4 * _largest_logit(model, pair)
+        except (RuntimeError, ValueError, LookupError):
             continue
-        if together.shape[0] == len(rows) and all(
-            _near(one[kept.bool()], other) for one, kept, other in zip(together, mask, singly, strict=True)
+        if together.shape == alone.shape and all(
+            bool((together[kept.bool(), row] - alone[: kept.sum(), row]).abs().max() < near)
+            for row, kept in enumerate(pair.mask)
         ):
             return True
     return False
-
-
-def _near(one: Tensor, other: Tensor) -> bool:
-    one, other = one[..., :FIRST_SPECIAL], other[..., :FIRST_SPECIAL]
-    return bool((one - other).abs().max() < TOLERANCE / 4 * other.abs().max())
 
 
 def _tokens(rows: int) -> Tensor:
@@ -177,7 +183,7 @@ def survey(model_type: str, sweep: Callable[..., Any] | None = None) -> list[Fin
     every = list(layers) if len(layers) < len(blocks) else None
     compared = partial(_compared, sweep or iv.patching.sweep, model_type, model)
     findings = [compared("path", one_pair(model), template, inputs, every)]
-    pair = two_pairs(model)
+    pair = two_pairs(model, inputs)
     if pair is not None:
         findings.append(compared("two prompts", pair, template, inputs, every))
     for component, place in _mapped(model):
