@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from torch import Tensor
 
@@ -36,6 +36,16 @@ WAVE = FileKind(
 ABSENT = "nothing"
 
 
+class FinishedWave(NamedTuple):
+    """What is kept of a wave."""
+
+    results: dict[str, Tensor]
+    """What it gave, bit by bit."""
+
+    ways: dict[str, int]
+    """How many cells were computed in which way."""
+
+
 class Checkpoints:
     """A folder of finished waves of one sweep, to read those that there are and to add others.
 
@@ -55,7 +65,7 @@ class Checkpoints:
         ...     with Checkpoints(folder, {"component": "block_input"}, waves=2) as kept:
         ...         kept.write(0, {"difference": torch.tensor([1.0, 2.0])})
         ...     with Checkpoints(folder, {"component": "block_input"}, waves=2) as kept:
-        ...         kept.finished, kept.read(0), kept.read(1)
+        ...         kept.finished, kept.read(0).results, kept.read(1)
         ((0,), {'difference': tensor([1., 2.])}, None)
     """
 
@@ -77,8 +87,8 @@ class Checkpoints:
         """Numbers of the waves that are there, in order."""
         return tuple(sorted(self._finished))
 
-    def read(self, wave: int) -> dict[str, Tensor] | None:
-        """What a wave gave, bit by bit; None if it is not finished.
+    def read(self, wave: int) -> FinishedWave | None:
+        """What is kept of a wave; None if it is not finished.
 
         Raises:
             StorageError: its file is damaged, or of another sweep; the message names it.
@@ -92,16 +102,17 @@ class Checkpoints:
             return None  # deleted meanwhile: to be computed again
         if content["sweep"] != self._digest or content["wave"] != wave:
             raise StorageError(f"{file} is of another sweep, or of another part of this one. {WAVE.remedy}")
-        return {name: tensors[f"{number:04d}"] for number, name in enumerate(content["names"])}
+        results = {name: tensors[f"{number:04d}"] for number, name in enumerate(content["names"])}
+        return FinishedWave(results, content["ways"])
 
-    def write(self, wave: int, results: Mapping[str, Tensor]) -> None:
-        """Keep what a wave gave; it is on the disk when this returns.
+    def write(self, wave: int, results: Mapping[str, Tensor], ways: Mapping[str, int] | None = None) -> None:
+        """Keep what a wave gave, and in which ways its cells were computed; it is on the disk when this returns.
 
         Raises:
             StorageError: it could not be written, because the disk is full for instance; all others are kept.
         """
         tensors = {f"{number:04d}": results[name] for number, name in enumerate(results)}
-        content = {"sweep": self._digest, "wave": wave, "names": list(results)}
+        content = {"sweep": self._digest, "wave": wave, "names": list(results), "ways": dict(ways or {})}
         write_tensors(self._file(wave), WAVE, tensors, content)
         self._finished.add(wave)
 

@@ -168,15 +168,19 @@ def sweep(
         _kept(checkpoint, print_of, len(engine.waves)) as done,
         Progress(len(cells), progress, "sweep") as bar,
     ):
-        bar.advance(len(cells) - sum(len(wave.cells) for wave in engine.waves))
+        bar.advance(len(cells) - sum(len(wave.cells) for wave in engine.waves), computed=False)
         for number, wave in enumerate(engine.waves):
-            measured = None if done is None else done.read(number)
-            if measured is None:
+            kept = None if done is None else done.read(number)
+            if kept is None:
+                before = engine.used.copy()
                 measured = _measured(wave, engine.run(wave), reader, plain, cells)
                 if done is not None:
-                    done.write(number, measured)
+                    done.write(number, measured, engine.used - before)
+            else:
+                measured = kept.results
+                engine.used.update(kept.ways)
             found.put(wave.cells, measured)
-            bar.advance(len(wave.cells))
+            bar.advance(len(wave.cells), computed=kept is None)
     if exact_check:
         _check(exact_check, found, plain, reader, cells, seed)
     clean_values, corrupted_values = (baseline, rest) if pair.noising else (rest, baseline)

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +19,6 @@ from hypothesis import strategies as st
 import intervenable as iv
 from intervenable.sweep_checkpoints import Checkpoints
 
-ROOT = Path(__file__).parent.parent
 SWEEP = {"component": "block_input", "inputs": "5f3a", "layers": [0, 1, 2], "value": None, "memory": 1.5}
 
 
@@ -53,11 +51,11 @@ def test_finished_waves_are_there_again_and_others_are_not(tmp_path):
     folder = with_waves(tmp_path / "new" / "folder", 3, 0, 7)
     with Checkpoints(str(folder), SWEEP, 10) as kept:
         assert kept.finished == (0, 3, 7)
-        assert all(same(kept.read(number), wave(number)) for number in (0, 3, 7))
+        assert all(same(kept.read(number).results, wave(number)) for number in (0, 3, 7))
         assert kept.read(1) is None
         kept.write(1, wave(1))
         assert kept.finished == (0, 1, 3, 7)
-        assert same(kept.read(1), wave(1))
+        assert same(kept.read(1).results, wave(1))
 
 
 def test_bits_dtypes_shapes_and_names_are_kept(tmp_path):
@@ -69,7 +67,7 @@ def test_bits_dtypes_shapes_and_names_are_kept(tmp_path):
     }
     with Checkpoints(tmp_path, SWEEP, 1) as kept:
         kept.write(0, results)
-        read = kept.read(0)
+        read = kept.read(0).results
     assert list(read) == list(results)
     for name, values in results.items():
         assert (read[name].dtype, read[name].shape) == (values.dtype, values.shape)
@@ -78,11 +76,19 @@ def test_bits_dtypes_shapes_and_names_are_kept(tmp_path):
         ).tolist()
 
 
+def test_the_ways_in_which_cells_were_computed_are_kept(tmp_path):
+    with Checkpoints(tmp_path, SWEEP, 2) as kept:
+        kept.write(0, wave(0), {"from its layer on": 3, "each in a pass of its own": 1})
+        kept.write(1, wave(1))
+        assert kept.read(0).ways == {"from its layer on": 3, "each in a pass of its own": 1}
+        assert kept.read(1).ways == {}
+
+
 def test_a_wave_may_be_written_again(tmp_path):
     with Checkpoints(tmp_path, SWEEP, 10) as kept:
         kept.write(0, wave(0))
         kept.write(0, wave(5))
-        assert same(kept.read(0), wave(5))
+        assert same(kept.read(0).results, wave(5))
         assert kept.finished == (0,)
 
 
@@ -98,7 +104,7 @@ def test_any_order_of_waves_and_stops_ends_with_the_same_waves(tmp_path_factory,
             kept.close()
     with Checkpoints(folder, SWEEP, 13) as kept:
         assert kept.finished == tuple(sorted(done))
-        assert all(same(kept.read(number), wave(number)) for number in done)
+        assert all(same(kept.read(number).results, wave(number)) for number in done)
 
 
 def test_other_files_in_the_folder_are_left_alone(tmp_path):
@@ -115,7 +121,7 @@ def test_the_same_sweep_said_in_tuples_and_in_another_order_is_the_same(tmp_path
     with_waves(tmp_path, 0)
     again = {**dict(reversed(SWEEP.items())), "layers": (0, 1, 2)}
     with Checkpoints(tmp_path, again, 10) as kept:
-        assert same(kept.read(0), wave(0))
+        assert same(kept.read(0).results, wave(0))
 
 
 # --- other sweeps -----------------------------------------------------------------------------------------
@@ -173,7 +179,7 @@ def test_a_wave_copied_from_another_sweep_or_another_place_is_refused(tmp_path):
                 f"{file} is of another sweep, or of another part of this one. Delete this file: the sweep computes"
                 " that part again, and takes the others from the folder."
             )
-        assert same(kept.read(0), wave(0))
+        assert same(kept.read(0).results, wave(0))
 
 
 # --- damage -----------------------------------------------------------------------------------------------
@@ -193,7 +199,7 @@ def test_a_damaged_wave_is_named_and_deleting_it_is_enough(tmp_path, damage):
         assert str(error.value).endswith(
             "Delete this file: the sweep computes that part again, and takes the others from the folder."
         )
-        assert same(kept.read(0), wave(0))
+        assert same(kept.read(0).results, wave(0))
         file.unlink()
         assert kept.read(1) is None
     with Checkpoints(tmp_path, SWEEP, 10) as kept:
@@ -211,7 +217,7 @@ def test_no_bit_of_a_wave_can_flip_unseen(tmp_path):
             content[place] ^= 1 << (place % 8)
             file.write_bytes(content)
             try:
-                read = kept.read(1)
+                read = kept.read(1).results
             except iv.StorageError:
                 refused += 1
             else:
@@ -232,7 +238,7 @@ def test_a_damaged_description_is_named_and_deleting_it_keeps_what_is_finished(t
     )
     file.unlink()
     with Checkpoints(tmp_path, SWEEP, 10) as kept:
-        assert same(kept.read(0), wave(0))
+        assert same(kept.read(0).results, wave(0))
 
 
 @pytest.mark.parametrize(
@@ -277,11 +283,11 @@ def test_a_full_disk_is_an_error_and_all_that_is_finished_is_kept(tmp_path, monk
                 kept.write(1, wave(1))
         assert kept.finished == (0,)
         assert kept.read(1) is None
-        assert same(kept.read(0), wave(0))
+        assert same(kept.read(0).results, wave(0))
         assert sorted(os.listdir(tmp_path)) == ["sweep.json", "sweep.lock", "wave-000000.safetensors"]
         kept.write(1, wave(1))
     with Checkpoints(tmp_path, SWEEP, 10) as kept:
-        assert same(kept.read(1), wave(1))
+        assert same(kept.read(1).results, wave(1))
 
 
 def test_a_write_that_the_system_cuts_off_leaves_the_waves_before_it(tmp_path):
@@ -298,7 +304,7 @@ def test_a_write_that_the_system_cuts_off_leaves_the_waves_before_it(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             signal.signal(signal.SIGXFSZ, handler)
         assert kept.finished == (0,)
-        assert same(kept.read(0), wave(0))
+        assert same(kept.read(0).results, wave(0))
         assert sorted(os.listdir(tmp_path)) == ["sweep.json", "sweep.lock", "wave-000000.safetensors"]
 
 
@@ -331,22 +337,27 @@ def test_a_folder_that_nobody_holds_any_more_is_free(tmp_path):
 
 
 HOLD = """
-import sys
-from intervenable.sweep_checkpoints import Checkpoints
-kept = Checkpoints(sys.argv[1], {}, 1)
+import fcntl, os, sys
+file = open(sys.argv[1], "r+")
+fcntl.flock(file, fcntl.LOCK_EX)
+file.write(str(os.getpid()))
+file.flush()
 print("held", flush=True)
 sys.stdin.read()
 """
 
 
 def test_a_folder_that_another_process_uses_is_refused_and_free_once_that_is_killed(tmp_path):
-    command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+    pytest.importorskip("fcntl")
+    Checkpoints(tmp_path, SWEEP, 1).close()
+    (tmp_path / "sweep.lock").write_text("", encoding="utf-8")
+    command = [sys.executable, "-S", "-c", HOLD, str(tmp_path / "sweep.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(
             iv.StorageError, match=f"is in use by process {holder.pid}. Wait until that is done"
         ):
-            Checkpoints(tmp_path, {}, 1)
+            Checkpoints(tmp_path, SWEEP, 1)
         holder.kill()
         holder.wait()
-        Checkpoints(tmp_path, {}, 1).close()
+        Checkpoints(tmp_path, SWEEP, 1).close()
