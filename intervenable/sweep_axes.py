@@ -8,7 +8,7 @@ the values.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 from typing import Any, Literal
@@ -67,9 +67,11 @@ class Tokens:
 
     @classmethod
     def joined(cls, parts: Sequence[Tokens]) -> Tokens:
-        """All tokens of several entries at once."""
+        """All tokens of several entries at once, each token once."""
         columns = ([getattr(part, name) for part in parts] for name in ("base", "source", "real"))
-        return cls(*(torch.cat(tensors, 1) for tensors in columns))
+        base, source, real = (torch.cat(tensors, 1) for tensors in columns)
+        before = (base[:, :, None] == base[:, None]) & real[:, None]
+        return cls(base, source, real & ~before.tril(-1).any(-1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +155,7 @@ def number_entries(axis: Axis, given: Any, count: int, window: int = 1) -> tuple
         ]
         if not numbers:
             raise ConfigError(f"{axis}s has an empty window. Name at least one {axis} in it.")
+        numbers = list(dict.fromkeys(numbers))
         if len(numbers) == 1:
             numbers = list(_around(numbers[0], window, count))
         entries.append(Entry(_spelled(numbers), numbers[0] if len(numbers) == 1 else numbers, tuple(numbers)))
@@ -204,6 +207,15 @@ def _spelled(numbers: Sequence[int]) -> str:
 def real_tokens(inputs: RunInputs) -> list[list[int]]:
     """For each example the tensor indices of its real tokens."""
     return inputs.real_positions or [list(range(inputs.length))] * inputs.batch
+
+
+def with_ids(run: RunInputs, other: RunInputs | None) -> RunInputs:
+    """A run that is given embeddings with the token ids of the other, of the same places, to tell its tokens by."""
+    if run.input_ids is not None or other is None or other.input_ids is None:
+        return run
+    if tuple(other.input_ids.shape) != (run.batch, run.length) or real_tokens(run) != real_tokens(other):
+        return run
+    return replace(run, input_ids=other.input_ids)
 
 
 def paired(base: RunInputs, source: RunInputs | None, given: Any, base_is_clean: bool) -> Pairs:
@@ -346,6 +358,7 @@ class TokenReader:
         real = real_tokens(self.base)
         there = real if self.source is None else real_tokens(self.source)
         there = there * len(real) if len(there) == 1 else there
+        rows = [list(dict.fromkeys(row)) for row in rows]
         width = max(1, *map(len, rows))
         base, source, known = [], [], []
         for example, row in enumerate(rows):

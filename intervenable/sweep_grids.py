@@ -14,7 +14,17 @@ from intervenable.errors import ConfigError, UnknownNameError, UnsupportedModelE
 from intervenable.inputs import RunInputs
 from intervenable.site_binding import module_at
 from intervenable.sites import BoundSite
-from intervenable.sweep_axes import AXES, Axis, Entry, TokenReader, Tokens, check_axes, number_entries, paired
+from intervenable.sweep_axes import (
+    AXES,
+    Axis,
+    Entry,
+    TokenReader,
+    Tokens,
+    check_axes,
+    number_entries,
+    paired,
+    with_ids,
+)
 from intervenable.sweep_cells import Grid, levels_of
 from intervenable.sweep_pairs import Pair
 from intervenable.sweep_values import Place
@@ -158,7 +168,8 @@ def make_grids(
 
     def reader(stack: Stack | None) -> TokenReader:
         if stack not in readers:
-            run = pair.base.base.of(stack)
+            beside = None if pair.other is None else pair.other.base.of(stack)
+            run = with_ids(pair.base.base.of(stack), beside)
             other = None if source is None else source.of(stack)
             readers[stack] = TokenReader(run, other, paired(run, other, align, pair.noising), named)
         return readers[stack]
