@@ -12,19 +12,19 @@ T = TypeVar("T")
 
 
 class Canvas:
-    """Logits `[b, s, V]` that are shown to metrics, of which a part is written anew each time.
+    """Logits `[b, s, V]` that are shown to metrics: NaN but for a part, which is written anew each time.
 
     The memory is kept: to allocate and fill that of a large vocabulary for every run costs more than most metrics do.
     A metric may keep what it is shown, though, or write into it. Then it has that for good, and the next one is shown
     other memory.
 
     Args:
-        background: Makes what it shows where nothing is written.
-        positions: `[P]` tensor positions that are written.
-        tokens: `[T]` tokens that are written; None for all.
+        shape: `(b, s, V)`.
+        like: Logits of the dtype and on the device.
 
     Example:
-        >>> canvas = Canvas(lambda: torch.full((1, 2, 2), torch.nan), torch.tensor([1]))
+        >>> canvas = Canvas((1, 2, 2), torch.zeros(1))
+        >>> canvas.aim(torch.tensor([1]))
         >>> canvas.write(torch.ones(1, 1, 2))
         >>> canvas.show(lambda logits: logits.mul_(2).tolist())
         [[[nan, nan], [2.0, 2.0]]]
@@ -35,17 +35,22 @@ class Canvas:
     tensor: Tensor
     """What is shown next, to be written into."""
 
-    def __init__(
-        self,
-        background: Callable[[], Tensor],
-        positions: Tensor | None = None,
-        tokens: Tensor | None = None,
-    ) -> None:
-        self._background = background
-        self._positions = positions
-        self._tokens = tokens
+    def __init__(self, shape: tuple[int, int, int], like: Tensor) -> None:
+        self.tensor = like.new_full(shape, torch.nan)
+        self.aim(torch.arange(shape[1]))
+
+    def aim(self, positions: Tensor, tokens: Tensor | None = None) -> None:
+        """Make everything NaN, and choose what is written.
+
+        Args:
+            positions: `[P]` sorted tensor positions.
+            tokens: `[T]` tokens; None for all.
+        """
         self._known: Tensor | None = None
-        self.renew()
+        self._index = positions.to(self.tensor.device)
+        self._tokens = None if tokens is None else tokens.to(self.tensor.device)
+        self.tensor.fill_(torch.nan)
+        self._find()
 
     def write(self, known: Tensor) -> None:
         """Show these logits, `[b, P, T or V]`, where it is written."""
@@ -70,24 +75,21 @@ class Canvas:
         return value
 
     def renew(self) -> None:
-        """Show other memory from now on, of the same logits."""
-        self.tensor = tensor = self._background()
-        self._storage: int = tensor.untyped_storage()._cdata
-        self._index = torch.arange(tensor.shape[1]) if self._positions is None else self._positions
-        self._index = self._index.to(tensor.device)
-        self._window, self._flat = None, None
-        if self._tokens is None and _are_neighbours(self._index):
-            self._window = tensor[:, int(self._index[0]) : int(self._index[-1]) + 1]
-        elif self._tokens is not None:
-            rows = (
-                torch.arange(tensor.shape[0], device=tensor.device)[:, None] * tensor.shape[1] + self._index
-            )
-            flat = rows[..., None] * tensor.shape[2] + self._tokens.to(tensor.device)
-            self._flat = flat.flatten()
-        self._holders: int = torch._C._storage_Use_Count(self._storage)
+        """Show other memory from now on, with the same written."""
+        self.tensor = torch.full_like(self.tensor, torch.nan)
+        self._find()
         if self._known is not None:
             self.write(self._known)
 
-
-def _are_neighbours(positions: Tensor) -> bool:
-    return int(positions[-1] - positions[0]) == len(positions) - 1
+    def _find(self) -> None:
+        """Where in the memory it is written, and who holds that."""
+        self._window: Tensor | None = None
+        self._flat: Tensor | None = None
+        batch, length, size = self.tensor.shape
+        if self._tokens is not None:
+            rows = torch.arange(batch, device=self.tensor.device)[:, None] * length + self._index
+            self._flat = (rows[..., None] * size + self._tokens).flatten()
+        elif int(self._index[-1] - self._index[0]) == len(self._index) - 1:
+            self._window = self.tensor[:, int(self._index[0]) : int(self._index[-1]) + 1]
+        self._storage: int = self.tensor.untyped_storage()._cdata
+        self._holders: int = torch._C._storage_Use_Count(self._storage)

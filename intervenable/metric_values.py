@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from intervenable.errors import MetricError
+from intervenable.errors import IntervenableError, MetricError
+
+Function = Callable[[Tensor], Any]
+"""A function of logits `[b, s, V]`."""
 
 ALLOWED = "a number (float, int or bool) or a tensor of numbers of any shape"
 
@@ -61,3 +65,41 @@ def _described(given: Any) -> str:
     if isinstance(given, dict):
         return "a dict: give sweep a mapping of metrics instead, one for each number"
     return f"{given!r:.60}, a {type(given).__name__}"
+
+
+def plain_value(metric: Function, logits: Tensor, name: str, place: str) -> Tensor:
+    """What a metric gives for logits that are all known.
+
+    Args:
+        metric: The metric, which is given logits of its own.
+        logits: `[b, s, V]`.
+        name: The metric's name, for messages.
+        place: What the logits are of, for messages.
+
+    Raises:
+        MetricError: it fails, or gives NaN or no number.
+
+    Example:
+        >>> plain_value(torch.mean, torch.ones(1, 2, 3), "mean", "a test")
+        tensor(1.)
+    """
+    try:
+        value = as_value(metric(logits.detach().clone()), name)
+    except IntervenableError:
+        raise
+    except Exception as error:
+        raise MetricError(f"The metric {name!r} failed at {place}: {said(error)}") from error
+    if has_nan(value):
+        shown = f" ({value.tolist()})" if 1 < value.numel() < 10 else ""
+        why = (
+            "some of the logits are NaN: the model gave them."
+            if bool(logits.isnan().any())
+            else "all logits are numbers. Look at what it divides by, and at infinities that it subtracts."
+        )
+        raise MetricError(f"The metric {name!r} is NaN at {place}{shown}, where {why}")
+    return value
+
+
+def said(error: Exception) -> str:
+    """An error of someone else's, in a sentence."""
+    return f"{type(error).__name__}: {error}".rstrip(".: ") + "."

@@ -135,6 +135,11 @@ class Watch:
     ) -> None:
         self._modes.close()
 
+    def call(self, metric: Callable[[Tensor], Any], logits: Tensor) -> Any:
+        """What a metric gives, watched."""
+        with self:
+            return metric(logits)
+
     def begins(self, given: Any) -> None:
         """Note that an operation is done with these."""
         # Once Python has seen a number it can do anything. Tensors of truths and indices can only choose numbers.
