@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from intervenable import demo
+from intervenable import demo, sweep_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,6 +29,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     demo.add_options(command)
     command.set_defaults(run=demo.run)
+    command = commands.add_parser(
+        "sweep",
+        help="patch every layer and token in turn, and draw what becomes of the answer",
+        description="Put activations of one run into another, place by place, measure what the model then answers,"
+        " and draw the map.",
+        epilog="examples:\n"
+        '  python -m intervenable sweep --clean "The capital of Spain is" --corrupted "The capital of Italy is"\n'
+        "  python -m intervenable sweep --component head_attention_value_output --axes layer,head --out heads.png\n"
+        "  python -m intervenable sweep --component mlp_output --value zero --metric probability",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sweep_command.add_options(command)
+    command.set_defaults(run=sweep_command.run)
     options = parser.parse_args(arguments)
     code: int = options.run(options)
     return code

@@ -47,11 +47,11 @@ def parameters(model: Any) -> str:
 
 
 def told(work: Callable[[], None]) -> int:
-    """Do the work; the result is the exit code: 0, or 2 with the reason on standard error."""
+    """Do the work; the result is the exit code: 0, or 2 with the reason as a line on standard error."""
     try:
         work()
     except (iv.IntervenableError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0
 
