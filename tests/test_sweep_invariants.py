@@ -1,0 +1,273 @@
+"""What every sweep has to fulfil on any model, and that it is a loop of patched runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from declared import components_of, is_inside, main_output, map_of, writable
+from sweep_by_hand import ByHand, cells_of
+from torch import Tensor
+from torch.testing import assert_close
+
+from intervenable.sweeping import sweep
+from model_maps import COMPONENTS
+from tiny_models import DECODERS, tiny, tiny_inputs
+
+LENGTH, LAST, LAYERS_HERE, HEADS_HERE = 7, -1, 3, 4
+DIFFERS = 3
+"""The token at which two prompts differ that differ in one alone."""
+CASES = (*((family, None) for family in DECODERS), ("falcon", "grouped"), ("gpt_neox", "sequential"))
+PARALLEL = ("gptj", "gpt_neox", "falcon")
+
+
+def metric(logits: Tensor) -> Tensor:
+    """Some logits at the last token, for each example."""
+    return logits[:, LAST, 3:9]
+
+
+def prompts(model, differs=None):
+    """Two prompts for each of two examples: unlike everywhere, or at one token alone."""
+    clean, corrupted = (tiny_inputs(model, length=LENGTH, seed=seed) for seed in (0, 1))
+    ids = next(key for key in clean if key.endswith("input_ids") and (key[0] == "d" or len(clean) < 3))
+    if differs is not None:
+        corrupted = {key: value.clone() for key, value in clean.items()}
+        corrupted[ids][:, differs] = (corrupted[ids][:, differs] + 5) % 60 + 3
+    return clean, corrupted
+
+
+def unpatched(model, inputs) -> Tensor:
+    with torch.no_grad():
+        return metric(main_output(model(**inputs)))
+
+
+def near(values: Tensor, expected: Tensor) -> None:
+    assert_close(values, expected.expand_as(values), atol=1e-5, rtol=1e-5)
+
+
+def stream(model) -> str:
+    """The prefix of the stack whose answer is measured."""
+    return "decoder_" if map_of(model).stacks else ""
+
+
+def sequential(model) -> bool:
+    return f"{stream(model)}block_mid" in components_of(model)
+
+
+MODELS = [*CASES, ("bert", None), ("t5", None)]
+
+
+@pytest.mark.parametrize(("family", "variant"), MODELS)
+def test_equal_prompts_give_the_unpatched_answer_to_the_bit(family, variant):
+    model, start = tiny(family, variant=variant), ""
+    start = stream(model)
+    clean, _ = prompts(model)
+    kinds = [f"{start}block_input", f"{start}mlp_contribution", f"{start}attention_contribution"]
+    values = sweep(model, clean, dict(clean), kinds, ("layer", "pos"), metric)
+    assert (values.values == values.baseline_corrupted).all()
+    assert (values.baseline_clean == values.baseline_corrupted).all()
+    heads = [f"{start}head_attention_value_output", f"{start}attention_pattern"]
+    values = sweep(model, clean, dict(clean), heads, ("layer", "head"), metric)
+    assert (values.values == values.baseline_corrupted).all()
+
+
+@pytest.mark.parametrize(("family", "variant"), MODELS)
+def test_where_prompts_differ_in_a_token_the_first_stream_at_it_is_all_there_is(family, variant):
+    model = tiny(family, variant=variant)
+    clean, corrupted = prompts(model, DIFFERS)
+    values = sweep(model, clean, corrupted, f"{stream(model)}block_input", "pos", metric, layers=0).values
+    right, wrong = unpatched(model, clean), unpatched(model, corrupted)
+    assert (right - wrong).abs().max() > 1e-3
+    near(values[DIFFERS], right)
+    others = [position for position in range(len(values)) if position != DIFFERS]
+    near(values[others], wrong)
+
+
+@pytest.mark.parametrize(("family", "variant"), [*CASES, ("t5", None)])
+def test_nothing_before_the_first_differing_token_matters_in_a_causal_model(family, variant):
+    model = tiny(family, variant=variant)
+    clean, corrupted = prompts(model, DIFFERS)
+    result = sweep(model, clean, corrupted, f"{stream(model)}block_input", ("layer", "pos"), metric)
+    near(result.values[:, :DIFFERS], unpatched(model, corrupted))
+    moved = (result.values[:, DIFFERS:] - unpatched(model, corrupted)).abs().amax((0, 2, 3))
+    assert (moved > 1e-3).any()
+
+
+@pytest.mark.parametrize(("family", "variant"), MODELS)
+def test_the_last_mlp_matters_at_the_token_that_is_read_alone(family, variant):
+    model = tiny(family, variant=variant)
+    clean, corrupted = prompts(model)
+    component = f"{stream(model)}mlp_contribution"
+    values = sweep(model, clean, corrupted, component, "pos", metric, layers=-1).values
+    near(values[:-1], unpatched(model, corrupted))
+    assert (values[-1] - unpatched(model, corrupted)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("family", "variant"), MODELS)
+def test_all_heads_of_a_layer_are_its_attention(family, variant):
+    model = tiny(family, variant=variant)
+    start = stream(model)
+    clean, corrupted = prompts(model)
+    heads = sweep(model, clean, corrupted, f"{start}head_attention_value_output", "layer", metric).values
+    whole = sweep(model, clean, corrupted, f"{start}attention_output", "layer", metric).values
+    near(heads, whole)
+    assert (whole - unpatched(model, corrupted)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("family", "variant"), MODELS)
+def test_all_rows_of_a_pattern_are_the_pattern(family, variant):
+    model = tiny(family, variant=variant)
+    component = f"{stream(model)}attention_pattern"
+    clean, corrupted = prompts(model)
+    length = 5 if stream(model) else LENGTH
+    rows = sweep(
+        model, clean, corrupted, component, ("layer", "head", "query"), metric, queries=[tuple(range(length))]
+    )
+    whole = sweep(model, clean, corrupted, component, ("layer", "head"), metric)
+    near(rows.values[:, :, 0], whole.values)
+    assert (whole.values - unpatched(model, corrupted)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("family", "variant"), [*CASES, ("t5", None)])
+def test_what_no_token_may_read_does_not_matter(family, variant):
+    model = tiny(family, variant=variant)
+    component = f"{stream(model)}attention_pattern"
+    clean, corrupted = prompts(model)
+    axes = ("layer", "head", "query", "key")
+    values = sweep(
+        model, clean, corrupted, component, axes, metric, layers=[1], heads=[2], queries=[1, 3], keys=[2, 4]
+    ).values[0, 0]
+    wrong = unpatched(model, corrupted)
+    near(values[0], wrong)  # token 1 reads neither 2 nor 4
+    near(values[1, 1], wrong)  # token 3 does not read 4
+    assert (values[1, 0] - wrong).abs().max() > 1e-5
+
+
+# --- against loops by hand --------------------------------------------------------------------------------
+
+BY_HAND = [(family, None) for family in DECODERS]
+UNTOLD = ("expanded_head_key", "expanded_head_value", "final_norm_scale", "router_output")
+
+
+def by_hand_is_able(component: str, family: str) -> bool:
+    """Whether the loop can do a component; scores and patterns are told apart below."""
+    matrix = COMPONENTS[component].axes == "matrix"
+    return component not in UNTOLD and not matrix
+
+
+def told(logits: Tensor) -> Tensor:
+    """All logits of two tokens."""
+    return logits[:, [2, LAST]]
+
+
+def closely(found: Tensor, cells: list[Tensor], logits: Tensor) -> None:
+    assert_close(found.flatten(0, -4), torch.stack(cells), rtol=0, atol=1e-4 * float(logits.abs().max()))
+
+
+@pytest.mark.parametrize(("family", "variant"), BY_HAND)
+def test_every_component_is_swept_as_a_loop_by_hand_would(family, variant):
+    model = tiny(family, variant=variant)
+    clean, corrupted = prompts(model)
+    by_hand = ByHand(model, family, variant, clean, corrupted)
+    where = {"layer": [0, 2], "pos": [0, 4, 6]}
+    for component in writable(model):
+        if not by_hand_is_able(component, family):
+            continue
+        axes = {
+            axis: where[axis] for axis in where if axis == "pos" or COMPONENTS[component].scope == "block"
+        }
+        layers = axes.get("layer")
+        result = sweep(
+            model, clean, corrupted, component, tuple(axes), told, layers=layers, positions=axes["pos"]
+        )
+        cells = [by_hand.logits(component, cell) for cell in cells_of(**axes)]
+        closely(result.values, [told(cell) for cell in cells], cells[0])
+
+
+FEW = [("gpt2", None), ("llama", None), ("gemma2", None), ("falcon", None)]
+AXES = {
+    "stream": [("layer",), ("pos",), ("layer", "pos"), ("pos", "layer")],
+    "heads": [("layer", "head"), ("head", "pos"), ("layer", "pos", "head")],
+}
+
+
+@pytest.mark.parametrize(("family", "variant"), FEW)
+def test_every_axis_is_swept_as_a_loop_by_hand_would(family, variant):
+    model = tiny(family, variant=variant)
+    clean, corrupted = prompts(model)
+    by_hand = ByHand(model, family, variant, clean, corrupted)
+    for component in writable(model):
+        if not by_hand_is_able(component, family) or COMPONENTS[component].scope == "model":
+            continue
+        for axes in AXES[COMPONENTS[component].axes]:
+            heads = len(by_hand_heads(model, component))
+            every = {"layer": range(1, 3), "pos": (1, LAST % LENGTH), "head": range(heads)}
+            subsets = {"layers": [1, 2], "positions": [1, LAST]}
+            if "layer" not in axes:
+                every["layer"], subsets["layers"] = [1], [1]
+            if "pos" not in axes:
+                del subsets["positions"]
+            entries = {axis: every[axis] for axis in axes}
+            fixed = {} if "layer" in axes else {"layer": 1}
+            result = sweep(model, clean, corrupted, component, axes, told, **subsets)
+            cells = [by_hand.logits(component, {**fixed, **cell}) for cell in cells_of(**entries)]
+            closely(result.values, [told(cell) for cell in cells], cells[0])
+
+
+def by_hand_heads(model, component: str) -> range:
+    """The heads of a component."""
+    if COMPONENTS[component].axes != "heads":
+        return range(0)
+    shared = "key" in component or "value_output" in component.replace("attention_value_output", "")
+    return range(
+        model.config.num_key_value_heads if shared and hasattr(model.config, "num_key_value_heads") else 4
+    )
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+@pytest.mark.parametrize("component", ["attention_pattern", "attention_scores", "attention_scores_masked"])
+def test_attention_matrices_are_swept_as_a_loop_by_hand_would(family, component):
+    model = tiny(family, attention="eager")
+    clean, corrupted = prompts(model)
+    by_hand = ByHand(model, family, None, clean, corrupted)
+    for axes, subsets in (
+        ({"layer": range(3), "head": range(4)}, {}),
+        ({"head": range(4), "query": [2, 6]}, {"layers": 1, "queries": [2, 6]}),
+        ({"head": [1], "query": [6], "key": range(7)}, {"layers": 1, "heads": 1, "queries": 6}),
+    ):
+        fixed = {} if "layer" in axes else {"layer": 1}
+        result = sweep(model, clean, corrupted, component, tuple(axes), told, **subsets)
+        cells = [by_hand.logits(component, {**fixed, **cell}) for cell in cells_of(**axes)]
+        closely(result.values, [told(cell) for cell in cells], cells[0])
+
+
+def test_shared_heads_repeated_are_the_shared_head():
+    model = tiny("llama")
+    clean, corrupted = prompts(model)
+    for repeated, shared in (
+        ("expanded_head_key", "rotary_key"),
+        ("expanded_head_value", "head_value_output"),
+    ):
+        pairs = sweep(model, clean, corrupted, repeated, ("layer", "head"), told, heads=[(0, 1), (2, 3)])
+        one = sweep(model, clean, corrupted, shared, ("layer", "head"), told)
+        near(pairs.values, one.values)
+
+
+def test_the_divisor_of_the_last_norm_is_swept_as_a_loop_by_hand_would():
+    model = tiny("llama")
+    clean, corrupted = prompts(model)
+    by_hand = ByHand(model, "llama", None, clean, corrupted)
+    result = sweep(model, clean, corrupted, "final_norm_scale", "pos", told)
+    cells = [by_hand.logits("final_norm_scale", cell) for cell in cells_of(pos=range(LENGTH))]
+    closely(result.values, [told(cell) for cell in cells], cells[0])
+    assert (result.values - result.baseline_corrupted).abs().max() > 1e-2
+
+
+def test_what_the_loop_by_hand_leaves_out_is_swept_elsewhere():
+    """Every writable component is in one of the tests above."""
+    for family in DECODERS:
+        for component in writable(tiny(family)):
+            assert (
+                by_hand_is_able(component, family)
+                or COMPONENTS[component].axes == "matrix"
+                or (component in UNTOLD and (is_inside(component) or component == "final_norm_scale"))
+            )
