@@ -160,7 +160,7 @@ def run(options: argparse.Namespace) -> int:
 
 def tell(options: argparse.Namespace) -> None:
     """The prompts with their answers, the sweep, what it found, and where it was written."""
-    check_files(options)
+    check(options)
     asked = read_options(options)
     tokenizer, model = load(options.model)
     clean, corrupted = (read_prompt(tokenizer, f"--{name}", getattr(options, name)) for name in RUNS)
@@ -196,14 +196,16 @@ def tell(options: argparse.Namespace) -> None:
 # --- what was asked for -----------------------------------------------------------------------------------
 
 
-def check_files(options: argparse.Namespace) -> None:
-    """Refuse files that could not be written before anything is run for them."""
+def check(options: argparse.Namespace) -> None:
+    """Refuse what could not be done in the end before anything is run for it."""
     if not options.no_picture:
         check_picture(options.out)
     if options.save is not None:
         check_file("--save", options.save, [".safetensors"])
     if options.csv is not None:
         check_file("--csv", options.csv, [".csv"])
+    if options.exact_check < 0:
+        raise iv.InputError(f"--exact-check {options.exact_check}: give a number of cells, 0 or more.")
     if options.checkpoint is not None and options.checkpoint.is_file():
         raise iv.InputError(f"--checkpoint {options.checkpoint} is a file. Give the name of a folder.")
 
