@@ -1,7 +1,7 @@
 """Patching: what becomes of a model's answer when activations of another run are put into it.
 
 `sweep` patches every layer, token or head in turn; `compare_patched` compares whole answers for a few patches.
-The functions of TransformerLens are here by their names, `get_act_patch_resid_pre` and so on, direct paths among them.
+TransformerLens' functions are here by their names, `get_act_patch_resid_pre` and so on, direct paths among them.
 """
 
 from __future__ import annotations

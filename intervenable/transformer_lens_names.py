@@ -78,7 +78,9 @@ _PER_HEAD_INPUT = (
     "the residual stream before its norm, copied for each head, which no module here is given. Patch the path from"
     " one head into another with get_act_patch_direct_path"
 )
-_POSITIONS = "the position embedding, which is no component here: take its path, such as 'transformer.wpe.output'"
+_POSITIONS = (
+    "the position embedding, which is no component here: take its path, such as 'transformer.wpe.output'"
+)
 _NORMALIZED = "what a norm computes before its weight and bias. What comes out of the norm is {!r}"
 
 _NO_COMPONENT: Mapping[str, str] = {
