@@ -62,7 +62,7 @@ def last_tokens(inputs: RunInputs, length: int) -> list[int]:
 
 
 def start(
-    pair: Pair, sites: Mapping[Place, BoundSite], from_other: bool, blocks: Sequence[nn.Module], suffix: bool
+    pair: Pair, sites: Mapping[Place, BoundSite], from_other: bool, blocks: Sequence[nn.Module]
 ) -> Start:
     """Run both prompts without patches.
 
@@ -71,7 +71,6 @@ def start(
         sites: Places whose values are kept, of the run that is patched.
         from_other: Whether they are kept of the other run too.
         blocks: The model's blocks.
-        suffix: Whether keys and values are worth keeping.
 
     Raises:
         NotFiredError: a place was not reached.
@@ -79,7 +78,7 @@ def start(
     """
     acting = any(plan is not None and plan.edits for plan in (pair.base, pair.other))
     if not acting:
-        found = _together(pair, sites, from_other, blocks, suffix)
+        found = _together(pair, sites, from_other, blocks)
         if found is not None:
             return found
     base = run_unpatched(pair.model, pair.base, sites, "run that is patched")
@@ -96,7 +95,7 @@ def start(
 
 
 def _together(
-    pair: Pair, sites: Mapping[Place, BoundSite], from_other: bool, blocks: Sequence[nn.Module], suffix: bool
+    pair: Pair, sites: Mapping[Place, BoundSite], from_other: bool, blocks: Sequence[nn.Module]
 ) -> Start | None:
     """Both runs as one of two groups of rows; None if they do not go together."""
     inputs = WaveInputs(pair.base.base, pair.model)
@@ -107,13 +106,19 @@ def _together(
     base = pair.base.base
     counted = base.decoder or base
     groups = 1 if other is None else 2
-    for recording in (True, False) if suffix and takes(pair.model, "past_key_values") else (False,):
+    for recording in (True, False) if takes(pair.model, "past_key_values") else (False,):
         trace = Trace(blocks)
         reader = Reader(sites, rows_of(base, groups), lambda trace=trace: trace.now)  # type: ignore[misc]
         guess = last_tokens(counted, counted.length)
         if other is not None and pair.other is not None:
             guess = sorted({*guess, *last_tokens(pair.other.base.decoder or pair.other.base, counted.length)})
-        readout = Readout(pair.model, Reading(torch.tensor(guess), None, counted.length), 0, True, reads_head(pair.model, sites.values()))
+        readout = Readout(
+            pair.model,
+            Reading(torch.tensor(guess), None, counted.length),
+            0,
+            True,
+            reads_head(pair.model, sites.values()),
+        )
         try:
             cache = recording_cache(pair.model) if recording else None
             options = (

@@ -139,7 +139,7 @@ def sweep(
     cells = all_cells(grids.grids)
     differs = _differs_from(pair, source, align)
     blocks = model_blocks(pair.model, components)
-    begun = start(pair, grids.sites, swaps(kind), blocks, suffix=differs is None or bool(differs.any()))
+    begun = start(pair, grids.sites, swaps(kind), blocks)
     base, other = begun.base, begun.other
     edits = _edits(cells, grids, base, source.values(base, other, grids.sites), differs)
     reader = _reader(metrics, pair, base, other)

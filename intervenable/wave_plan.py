@@ -10,9 +10,8 @@ from torch import nn
 
 from intervenable.errors import ConfigError
 
-READ = 10.0
-"""What reading the weights of a block costs, in tokens computed with them; measured on a CPU and about the same there
-from 10 million to 500 million weights."""
+READ = 25.0
+"""What reading the weights of a block costs, in tokens computed with them, as measured on a CPU."""
 
 OVERHEAD = 5e6
 """What calling a block costs besides, in weights times tokens: what matters for tiny models alone."""
