@@ -104,8 +104,8 @@ class MetricReader:
             cell: What they are of, for messages: `layer 3, pos 2`.
 
         Raises:
-            UnreadError: a metric fails or gives NaN, or looks at logits that are not known.
-            MetricError: a metric gives no number, or numbers of another shape than before.
+            UnreadError: a metric fails, gives NaN, no number or another shape than before, or looks at logits that are
+                not known. It may be for what is not known; `measure_whole` tells.
         """
         if self._canvas is None:
             self._canvas = Canvas(self._shape, logits)
@@ -133,18 +133,16 @@ class MetricReader:
             value = canvas.show(
                 lambda shown: as_value(watch.call(metric, shown) if watch else metric(shown), name)
             )
-        except MetricError:
-            raise
-        except Exception as error:  # which NaN may have led it to
+        except Exception as error:
             raise UnreadError(f"The metric {name!r} failed at {cell}: {said(error)}", cell) from error
         if name in self._leaving:
             canvas.renew()
-        if has_nan(value) or (watch is not None and watch.unknown):
+        if value.shape != self.shapes[name] or has_nan(value) or (watch is not None and watch.unknown):
             raise UnreadError(
                 f"The metric {name!r} is NaN at {cell}, or reads logits there that it reads in no unpatched run.",
                 cell,
             )
-        return self._in_shape(name, value, cell)
+        return value
 
     def _in_shape(self, name: str, value: Tensor, place: str) -> Tensor:
         before = self.shapes.setdefault(name, value.shape)

@@ -85,6 +85,8 @@ def plain_value(metric: Function, logits: Tensor, name: str, place: str) -> Tens
     """
     try:
         value = as_value(metric(logits.detach().clone()), name)
+    except MetricError as error:
+        raise MetricError(f"{error} (At {place}.)") from error
     except IntervenableError:
         raise
     except Exception as error:
