@@ -272,6 +272,8 @@ def _groups(given: Any, inputs: RunInputs, name: str) -> list[tuple[str, Any]]:
 
 
 def _label(entry: Any) -> str:
+    if isinstance(entry, slice) and entry.step in (None, 1):
+        return f"{'' if entry.start is None else entry.start}:{'' if entry.stop is None else entry.stop}"
     return "mask" if isinstance(entry, Tensor) else str(entry)
 
 

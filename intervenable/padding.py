@@ -58,7 +58,11 @@ def _needs_position_ids(model: nn.Module, inputs: RunInputs) -> bool:
     example = max(range(inputs.batch), key=inputs.count)
     real = [] if inputs.real_positions is None else inputs.real_positions[example][-3:]
     alone = tokens[example : example + 1, real]
-    padding = tokens[example : example + 1, real[:1]].repeat_interleave(2, dim=1)
+    # Some models tell positions by the padding token itself.
+    filled = next(
+        row for row in range(inputs.batch) if inputs.real_positions and inputs.real_positions[row][0] > 0
+    )
+    padding = tokens[filled : filled + 1, :1].repeat_interleave(2, dim=1)
     padded = torch.cat([padding, alone], dim=1)
     ones = inputs.attention_mask.new_ones(1, alone.shape[1])
     mask = torch.cat([ones.new_zeros(1, 2), ones], dim=1)

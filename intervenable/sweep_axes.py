@@ -250,6 +250,10 @@ def paired(base: RunInputs, source: RunInputs | None, given: Any, base_is_clean:
         if given != "auto":
             raise UnknownNameError(f"align={given!r} is unknown. Allowed: 'auto', pairs of positions, None.")
         return _paired_by_ids(base, source, tokens, others)
+    if isinstance(given, Mapping) or not hasattr(given, "__iter__"):
+        raise LocationError(
+            f"align={given!r}: give 'auto', or a list of pairs (clean position, corrupted position)."
+        )
     listed = list(given)
     each = bool(listed) and all(
         isinstance(row, (list, tuple)) and row and isinstance(row[0], (list, tuple)) for row in listed

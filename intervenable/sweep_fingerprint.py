@@ -1,18 +1,36 @@
-"""What tells one sweep from another, so that no checkpoint of one is taken for the other's."""
+"""What was asked of a sweep, and what tells it from another, so that no checkpoint of one is taken for the other's."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from intervenable._version import __version__
+from intervenable.sweep_axes import Axis
+from intervenable.sweep_grids import Subsets
 from intervenable.sweep_pairs import Pair
 
 SAMPLES = 64
 """How many values of each weight are looked at."""
+
+
+def settings_of(
+    pair: Pair, components: Sequence[str], axes: Sequence[Axis], kind: Any, subsets: Subsets
+) -> dict[str, Any]:
+    """What was asked for, as JSON has it."""
+    return {
+        "model": type(pair.model).__name__,
+        "version": __version__,
+        "components": list(components),
+        "axes": list(axes),
+        "direction": pair.direction,
+        "value": kind if isinstance(kind, (str, int, float)) else type(kind).__name__,
+        "window": {str(axis): width for axis, width in subsets.windows.items()},
+    }
 
 
 def fingerprint(pair: Pair, settings: Mapping[str, Any], **parts: Any) -> dict[str, Any]:

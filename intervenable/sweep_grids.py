@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from intervenable.binding import Places
 from intervenable.config_fields import is_module_path
@@ -23,6 +23,7 @@ from intervenable.sweep_axes import (
     check_axes,
     number_entries,
     paired,
+    read_axes,
     with_ids,
 )
 from intervenable.sweep_cells import Grid, levels_of
@@ -47,6 +48,11 @@ def read_components(component: Any) -> tuple[str, ...]:
         UnknownNameError: no such component; the message has the nearest name.
         ConfigError: none, or one twice.
     """
+    if not isinstance(component, str) and (
+        not isinstance(component, Sequence) or isinstance(component, Tensor)
+    ):
+        hint = " A metric goes in as metric=..." if callable(component) or hasattr(component, "bound") else ""
+        raise ConfigError(f"component is a {type(component).__name__}, not a name or a list of names.{hint}")
     listed = [component] if isinstance(component, str) else list(component)
     names = [ALIASES.get(name, name) for name in listed]
     for name in names:
@@ -123,7 +129,11 @@ class Subsets:
         Raises:
             ConfigError: windows of something that is no axis of the sweep, or no widths.
         """
-        found = dict(windows or {})
+        if not isinstance(windows or {}, Mapping):
+            raise ConfigError(
+                f"window={windows!r} names no axis. Give how many per axis: window={{'layer': 3}}."
+            )
+        found = dict(zip(read_axes(list(windows or {})), (windows or {}).values(), strict=True))
         for axis, width in found.items():
             if axis not in axes or axis == "head":
                 raise ConfigError(
@@ -144,6 +154,15 @@ class Grids:
     sites: Mapping[Place, BoundSite]
     whole: Mapping[Place, Mapping[Level, Tokens]]
     """For each place all its tokens, along each level."""
+
+    def along(self, of: Callable[[Entry], Any]) -> dict[str, tuple[Any, ...]]:
+        """Something of each entry, by axis; of heads those of the component that has most."""
+        found: dict[str, tuple[Any, ...]] = {}
+        for grid in self.grids:
+            for axis, entries in grid.entries.items():
+                if len(entries) > len(found.get(axis, ())):
+                    found[axis] = tuple(of(entry) for entry in entries)
+        return found
 
 
 def make_grids(

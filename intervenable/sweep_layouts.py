@@ -32,10 +32,11 @@ def with_layouts(
     if not paths or run.length <= SHORTER or run.time_first:
         return dict(sites)
     inputs = WaveInputs(run, model)
-    plain, double, short = (
-        _shapes(inputs, paths, groups, stop)
-        for groups, stop in ((1, None), (2, None), (1, run.length - SHORTER))
-    )
+    plain, double = (_shapes(inputs, paths, groups, None) for groups in (1, 2))
+    try:
+        short = _shapes(inputs, paths, 1, run.length - SHORTER)
+    except Exception:  # a model's own code, which may be made for prompts of one length
+        return dict(sites)
     found = {
         place: replace(site, axes=_axes(site, plain[place], double[place], short[place]))
         for place, site in paths.items()

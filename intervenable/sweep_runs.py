@@ -148,6 +148,10 @@ class PlainRuns:
         return act
 
 
+PLAIN = "in a forward pass of its own each"
+"""How cells were computed that no shortcut would do for."""
+
+
 @dataclass
 class PlainWaves:
     """An engine without shortcuts but one: cells that change nothing are not run.
@@ -172,5 +176,5 @@ class PlainWaves:
 
     def run(self, wave: Wave) -> Tensor:
         """`[cells, b, P, T]` the logits that are read."""
-        self.used["each cell in a forward pass of its own"] += len(wave.cells)
+        self.used[PLAIN] += len(wave.cells)
         return torch.stack([self.reading.of(self.plain.logits(cell)) for cell in wave.cells])

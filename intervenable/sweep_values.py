@@ -261,8 +261,8 @@ def _edits(
         base[level] = torch.stack([one.base[:batch] for one in tokens])
         source[level] = torch.stack([one.source[:batch] for one in tokens])
         masks[level] = torch.stack([one.real[:batch] for one in tokens])
-    put = _gathered(values.expand(batch, *values.shape[1:]), levels, base.get("heads"), source)
-    there = _gathered(own, levels, base.get("heads"), base)
+    put = gathered(values.expand(batch, *values.shape[1:]), levels, base.get("heads"), source)
+    there = gathered(own, levels, base.get("heads"), base)
     differs = put != there
     if not site.matrix:
         differs = differs.any(-1)
@@ -281,7 +281,7 @@ def _edits(
     return Edits(site, passage, numbers, base, None if bool(real.all()) else real, put, first, nowhere)
 
 
-def _gathered(
+def gathered(
     whole: Tensor, levels: Sequence[Level], heads: Tensor | None, tokens: Mapping[Level, Tensor]
 ) -> Tensor:
     """The units of cells out of a whole activation: `[c, b, n, d]`, by heads `[c, b, heads, n, dh]` and so on."""

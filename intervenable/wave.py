@@ -25,7 +25,7 @@ from intervenable.hooks import Hook, hooked
 from intervenable.passage import Passage
 from intervenable.runs import gather_added
 from intervenable.sites import BoundSite, hook_at
-from intervenable.sweep_runs import PlainRuns
+from intervenable.sweep_runs import PLAIN, PlainRuns
 from intervenable.sweep_values import Edits, rows_of, write_at
 from intervenable.units import UnitRows
 from intervenable.wave_caches import copied, cut, give_rows, is_croppable, layers_of, release
@@ -160,7 +160,7 @@ class Waves:
             if got is not None:
                 self.used[route.note] += len(wave.cells)
                 return got
-        self.used["each cell in a forward pass of its own"] += len(wave.cells)
+        self.used[PLAIN] += len(wave.cells)
         return torch.stack([self.reading.of(self.plain.logits(cell)) for cell in wave.cells])
 
     def _try(self, wave: Wave, route: Route) -> Tensor | None:

@@ -33,13 +33,13 @@ class Route(NamedTuple):
     @property
     def note(self) -> str:
         """What it leaves out, for people."""
-        layers = "from its layer on" if self.growth != "whole" else "through all layers"
+        layers = "from their layers on" if self.growth != "whole" else "through all layers"
         tokens = {
-            "recorded": "only from the first token it changes on",
-            "prefix": "only from the first token it changes on (prefix run token by token)",
+            "recorded": "from the first token on that a wave changes",
+            "prefix": "from the first token on that a wave changes (the tokens before it were run one by one)",
             "none": "with all tokens",
         }[self.cache]
-        return f"each cell computed {layers}, {tokens}"
+        return f"many at a time, {layers} and {tokens}"
 
 
 ROUTES: tuple[Route, ...] = (

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
+from intervenable.cache_memory import format_bytes
 from intervenable.errors import ConfigError
 
 READ = 25.0
@@ -106,7 +107,7 @@ def plan_waves(
         least = int(batch * (costs.row_bytes * longest + costs.logit_bytes)) + 1
         raise ConfigError(
             f"memory={memory} bytes is too little for one cell of {batch} example(s) of {longest} tokens, which takes"
-            f" about {least}. Give memory='{least / 1e6:.0f}MB' or more, or fewer examples at once."
+            f" about {format_bytes(least)}. Give memory={least} or more, or fewer examples at once."
         )
     by_start: dict[int, list[int]] = {start: [] for start in starts}
     for cell in order:

@@ -1,0 +1,81 @@
+"""What the cells of a sweep put where, and from which token on each of them changes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from intervenable.errors import ConfigError
+from intervenable.sweep_cells import Cell
+from intervenable.sweep_grids import Grids
+from intervenable.sweep_pairs import Pair
+from intervenable.sweep_runs import Unpatched
+from intervenable.sweep_sources import Source
+from intervenable.sweep_values import Edits, Place, edits_at
+
+
+def first_difference(pair: Pair, source: Source, align: Any) -> Tensor | None:
+    """`[b]` the first token whose inputs differ between the runs, a tensor index; None where that says nothing.
+
+    In a model that looks back only, whatever lies before it is the same in both.
+    """
+    base, feed = pair.base.base, source.paired
+    if feed is None or align is not None or base.decoder is not None:
+        return None
+    same = base.input_ids, feed.input_ids
+    if same[0] is None or same[1] is None or base.args or base.kwargs.keys() != feed.kwargs.keys():
+        return None
+    first = torch.full((base.batch,), base.length)
+    for key, item in base.kwargs.items():
+        there = feed.kwargs[key]
+        if not isinstance(item, Tensor) or not isinstance(there, Tensor):
+            if item is not there and item != there:
+                return None
+            continue
+        if item.shape != there.shape:
+            return None
+        if item.shape[:2] != (base.batch, base.length):
+            if not torch.equal(item, there):
+                return None
+            continue
+        differs = (item != there).flatten(2).any(-1) if item.dim() > 2 else item != there
+        place = torch.where(differs.cpu(), torch.arange(base.length), base.length).amin(1)
+        first = torch.minimum(first, place)
+    return first
+
+
+def edits_of(
+    cells: Sequence[Cell],
+    grids: Grids,
+    base: Unpatched,
+    values: Mapping[Place, Sequence[Tensor]],
+    start: Tensor | None,
+) -> list[Edits]:
+    """What all cells put where."""
+    by_place: dict[Place, list[tuple[int, Cell]]] = {}
+    for number, cell in enumerate(cells):
+        for layer in cell.layers:
+            by_place.setdefault((cell.grid.component, layer), []).append((number, cell))
+    found: list[Edits] = []
+    for place, here in by_place.items():
+        own, put = base.values[place], values[place]
+        if len(put) != len(own):
+            raise ConfigError(
+                f"{grids.sites[place].label} is passed {len(own)} times in one run and {len(put)} in the other."
+            )
+        for passage, (value, there) in enumerate(zip(put, own, strict=True)):
+            found += edits_at(grids.sites[place], passage, here, grids.whole[place], value, there, start)
+    return found
+
+
+def changed_cells(edits: Sequence[Edits]) -> dict[int, int]:
+    """For each cell that changes anything the first token that it changes."""
+    first: dict[int, int] = {}
+    for one in edits:
+        for cell, token in zip(one.cells.tolist(), one.first.tolist(), strict=True):
+            if token < one.nowhere:
+                first[cell] = min(first.get(cell, token), token)
+    return dict(sorted(first.items()))
