@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import pytest
 import torch
 
@@ -83,3 +86,53 @@ def test_what_another_sweep_has_finished_is_refused(tmp_path, first, then):
         swept(tmp_path, **then)
     again = swept(tmp_path, **first)
     assert torch.equal(again.values, swept(None, **first).values)
+
+
+def test_a_damaged_part_is_named_and_the_sweep_goes_on_once_it_is_deleted(tmp_path):
+    whole = swept(tmp_path, memory=40_000)
+    damaged = sorted(tmp_path.glob("wave-*"))[1]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(iv.StorageError, match=f"{damaged.name} cannot be read as a finished part of a sweep"):
+        swept(tmp_path, memory=40_000)
+    damaged.unlink()
+    assert torch.equal(swept(tmp_path, memory=40_000).values, whole.values)
+
+
+def test_a_disk_that_gets_full_keeps_what_is_finished_and_the_sweep_goes_on_once_there_is_room(
+    tmp_path, monkeypatch
+):
+    flush, flushed = os.fsync, []
+
+    def full_in_the_end(descriptor):
+        flushed.append(descriptor)
+        if len(flushed) > 4:  # two flushes each, for a file and for its name
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full_in_the_end)
+        with pytest.raises(iv.StorageError, match="could not be written: the disk is full"):
+            swept(tmp_path, memory=40_000)
+    finished = {wave: wave.read_bytes() for wave in tmp_path.glob("wave-*")}
+    assert len(finished) == 1
+    assert torch.equal(swept(tmp_path, memory=40_000).values, swept(None, memory=40_000).values)
+    assert all(wave.read_bytes() == content for wave, content in finished.items())
+
+
+def test_a_metric_that_fails_keeps_what_is_finished_and_leaves_the_folder_free(tmp_path):
+    calls = []
+
+    def fails_in_the_end(logits):
+        calls.append(logits)
+        if len(calls) > 25:
+            raise RuntimeError("no more")
+        return difference(logits)
+
+    with pytest.raises(Exception, match="no more") as error:
+        swept(tmp_path, metric={"difference": fails_in_the_end}, memory=40_000)
+    assert error.value is not None  # kept, and with it all that was at work
+    finished = {wave: wave.stat().st_mtime_ns for wave in tmp_path.glob("wave-*")}
+    assert finished
+    again = swept(tmp_path, metric={"difference": difference}, memory=40_000)
+    assert torch.equal(again.values, swept(None, memory=40_000).values)
+    assert {wave: wave.stat().st_mtime_ns for wave in finished} == finished
