@@ -1,11 +1,13 @@
 """Patching: what becomes of a model's answer when activations of another run are put into it.
 
-`sweep` patches every layer, token or head in turn; `compare_patched` compares whole answers for a few patches.
+`sweep` patches every layer, token or head in turn; `attribution_patch` estimates from gradients what it would find;
+`noised` blurs tokens; `compare_patched` compares whole answers for a few patches.
 TransformerLens' functions are here by their names, `get_act_patch_resid_pre` and so on, direct paths among them.
 """
 
 from __future__ import annotations
 
+from intervenable.attribution import attribution_patch
 from intervenable.comparing import PatchingComparison, compare_patched
 from intervenable.generic_patching import (
     PatchSetter,
@@ -17,6 +19,7 @@ from intervenable.generic_patching import (
     layer_pos_head_vector_patch_setter,
     layer_pos_patch_setter,
 )
+from intervenable.noising import noised
 from intervenable.path_patching import get_act_patch_direct_path, get_act_patch_direct_path_all_sources
 from intervenable.sweep_result import SweepResult
 from intervenable.sweeping import sweep
@@ -50,6 +53,7 @@ __all__ = [
     "PatchSetter",
     "PatchingComparison",
     "SweepResult",
+    "attribution_patch",
     "compare_patched",
     "forget",
     "from_tl_name",
@@ -82,6 +86,7 @@ __all__ = [
     "layer_pos_head_vector_patch_setter",
     "layer_pos_patch_setter",
     "make_df_from_ranges",
+    "noised",
     "sweep",
     "tl_name",
 ]

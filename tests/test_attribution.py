@@ -10,8 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import intervenable as iv
-from intervenable.attribution import attribution_patch
-from intervenable.sweeping import sweep
+from intervenable.patching import attribution_patch, sweep
 from model_maps import COMPONENTS
 from tiny_models import HEADS, KEY_VALUE_HEADS, LAYERS, tiny, tiny_inputs
 

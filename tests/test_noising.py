@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from transformers import DynamicCache
 
 import intervenable as iv
-from intervenable.noising import noised
+from intervenable.patching import noised
 from tiny_models import ENCODER_DECODERS, LANGUAGE_MODELS, MULTIMODAL, tiny, tiny_inputs
 
 
