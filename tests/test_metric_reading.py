@@ -160,6 +160,8 @@ def _read_by(kind: object, tokens: list[int]) -> list[int]:
         (lambda z: 7, [4], [0]),  # reads nothing: there is always one position and one token
         (lambda z: torch.zeros_like(z[0, :, 0], dtype=torch.int).sum(), [4], [0]),
         (lambda z: 0 * z[0, 2, 3], [2], [3]),
+        # What makes numbers of NaN in a way that nobody thought of is given everything.
+        (lambda z: torch.copysign(torch.ones(()), z[0, 3, 9] + 100), [0, 1, 2, 3, 4], None),
         (lambda z: z[0, 4, :257].sum(), [4], None),  # too many to be worth it
         (lambda z: z[0, 4, :256].sum(), [4], list(range(256))),
     ],
@@ -316,12 +318,23 @@ def test_a_metric_may_write_into_the_logits_it_was_given(metric):
     assert torch.equal(cells[0], before)
 
 
-def test_a_metric_that_writes_does_not_change_what_the_next_one_sees():
-    metrics = {"first": in_place, "second": lambda z: z[0, 4, 5]}
+@pytest.mark.parametrize("writes", [in_place, in_place_as_data, in_place_as_array])
+def test_a_metric_that_writes_does_not_change_what_the_next_one_sees(writes):
+    metrics = {"first": writes, "second": lambda z: z[0, 4, 5]}
     reader = MetricReader(metrics, (BATCH, LENGTH, SIZE), Probes(run_of(0)).each(), guess=[4], narrow=True)
     cell = run_of(3)
     for values in (reader.measure(known(reader, cell), "a cell"), reader.measure_whole(cell, "a cell")):
         assert values == {"first": 2 * cell[0, 4, 5], "second": cell[0, 4, 5]}
+
+
+def test_what_is_read_is_found_though_the_metric_wipes_it_out_unseen():
+    def metric(z: Tensor) -> float:
+        array = z[0, 4, 5:7].numpy()
+        value = float(array.sum())
+        array[:] = 0
+        return value
+
+    assert found(reader_of(metric)) == ([4], [5, 6])
 
 
 def test_a_value_that_is_a_view_of_the_logits_stays_what_it_was():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -557,3 +559,30 @@ def test_a_metric_of_ones_own_is_told_of_the_run():
     measure = Moved().bound(run_of(inputs_of([1] * 5), clean=clean))
     assert measure(clean + 2) == 2
     assert list(as_metrics(Moved())) == ["moved"]
+
+
+# --- the page ------------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
+
+
+def test_the_examples_of_the_page_run_and_print_what_it_speaks_of(capsys):
+    names: dict[str, object] = {}
+    for example in re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL):
+        exec(example, names)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("LogitDifference(position=-1, reduce='mean', answer=")
+    assert printed[1:] == ["cheap [4]", "dear [0, 1, 2, 3, 4]"]
+    logits = names["logits"](None)
+    assert list(as_metrics(names["metrics"])) == ["Madrid", "entropy", "first"]
+    run = run_of(read_inputs(names["inputs"], names["model"], "base"), clean=logits)
+    assert names["Moved"]().bound(run)(logits).tolist() == [0.0]
+    assert 0 < names["entropy"](logits) < math.log(logits.shape[-1])
+
+
+def test_the_page_has_a_row_for_each_metric_and_no_others():
+    rows = {
+        row.split("`")[1].split("(")[0] for row in PAGE.splitlines() if row.startswith("| `") and "(" in row
+    }
+    makers = {name for name in iv.metrics.__all__ if name[0].islower() and name != "as_metrics"}
+    assert rows == makers
