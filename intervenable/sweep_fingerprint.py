@@ -1,4 +1,4 @@
-"""What was asked of a sweep, and what tells it from another, so that no checkpoint of one is taken for the other's."""
+"""What was asked of a sweep, and what tells it from another: a checkpoint of one is not to be taken for another's."""
 
 from __future__ import annotations
 

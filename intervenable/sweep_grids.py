@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from intervenable.binding import Places
 from intervenable.config_fields import is_module_path
@@ -48,9 +48,7 @@ def read_components(component: Any) -> tuple[str, ...]:
         UnknownNameError: no such component; the message has the nearest name.
         ConfigError: none, or one twice.
     """
-    if not isinstance(component, str) and (
-        not isinstance(component, Sequence) or isinstance(component, Tensor)
-    ):
+    if not isinstance(component, (str, list, tuple)):
         hint = " A metric goes in as metric=..." if callable(component) or hasattr(component, "bound") else ""
         raise ConfigError(f"component is a {type(component).__name__}, not a name or a list of names.{hint}")
     listed = [component] if isinstance(component, str) else list(component)

@@ -2,8 +2,8 @@
 
 A wave is one call of the model on the run that is patched. Before each block, what the block is given is extended to
 the rows of the cells that are patched there or were before, by copies of the unpatched rows; a hook at the place
-writes the values into the new rows. Nothing of the model is overridden or called by itself: its own forward runs with its
-own masks, rotations and caches. The unpatched rows ride along and have to give the logits of the run without
+writes the values into the new rows. Nothing of the model is overridden or called by itself: its own forward runs with
+its own masks, rotations and caches. The unpatched rows ride along and have to give the logits of the run without
 patches, so that every wave proves itself; one that does not is computed in another way.
 
 Which axes count rows and which ways are exact is learnt from the model (`wave_learning`) and checked against plain
@@ -13,7 +13,7 @@ runs of two cells, once per model and kind of place.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -107,44 +107,47 @@ class Waves:
         self._prefixes: dict[int, Any] = {}
         self._reads_head = reads_head(self.model, [one.site for one in self.edits])
         self.tolerance = TOLERANCES.get(self.recorded.logits.dtype, 1e-5)
-        self._routes = self._checked_routes() if self.first else ()
         batch, length = self.recorded.inputs.batch, self.reading.length
         tokens = self.recorded.logits.shape[-1] * max(1, len(self.reading.positions))
-        suffix = bool(self._routes) and self._routes[0].cache != "none"
+        suffix = self._suffixes and next(self._routes(1), ROUTES[-1]).cache != "none"
         self.waves: list[Wave] = plan_waves(
             self.first, self._joins, length, batch, Costs.of(self.blocks, length, tokens), self.memory, suffix
         )
 
     # -- which ways there are
 
-    def _checked_routes(self) -> tuple[Route, ...]:
-        """The routes that are exact here, the best first; checked once per model and kind of place."""
+    def _is_exact(self, route: Route) -> bool:
+        """Whether a route gives what plain runs give, for two cells; found out once per model and kind of place."""
         with self.learnt.lock:
-            known = self.learnt.routes.get(self.kind)
+            known = self.learnt.exact.get((self.kind, route))
             if known is None:
-                known = self.learnt.routes[self.kind] = self._find_routes()
+                known = self.learnt.exact[self.kind, route] = self._probe(route)
         return known
 
-    def _find_routes(self) -> tuple[Route, ...]:
+    def _probe(self, route: Route) -> bool:
+        cells, truth = self._probes
+        start = min(self.first[cell] for cell in cells) if route.cache != "none" else 0
+        got = self._try(Wave(cells, start), route)
+        if got is None:
+            return False
+        if furthest(got, truth) > self.tolerance * self.recorded.scale:
+            self.learnt.why[route] = "its values differ from those of plain runs"
+            return False
+        return True
+
+    @cached_property
+    def _probes(self) -> tuple[tuple[Cell, ...], Tensor]:
+        """Two cells, and what plain runs give for them."""
         cells = sorted(self.first, key=lambda cell: (self.first[cell], self._joins[cell]))
-        probes = sorted({cells[len(cells) // 2], cells[-1]}, key=lambda cell: self._joins[cell])
-        truth = torch.stack([self.reading.of(self.plain.logits(cell)) for cell in probes])
-        start = min(self.first[cell] for cell in probes)
-        found: list[Route] = []
+        late = [cell for cell in cells if self.first[cell] > 0] or cells
+        probes = tuple(sorted({late[len(late) // 2], late[-1]}, key=lambda cell: self._joins[cell]))
+        return probes, torch.stack([self.reading.of(self.plain.logits(cell)) for cell in probes])
+
+    def _routes(self, start: int) -> Iterator[Route]:
+        """The exact routes for waves that begin at a token, the one that leaves out most first."""
         for route in ROUTES:
-            if route.cache != "none" and not self._suffixes:
-                continue
-            wave = Wave(tuple(probes), start if route.cache != "none" else 0)
-            got = self._try(wave, route)
-            if got is None:
-                continue
-            if furthest(got, truth) > self.tolerance * self.recorded.scale:
-                self.learnt.why[route] = "its values differ from those of plain runs"
-                continue
-            found.append(route)
-            if route.cache == "none":
-                break
-        return tuple(found)
+            if (route.cache == "none" or (start > 0 and self._suffixes)) and self._is_exact(route):
+                yield route
 
     @property
     def _suffixes(self) -> bool:
@@ -155,7 +158,7 @@ class Waves:
 
     def run(self, wave: Wave) -> Tensor:
         """`[cells, b, P, T]` the logits that are read, in the order of the wave's cells."""
-        for route in self._routes:
+        for route in self._routes(wave.start):
             got = self._try(wave, route)
             if got is not None:
                 self.used[route.note] += len(wave.cells)
@@ -166,8 +169,6 @@ class Waves:
     def _try(self, wave: Wave, route: Route) -> Tensor | None:
         """The logits of a wave along one route; None if it is no way here."""
         start = wave.start if route.cache != "none" else 0
-        if start == 0:  # the whole prompt: nothing lies before it
-            route = Route("none", route.growth)
         for narrow in (True, False) if self.learnt.narrow_head is not False else (False,):
             try:
                 got, drift = self._learning_more(wave.cells, start, route, narrow)
@@ -197,7 +198,7 @@ class Waves:
     def _rows_at_calls(self, route: Route) -> list[CallRows]:
         if route.cache not in self.learnt.calls:
             learn_calls(self.learnt, self.recorded.inputs, self.blocks, route.cache)
-        calls = self.learnt.calls[route.cache]
+        calls = self.learnt.calls_of(route.cache, self.recorded.inputs.batch)
         if len(calls) != self.recorded.calls:
             raise NoShortcutError("blocks are called another number of times for another number of tokens")
         return calls
@@ -215,7 +216,7 @@ class Waves:
         calls = [] if whole or not alive else self._rows_at_calls(route)
         rows = Growth(calls, alive, total, route.growth, at_start)
         if cache is not None:
-            rows.caches(cache, self.learnt.cache_rows[route.cache])
+            rows.caches(cache, self.learnt.cache_rows_of(route.cache, self.recorded.inputs.batch))
         readout = Readout(self.model, self.reading, start, narrow, self._reads_head)
         hooks = [
             *rows.entering(self.blocks),
@@ -259,7 +260,8 @@ class Waves:
         if cache is None or not is_croppable(cache):
             raise NoShortcutError("the model's cache cannot be cut")
         cache = copied(cache)
-        for layer, rows in zip(layers_of(cache), self.learnt.cache_rows["recorded"], strict=True):
+        known = self.learnt.cache_rows_of("recorded", self.recorded.inputs.batch)
+        for layer, rows in zip(layers_of(cache), known, strict=True):
             give_rows(layer, rows, 1)
         return cache
 

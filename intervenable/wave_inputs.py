@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,6 +34,8 @@ class WaveInputs:
         self.model = model
         self.batch, self.length, self.time_first = inputs.batch, inputs.length, inputs.time_first
         self.padded = inputs.real_positions is not None
+        real: Sequence[Sequence[int]] = inputs.real_positions or [()] * inputs.batch
+        self._order = sorted(range(inputs.batch), key=lambda example: len(real[example]))
 
     def call(
         self, groups: int, start: int = 0, stop: int | None = None, cache: Any = None, keep: int = 0
@@ -63,6 +67,21 @@ class WaveInputs:
             name: self._repeated(self._cut(name, item, start, stop), groups)
             for name, item in self._kwargs.items()
         }
+
+    def sample(self, examples: int) -> WaveInputs:
+        """The same with a few examples alone, the one with most padding first."""
+        if examples >= self.batch:
+            return self
+        part = copy.copy(self)
+        rows = torch.tensor(self._order[: examples - 1] + self._order[-1:])
+        part._kwargs = {
+            name: item.index_select(self._row_axis, rows.to(item.device))
+            if isinstance(item, Tensor) and self._counts_rows(item)
+            else item
+            for name, item in self._kwargs.items()
+        }
+        part.batch, part._order = examples, list(range(examples))
+        return part
 
     def together_with(self, other: WaveInputs) -> dict[str, Any] | None:
         """The inputs of this run and another as one of two groups; None if they do not fit together."""

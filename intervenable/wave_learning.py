@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from threading import Lock
+from threading import Lock, RLock
 from typing import Any, Literal, NamedTuple
 
 from torch import nn
@@ -14,7 +14,7 @@ from intervenable.hooks import Hook, hooked
 from intervenable.passage import Passage
 from intervenable.wave_caches import layers_of, recording_cache, shapes_of, watch
 from intervenable.wave_inputs import WaveInputs
-from intervenable.wave_rows import NoShortcutError, Path, RowAxis, Rows, row_axes, shapes_in
+from intervenable.wave_rows import NoShortcutError, Path, Rows, row_axes, shapes_in
 
 Cache = Literal["recorded", "prefix", "none"]
 Growth = Literal["grow", "pad", "whole"]
@@ -57,10 +57,10 @@ ROUTES: tuple[Route, ...] = (
 class CallRows(NamedTuple):
     """The row axes at one call of a block."""
 
-    into: dict[Path, RowAxis | None]
+    into: Rows
     """Of what it is given."""
 
-    out: dict[Path, RowAxis | None]
+    out: Rows
     """Of what it gives."""
 
     touched: list[int]
@@ -72,17 +72,43 @@ class Learnt:
     """What is known of one model, for inputs of one kind."""
 
     calls: dict[Cache, list[CallRows]] = field(default_factory=dict)
+    """The row axes at each call of a block, with the entries of one group of `examples`."""
+
     cache_rows: dict[Cache, list[Rows]] = field(default_factory=dict)
-    routes: dict[Hashable, tuple[Route, ...]] = field(default_factory=dict)
-    """For each kind of place the routes that were checked, or not found wanting so far."""
+    """Those of the layers of a cache."""
+
+    examples: int = 1
+    """Examples in a group of the runs that it was learnt from."""
+
+    exact: dict[tuple[Hashable, Route], bool] = field(default_factory=dict)
+    """For each kind of place whether a route gives what plain runs give."""
 
     why: dict[Route, str] = field(default_factory=dict)
-    """Why a route is not taken."""
+    """Why a route was not taken last."""
 
     narrow_head: bool | None = None
     """Whether the logits of single tokens can be had from rows of the output embedding."""
 
-    lock: Lock = field(default_factory=Lock)
+    lock: Any = field(default_factory=RLock)
+
+    def calls_of(self, how: Cache, batch: int) -> list[CallRows]:
+        """The row axes at each call of a block, for groups of so many examples."""
+        return [
+            CallRows(self._scaled(call.into, batch), self._scaled(call.out, batch), call.touched)
+            for call in self.calls[how]
+        ]
+
+    def cache_rows_of(self, how: Cache, batch: int) -> list[Rows]:
+        """The row axes of each layer of a cache, for groups of so many examples."""
+        return [self._scaled(rows, batch) for rows in self.cache_rows[how]]
+
+    def _scaled(self, rows: Rows, batch: int) -> Rows:
+        if batch == self.examples:
+            return rows
+        return {
+            path: None if known is None else known.scaled(batch, self.examples)
+            for path, known in rows.items()
+        }
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Learnt]] = weakref.WeakKeyDictionary()
@@ -96,12 +122,13 @@ def knowledge_of(model: nn.Module, inputs: WaveInputs, names: Sequence[str]) -> 
     key = (
         tuple(sorted(names)),
         inputs.padded,
-        inputs.batch,
+        inputs.batch > 1,
         getattr(config, "_attn_implementation", None),
         None if first is None else (first.dtype, str(first.device)),
     )
     with _lock:
-        return _known.setdefault(model, {}).setdefault(key, Learnt())
+        # Two examples are told from one, and from more in nothing.
+        return _known.setdefault(model, {}).setdefault(key, Learnt(examples=min(inputs.batch, 2)))
 
 
 def forget(model: nn.Module) -> None:
@@ -184,6 +211,7 @@ def learn_calls(
     Raises:
         NoShortcutError: it cannot be told.
     """
+    inputs = inputs.sample(learnt.examples)
     # Padding makes masks; without any a part of the prompt tells as much.
     stop = None if inputs.padded or start is not None else min(inputs.length, SHORT)
     length = inputs.length if stop is None else stop

@@ -32,6 +32,16 @@ class RowAxis(NamedTuple):
     per_group: int
     """Entries for one group of examples."""
 
+    def scaled(self, batch: int, known: int) -> RowAxis:
+        """The same for groups of `batch` examples, where it is known for groups of `known`.
+
+        Raises:
+            NoShortcutError: an example has no whole number of entries.
+        """
+        if self.per_group * batch % known:
+            raise NoShortcutError(f"{known} examples have {self.per_group} entries")
+        return RowAxis(self.axis, self.per_group * batch // known)
+
 
 Rows = Mapping[Path, RowAxis | None]
 """The row axis of each tensor in a tree; None where the tensor is the same for any number of rows."""
