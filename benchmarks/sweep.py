@@ -17,6 +17,7 @@ Beside that: the limit by arithmetic (`benchmarks.sweep_arithmetic`), the peak o
 Example:
     python -m benchmarks.sweep                              # everything, the better part of an hour
     python -m benchmarks.sweep --quick                      # tiny models: does it all run and agree?
+    python -m benchmarks.sweep --layers 3                   # the others patch in three layers, evenly spread
     python -m benchmarks.sweep --markdown --models smollm2 --parts speed --pairs "5 tokens"
 """
 
@@ -28,7 +29,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from transformers.utils import logging
@@ -37,7 +38,7 @@ from benchmarks.overhead import MODELS, installed, versions
 from benchmarks.sweep_arithmetic import best_rate, limit_of
 from benchmarks.sweep_contenders import CONTENDERS, OURS, PAIRS, SWEEPS, case_on
 from benchmarks.sweep_growth import VARIED, growth
-from benchmarks.sweep_memory import JOBS, memory
+from benchmarks.sweep_memory import JOBS, PLAIN, TIGHT, memory
 from benchmarks.sweep_report import Figures, as_markdown, as_text
 from benchmarks.sweep_turns import measure
 
@@ -69,6 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--repeats", type=int, help="rounds of the libraries, instead of 5, or of 1 for SmolLM2"
     )
+    parser.add_argument(
+        "--layers", type=int, help="let all others patch in as many layers only, and multiply their seconds"
+    )
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print everything as JSON")
     output.add_argument("--markdown", action="store_true", help="print tables for the documentation")
@@ -88,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rounds = options.repeats or rounds_for(name, quick=options.quick)
         model = MODELS[name]()
         cases = [
-            (pair, case_on(name, model, PAIRS[pair], sweep))
+            (pair, replace(case_on(name, model, PAIRS[pair], sweep), sampled=options.layers))
             for sweep in options.sweeps
             for pair in options.pairs
         ]
@@ -101,10 +105,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     figures.limits.append(limit_of(name, pair, case, rate))
         if OURS not in packages:
             continue
-        if "memory" in options.parts:
+        if "memory" in options.parts and (name in GROWING or not options.quick):
             for pair, case in cases[:1] if options.quick else cases:
                 say(f"{name}, {pair}, {case.sweep}: memory")
-                figures.memory.extend(memory(name, pair, case.sweep, job) for job in JOBS)
+                jobs = (PLAIN, TIGHT) if options.quick else JOBS
+                figures.memory.extend(memory(name, pair, case.sweep, job) for job in jobs)
         if "growth" in options.parts and name in GROWING:
             for varied, values in VARIED.items():
                 say(f"{name}, growth with {varied}")
@@ -116,6 +121,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     )
 
     load = f"load average {load_before:.2f} before, {os.getloadavg()[0]:.2f} after"
+    if options.layers:
+        load += (
+            f"; all but intervenable patched in {options.layers} layers of each model, and were multiplied"
+        )
     if options.json:
         print(json.dumps({"versions": versions(packages), "load": load, **asdict(figures)}, indent=2))
     else:

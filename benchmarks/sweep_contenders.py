@@ -1,7 +1,8 @@
 """The sweeps of `benchmarks.sweep`, and each way to run them: by hand, with this library, with its peers.
 
 A contender prepares what a user would prepare once and returns one call of the whole sweep, from the prompts
-to the table of numbers: `[layers, positions]` for the residual stream, `[layers, heads]` for the heads.
+to the table of numbers: `[layers, positions]` for the residual stream, `[layers, heads]` for the heads. A cell
+costs all but this library as much as its neighbour, so they can be asked for some of the layers only.
 """
 
 from __future__ import annotations
@@ -76,6 +77,8 @@ class Case:
     answer: int
     other: int
     sweep: str
+    sampled: int | None = None
+    """In how many of the layers the peers and the hooks patch; None for all."""
 
     @property
     def layers(self) -> range:
@@ -97,6 +100,13 @@ class Case:
     @property
     def cells(self) -> int:
         return len(self.layers) * len(self.columns)
+
+    @property
+    def rows(self) -> Sequence[int]:
+        """The layers in which the peers and the hooks patch, evenly spread."""
+        every = len(self.layers)
+        count = min(self.sampled or every, every)
+        return [(2 * number + 1) * every // (2 * count) for number in range(count)]
 
     def metric(self, logits: Tensor) -> Tensor:
         """The logit difference at the last token, averaged over the prompts."""
@@ -205,7 +215,7 @@ def by_hand(case: Case) -> Call:
         return torch.tensor(
             [
                 [patched_by_hand(model, case, clean, layer, column).item() for column in case.columns]
-                for layer in case.layers
+                for layer in case.rows
             ]
         )
 
@@ -243,6 +253,7 @@ def intervenable(case: Case, memory: str | None = None) -> Call:
 
 def transformer_lens(case: Case) -> Call:
     """Its own sweeps, with the one activation that they patch kept from the clean run."""
+    from pandas import DataFrame
     from transformer_lens import patching
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
@@ -252,12 +263,15 @@ def transformer_lens(case: Case) -> Call:
         RESIDUAL: (patching.get_act_patch_resid_pre, "hook_resid_pre"),
         HEADS: (patching.get_act_patch_attn_head_out_all_pos, "attn.hook_z"),
     }[case.sweep]
-    names = [f"blocks.{layer}.{activation}" for layer in case.layers]
+    names = [f"blocks.{layer}.{activation}" for layer in case.rows]
+    index = [(layer, column) for layer in case.rows for column in case.columns]
+    chosen = {"index_axis_names": None, "index_df": DataFrame(index)} if case.sampled else {}
 
     def call() -> Tensor:
         _, cache = bridge.run_with_cache(case.clean, names_filter=names)
         with patch.object(patching, "tqdm", lambda cells: cells):  # its progress bar cannot be turned off
-            return sweep(bridge, case.corrupted, cache, case.metric)
+            values = sweep(bridge, case.corrupted, cache, case.metric, **chosen)
+        return values.view(len(case.rows), len(case.columns))
 
     return call
 
@@ -274,15 +288,15 @@ def pyvene(case: Case) -> Call:
     base, source = {"input_ids": case.corrupted}, {"input_ids": case.clean}
 
     def call() -> Tensor:
-        values = torch.empty(len(case.layers), len(case.columns))
-        for layer in case.layers:
+        values = torch.empty(len(case.rows), len(case.columns))
+        for row, layer in enumerate(case.rows):
             config = pv.IntervenableConfig(
                 [pv.RepresentationConfig(layer, component, unit, 1)], pv.VanillaIntervention
             )
             intervened = pv.IntervenableModel(config, model)
             for column in case.columns:
                 _, output = intervened(base, [source], {"sources->base": column})
-                values[layer, column] = case.metric(output.logits)
+                values[row, column] = case.metric(output.logits)
         return values
 
     return call
@@ -298,15 +312,15 @@ def nnsight(case: Case) -> Call:
     def call() -> Tensor:
         with model.trace(case.clean):
             clean = [site.input for site in sites].save()
-        values = torch.empty(len(case.layers), len(case.columns))
-        for layer in case.layers:
+        values = torch.empty(len(case.rows), len(case.columns))
+        for row, layer in enumerate(case.rows):
             site = sites[layer]
             for column in case.columns:
                 place = case.place(column)
                 with model.trace(case.corrupted):
                     site.input[place] = clean[layer][place]
                     value = case.metric(model.output.logits).save()
-                values[layer, column] = value
+                values[row, column] = value
         return values
 
     return call

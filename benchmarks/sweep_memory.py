@@ -23,7 +23,7 @@ from benchmarks.overhead import MODELS
 from benchmarks.sweep_contenders import PAIRS, Call, Case, Contender, by_hand, case_on, intervenable
 
 MEGABYTE = 1_000_000
-PLAIN = "plain forward pass"
+PLAIN, TIGHT = "plain forward pass", "intervenable, 64 MB"
 
 
 def plain(case: Case) -> Call:
@@ -35,7 +35,7 @@ JOBS: Mapping[str, tuple[Contender, int]] = {
     for contender, budget in (
         (Contender(PLAIN, None, plain), 0),
         (Contender("hooks by hand", None, by_hand), 0),
-        (Contender("intervenable, 64 MB", "intervenable", partial(intervenable, memory="64MB")), 64),
+        (Contender(TIGHT, "intervenable", partial(intervenable, memory="64MB")), 64),
         (Contender("intervenable, 1 GB", "intervenable", intervenable), 1000),
     )
 }
@@ -61,7 +61,7 @@ def memory(model: str, prompts: str, sweep: str, job: str) -> Memory:
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return Memory(model, prompts, sweep, job, JOBS[job][1], float(done.stdout.split("peak")[-1]))
 
 

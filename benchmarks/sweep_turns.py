@@ -48,12 +48,13 @@ def turns(contenders: Sequence[Contender], case: Case, rounds: int) -> Iterator[
     """Let them take turns, each round beginning with another one, and this library between all of them."""
     begun = time.process_time()
     case.model(case.corrupted)
-    expected = (time.process_time() - begun) * case.cells
+    expected = (time.process_time() - begun) * len(case.rows) * len(case.columns)
     repeats = max(1, round(BLOCK_SECONDS / expected))
-    prepared = {contender.label: contender.prepare(case) for contender in contenders}
-    own = [contender for contender in contenders if contender.package == OURS]
-    others = [contender for contender in contenders if contender.package != OURS]
-    for contender in contenders if expected < LONG_SECONDS else own:
+    lasting = [contender for contender in contenders if not contender.fresh]
+    prepared = {contender.label: contender.prepare(case) for contender in lasting}
+    own = [contender for contender in contenders if contender.label == OURS]
+    others = [contender for contender in contenders if contender.label != OURS]
+    for contender in lasting if expected < LONG_SECONDS else own:
         prepared[contender.label]()
     gc.freeze()  # what was prepared is not searched for garbage again and again
 
@@ -64,15 +65,17 @@ def turns(contenders: Sequence[Contender], case: Case, rounds: int) -> Iterator[
         begun = time.process_time()
         for _ in range(number):
             values = call()
-        return Turn(contender.label, (time.process_time() - begun) / number, values)
+        seconds = (time.process_time() - begun) / number
+        if contender.package == OURS:
+            return Turn(contender.label, seconds, values[case.rows])
+        # The clean run is as long as a cell, and there is one of it however many cells there are.
+        return Turn(contender.label, seconds * (case.cells + 1) / (values.numel() + 1), values)
 
     for number in range(rounds):
         first = number % len(others)
         for contender in others[first:] + others[:first]:
-            for entry in (*own, contender):
-                yield turn(entry)
-    for entry in own:
-        yield turn(entry)
+            yield from map(turn, [*own, contender])
+    yield from map(turn, own)
     gc.unfreeze()
 
 
