@@ -101,7 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rate = best_rate(model)
                 for pair, case in cases:
                     say(f"{name}, {pair}, {case.sweep}: {rounds} rounds of {len(contenders)}")
-                    figures.results.extend(measure(name, pair, case, contenders, rounds))
+                    measured = measure(name, pair, case, contenders, rounds)
+                    say("    " + ", ".join(f"{r.contender} {r.seconds.median:.3g} s" for r in measured))
+                    figures.results.extend(measured)
                     figures.limits.append(limit_of(name, pair, case, rate))
         if OURS not in packages:
             continue
