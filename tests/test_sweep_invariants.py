@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from declared import components_of, is_inside, main_output, map_of, writable
+from declared import heads_of, is_inside, main_output, map_of, writable
 from sweep_by_hand import ByHand, cells_of
 from torch import Tensor
 from torch.testing import assert_close
@@ -13,11 +13,10 @@ from intervenable.sweeping import sweep
 from model_maps import COMPONENTS
 from tiny_models import DECODERS, tiny, tiny_inputs
 
-LENGTH, LAST, LAYERS_HERE, HEADS_HERE = 7, -1, 3, 4
+LENGTH, LAST = 7, -1
 DIFFERS = 3
 """The token at which two prompts differ that differ in one alone."""
 CASES = (*((family, None) for family in DECODERS), ("falcon", "grouped"), ("gpt_neox", "sequential"))
-PARALLEL = ("gptj", "gpt_neox", "falcon")
 
 
 def metric(logits: Tensor) -> Tensor:
@@ -26,7 +25,7 @@ def metric(logits: Tensor) -> Tensor:
 
 
 def prompts(model, differs=None):
-    """Two prompts for each of two examples: unlike everywhere, or at one token alone."""
+    """Two prompts for each of two examples: unlike everywhere, or in some tokens of the answering stack alone."""
     clean, corrupted = (tiny_inputs(model, length=LENGTH, seed=seed) for seed in (0, 1))
     ids = next(key for key in clean if key.endswith("input_ids") and (key[0] == "d" or len(clean) < 3))
     if differs is not None:
@@ -47,10 +46,6 @@ def near(values: Tensor, expected: Tensor) -> None:
 def stream(model) -> str:
     """The prefix of the stack whose answer is measured."""
     return "decoder_" if map_of(model).stacks else ""
-
-
-def sequential(model) -> bool:
-    return f"{stream(model)}block_mid" in components_of(model)
 
 
 MODELS = [*CASES, ("bert", None), ("t5", None)]
@@ -148,7 +143,7 @@ BY_HAND = [(family, None) for family in DECODERS]
 UNTOLD = ("expanded_head_key", "expanded_head_value", "final_norm_scale", "router_output")
 
 
-def by_hand_is_able(component: str, family: str) -> bool:
+def by_hand_is_able(component: str) -> bool:
     """Whether the loop can do a component; scores and patterns are told apart below."""
     matrix = COMPONENTS[component].axes == "matrix"
     return component not in UNTOLD and not matrix
@@ -166,27 +161,24 @@ def closely(found: Tensor, cells: list[Tensor], logits: Tensor) -> None:
 @pytest.mark.parametrize(("family", "variant"), BY_HAND)
 def test_every_component_is_swept_as_a_loop_by_hand_would(family, variant):
     model = tiny(family, variant=variant)
-    clean, corrupted = prompts(model)
+    clean, corrupted = prompts(model, slice(2, None))
     by_hand = ByHand(model, family, variant, clean, corrupted)
-    where = {"layer": [0, 2], "pos": [0, 4, 6]}
     for component in writable(model):
-        if not by_hand_is_able(component, family):
+        if not by_hand_is_able(component):
             continue
-        axes = {
-            axis: where[axis] for axis in where if axis == "pos" or COMPONENTS[component].scope == "block"
-        }
-        layers = axes.get("layer")
-        result = sweep(
-            model, clean, corrupted, component, tuple(axes), told, layers=layers, positions=axes["pos"]
-        )
+        axes = {"layer": [1], "pos": [0, 4]}  # before the first token that differs, and behind it
+        if COMPONENTS[component].scope == "model":
+            del axes["layer"]
+        subsets = {"layers": axes.get("layer"), "positions": axes["pos"]}
+        result = sweep(model, clean, corrupted, component, tuple(axes), told, **subsets)
         cells = [by_hand.logits(component, cell) for cell in cells_of(**axes)]
         closely(result.values, [told(cell) for cell in cells], cells[0])
 
 
 FEW = [("gpt2", None), ("llama", None), ("gemma2", None), ("falcon", None)]
 AXES = {
-    "stream": [("layer",), ("pos",), ("layer", "pos"), ("pos", "layer")],
-    "heads": [("layer", "head"), ("head", "pos"), ("layer", "pos", "head")],
+    "stream": [("layer",), ("pos", "layer")],
+    "heads": [("layer", "head"), ("head", "pos")],
 }
 
 
@@ -196,31 +188,19 @@ def test_every_axis_is_swept_as_a_loop_by_hand_would(family, variant):
     clean, corrupted = prompts(model)
     by_hand = ByHand(model, family, variant, clean, corrupted)
     for component in writable(model):
-        if not by_hand_is_able(component, family) or COMPONENTS[component].scope == "model":
+        if not by_hand_is_able(component) or COMPONENTS[component].scope == "model":
             continue
+        heads = range(heads_of(model, component))
         for axes in AXES[COMPONENTS[component].axes]:
-            heads = len(by_hand_heads(model, component))
-            every = {"layer": range(1, 3), "pos": (1, LAST % LENGTH), "head": range(heads)}
-            subsets = {"layers": [1, 2], "positions": [1, LAST]}
-            if "layer" not in axes:
-                every["layer"], subsets["layers"] = [1], [1]
-            if "pos" not in axes:
-                del subsets["positions"]
+            every = {"layer": [0, 2], "pos": [1, LENGTH - 1], "head": heads}
             entries = {axis: every[axis] for axis in axes}
+            subsets = {"layers": every["layer"] if "layer" in axes else 1}
+            if "pos" in axes:
+                subsets["positions"] = [1, LAST]
             fixed = {} if "layer" in axes else {"layer": 1}
             result = sweep(model, clean, corrupted, component, axes, told, **subsets)
             cells = [by_hand.logits(component, {**fixed, **cell}) for cell in cells_of(**entries)]
             closely(result.values, [told(cell) for cell in cells], cells[0])
-
-
-def by_hand_heads(model, component: str) -> range:
-    """The heads of a component."""
-    if COMPONENTS[component].axes != "heads":
-        return range(0)
-    shared = "key" in component or "value_output" in component.replace("attention_value_output", "")
-    return range(
-        model.config.num_key_value_heads if shared and hasattr(model.config, "num_key_value_heads") else 4
-    )
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
@@ -267,7 +247,7 @@ def test_what_the_loop_by_hand_leaves_out_is_swept_elsewhere():
     for family in DECODERS:
         for component in writable(tiny(family)):
             assert (
-                by_hand_is_able(component, family)
+                by_hand_is_able(component)
                 or COMPONENTS[component].axes == "matrix"
                 or (component in UNTOLD and (is_inside(component) or component == "final_norm_scale"))
             )
