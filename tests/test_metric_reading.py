@@ -408,6 +408,14 @@ def by_index_that_hides_it(z: Tensor) -> Tensor:
     return z[0, 1 + (z[0, 0, 3] <= 0).long(), 7] > 100
 
 
+def by_indices_that_hide_it(z: Tensor) -> Tensor:
+    return z[0, 1 + (z[0, 0, 3:4] <= 0).long(), 7] > 100
+
+
+def by_count_that_hides_it(z: Tensor) -> Tensor:
+    return z[0, 1, 7] > 100 if len((z[0, 0, 3:4] > 0).nonzero()) else z[0, 2, 7] > 100
+
+
 def by_where(z: Tensor) -> Tensor:
     return (
         torch.where(z[0, 0, 3] > 0, z[0, 1, 7], z[0, 2, 7]).argmax() * 0 + z[0, 1 + int(z[0, 0, 3] <= 0), 7]
@@ -429,6 +437,8 @@ def that_fails_on_nan(z: Tensor) -> float:
         by_branch_that_hides_it,
         by_index,
         by_index_that_hides_it,
+        by_indices_that_hide_it,
+        by_count_that_hides_it,
         by_where,
         by_shape,
         that_fails_on_nan,
