@@ -19,7 +19,7 @@ from intervenable.optional_matplotlib import (
     ScalarMappable,
     colormaps,
 )
-from intervenable.picture_labels import drawable
+from intervenable.picture_labels import drawable, wrapped
 
 COLOURS = {"sequential": "Blues", "diverging": "RdBu_r"}
 WITHIN_REACH = 1.6
@@ -93,7 +93,7 @@ class Scale:
         )
         bar.outline.set_visible(False)
         bar.ax.tick_params(labelsize=7.5, length=2, width=0.6, color=FAINT, labelcolor=INK)
-        bar.set_label(drawable(label), **text_options([label], 8.5))
+        bar.set_label(wrapped(drawable(label), shown + 0.5, 8.5), **text_options([label], 8.5))
         self._draw_landmarks(bar.ax, shown)
 
     def _draw_landmarks(self, bar: Axes, height: float) -> None:

@@ -27,7 +27,7 @@ from intervenable.drawing import (
     write_values,
 )
 from intervenable.optional_matplotlib import Axes, Figure, Rectangle
-from intervenable.picture_labels import drawable
+from intervenable.picture_labels import drawable, wrapped
 
 PAGE = 9.0
 """Inches that the maps of a picture may take side by side."""
@@ -162,10 +162,11 @@ def draw_overview(
 
 def _draw_title(figure: Figure, title: str, axes: Axes | None) -> None:
     """Above the map if there is one, else above all of them."""
-    if title and axes is not None:
-        axes.set_title(drawable(title), loc="left", **text_options([title], 10))
-    elif title:
-        figure.suptitle(drawable(title), x=0.01, ha="left", **text_options([title], 10))
+    text = wrapped(drawable(title), figure.get_figwidth() - 0.4, 10)
+    if text and axes is not None:
+        axes.set_title(text, loc="left", **text_options([text], 10))
+    elif text:
+        figure.suptitle(text, x=0.01, ha="left", **text_options([text], 10))
 
 
 # --- sizes, in inches -------------------------------------------------------------------------------------

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
+from textwrap import fill
 
 from intervenable.optional_matplotlib import font_manager
 
 LONGEST = 18
 """Letters of the longest token that is written out on an axis."""
+LETTER_PER_POINT = 0.0075
+"""Inches that a letter takes for each point of its size."""
 
 _VISIBLE = str.maketrans({"\n": "↵", "\r": "↵", "\t": "⇥", " ": "␣", "\N{NO-BREAK SPACE}": "␣"})
 
@@ -40,6 +43,11 @@ def clipped(text: str, longest: int = LONGEST) -> str:
         return text
     front = longest // 2
     return f"{text[:front]}…{text[len(text) - (longest - 1 - front) :]}"
+
+
+def wrapped(text: str, inches: float, points: float) -> str:
+    """A text in as many lines as it takes to be no longer than that, in letters of that size."""
+    return fill(text, max(12, int(inches / (points * LETTER_PER_POINT))), break_long_words=False)
 
 
 def drawable(text: str) -> str:

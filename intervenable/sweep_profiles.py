@@ -10,7 +10,7 @@ from torch import Tensor
 from intervenable.colour_scale import apart
 from intervenable.drawing import FAINT, INK, Picture, label_height, slanted, text_options
 from intervenable.optional_matplotlib import Axes
-from intervenable.picture_labels import drawable
+from intervenable.picture_labels import drawable, wrapped
 
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Colours that stay apart in every kind of colour vision: Wong (2011), https://doi.org/10.1038/nmeth.1618."""
@@ -83,7 +83,7 @@ def draw_profiles(
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set(color=FAINT, linewidth=0.6)
     if title:
-        axes.set_title(drawable(title), loc="left", **text_options([title], 10))
+        axes.set_title(wrapped(drawable(title), width - 0.4, 10), loc="left", **text_options([title], 10))
     if len(series) > 1:
         above: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": len(series)}
         legend = axes.legend(frameon=False, fontsize=7.5, labelcolor=INK, borderpad=0.2, **above)

@@ -51,6 +51,11 @@ def beside_the_bar(figure):
     return [text.get_text() for text in bar_of(figure).texts if isinstance(text, Annotation)]
 
 
+def title_of(figure):
+    """That of a single map, without line breaks."""
+    return figure.axes[0].get_title(loc="left").replace("\n", " ")
+
+
 def painted(axes, shape):
     """`[rows, columns, 3]` in the order of the matrix."""
     [mesh] = axes.collections
@@ -138,7 +143,7 @@ def test_normalized_puts_the_corrupted_run_at_zero_and_the_clean_one_at_one():
     )
     assert torch.equal(drawn_values(figure.axes[0], (1, 2)), torch.tensor([[0.0, 1.5]]))
     assert {line.get_ydata()[0] for line in bar_of(figure).lines} == {0.0, 1.0}
-    assert bar_of(figure).get_ylabel() == "logit, normalized"
+    assert bar_of(figure).get_ylabel().split() == ["logit,", "normalized"]
 
 
 def test_without_the_value_of_a_run_there_is_no_mark_for_it():
@@ -298,7 +303,7 @@ def test_what_is_left_after_selecting_is_drawn_over_the_rest():
     [axes] = made((numbered(3, 5), ("layer", "pos"))).plot(pos=4).axes
     [curve] = [line for line in axes.lines if len(line.get_xdata()) == 3]
     assert list(curve.get_ydata()) == [4.0, 9.0, 14.0]
-    assert axes.get_title(loc="left") == "block input, clean into corrupted, pos 4"
+    assert title_of(axes.figure) == "block input, clean into corrupted, pos 4"
 
 
 # --- what is written ---------------------------------------------------------------------------------------
@@ -318,7 +323,7 @@ def test_what_is_left_after_selecting_is_drawn_over_the_rest():
 )
 def test_the_title_says_what_was_put_where(settings, title):
     result = made((numbered(2, 3), ("layer", "pos")), **settings)
-    assert result.plot().axes[0].get_title(loc="left") == title
+    assert title_of(result.plot()) == title
     assert result.plot(title="mine").axes[0].get_title(loc="left") == "mine"
     assert result.plot(title="").axes[0].get_title(loc="left") == ""
 
@@ -390,6 +395,16 @@ def test_a_picture_fits_a_page_and_nothing_hangs_out(sizes, axes):
     box = figure.get_tightbbox()
     assert 0 <= box.x0 < box.x1 <= figure.get_figwidth() <= 12
     assert 0 <= box.y0 < box.y1 <= figure.get_figheight() <= 17
+
+
+def test_long_titles_and_names_of_metrics_are_broken_into_lines():
+    name = "expanded_head_attention_value_output_of_a_module_with_a_name"
+    result = made(({name: torch.randn(3, 2)}, ("layer", "pos")), metric="logarithm_of_the_probability_of_it")
+    figure = result.plot(normalized=True)
+    figure.draw_without_rendering()
+    box = figure.get_tightbbox()
+    assert 0 <= box.x0 < box.x1 <= figure.get_figwidth()
+    assert 0 <= box.y0 < box.y1 <= figure.get_figheight()
 
 
 def test_thirty_layers_by_forty_tokens_get_a_label_each_and_none_overlap():
