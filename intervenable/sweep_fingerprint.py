@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from intervenable._version import __version__
-from intervenable.sweep_axes import Axis
+from intervenable.inputs import RunInputs
+from intervenable.sweep_axes import Axis, real_tokens
 from intervenable.sweep_grids import Subsets
 from intervenable.sweep_pairs import Pair
 
@@ -30,7 +31,22 @@ def settings_of(
         "direction": pair.direction,
         "value": kind if isinstance(kind, (str, int, float)) else type(kind).__name__,
         "window": {str(axis): width for axis, width in subsets.windows.items()},
+        "tokens": _tokens(pair.base.base.decoder or pair.base.base),
     }
+
+
+def _tokens(inputs: RunInputs) -> list[int | None]:
+    """The ids of the real tokens of the run that is patched; None where its examples differ, or have no ids."""
+    real = real_tokens(inputs)
+    found: list[int | None] = []
+    for position in range(max(map(len, real))):
+        ids = {
+            None if inputs.input_ids is None else int(inputs.input_ids[example, row[position]])
+            for example, row in enumerate(real)
+            if position < len(row)
+        }
+        found.append(ids.pop() if len(ids) == 1 else None)
+    return found
 
 
 def fingerprint(pair: Pair, settings: Mapping[str, Any], **parts: Any) -> dict[str, Any]:

@@ -84,15 +84,14 @@ def block_list(path: str) -> str:
     return path.partition(LAYER)[0].rstrip(".[")
 
 
-def model_blocks(model: nn.Module, components: Sequence[str]) -> list[nn.Module]:
+def model_blocks(places: Places, components: Sequence[str]) -> list[nn.Module]:
     """The blocks of a model, list after list; none if it has no lists of blocks."""
-    places = Places(model)
     paths = [block_list(name) for name in components if is_path(name) and LAYER in name]
     if places.known:
         described = places.map
         one = [] if described.blocks is None else [described.blocks]
         paths += [path for path in (*one, *described.stacks.values()) if path]
-    found = [module_at(model, path, "the list of blocks") for path in dict.fromkeys(paths)]
+    found = [module_at(places.model, path, "the list of blocks") for path in dict.fromkeys(paths)]
     return [block for blocks in found for block in blocks]  # type: ignore[attr-defined]  # lists of modules
 
 

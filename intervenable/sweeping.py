@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +18,12 @@ from intervenable.sweep_cells import all_cells
 from intervenable.sweep_checkpoints import Checkpoints
 from intervenable.sweep_edits import changed_cells, edits_of, first_difference
 from intervenable.sweep_fingerprint import fingerprint, settings_of
-from intervenable.sweep_grids import Subsets, make_grids, model_blocks, read_components
+from intervenable.sweep_grids import Grids, Subsets, make_grids, model_blocks, read_components
 from intervenable.sweep_layouts import with_layouts
 from intervenable.sweep_measuring import Found, check_cells, make_reader, measured_wave, read_check
 from intervenable.sweep_pairs import Direction, Pair
 from intervenable.sweep_result import SweepResult
-from intervenable.sweep_runs import PlainRuns, PlainWaves
+from intervenable.sweep_runs import PlainRuns, PlainWaves, Unpatched
 from intervenable.sweep_sources import Source, read_value, swaps
 from intervenable.sweep_start import Start, start
 from intervenable.sweep_values import Edits
@@ -125,12 +125,13 @@ def sweep(
     budget, metrics, kind = bytes_of(memory), as_metrics(metric), read_value(value)
     pair = Pair.of(model, clean, corrupted, direction, swaps(kind))
     source = Source.of(kind, pair, reference, seed)
-    grids = make_grids(Places(pair.model), components, asked, subsets, pair, source.paired, align, tokenizer)
+    places = Places(pair.model)
+    grids = make_grids(places, components, asked, subsets, pair, source.paired, align, tokenizer)
 
     grids = replace(grids, sites=with_layouts(pair.model, pair.base.base, grids.sites))
     cells = all_cells(grids.grids)
     differs = first_difference(pair, source, align)
-    blocks = model_blocks(pair.model, components)
+    blocks = model_blocks(places, components)
     begun = start(pair, grids.sites, swaps(kind), blocks)
     base, other = begun.base, begun.other
     edits = edits_of(cells, grids, base, source.values(base, other, grids.sites), differs)
@@ -182,7 +183,7 @@ def sweep(
         results=found.by_component(),
         clean=clean_values,
         corrupted=corrupted_values,
-        shortcuts=_shortcuts(engine, len(cells), reading),
+        shortcuts=(*_shortcuts(engine, len(cells), reading), *_other_lengths(base, grids)),
         settings=about,
     )
 
@@ -232,3 +233,14 @@ def _shortcuts(engine: Waves | PlainWaves, cells: int, reading: Reading) -> tupl
     what = "" if reading.tokens is None else f" for {len(reading.tokens)} token(s)"
     notes.append(f"Logits were computed at {len(reading.positions)} of {reading.length} positions{what}.")
     return tuple(notes)
+
+
+def _other_lengths(base: Unpatched, grids: Grids) -> Iterator[str]:
+    """Which components have other positions than the tokens of the prompt."""
+    for grid in grids.grids:
+        layer = next(iter(grid.sites))
+        site = grids.sites[grid.component, layer]
+        there = base.values[grid.component, layer][0].shape[-2]
+        tokens = base.plan.base.of(site.stack).length
+        if there != tokens:
+            yield f"{grid.component} has {there} positions for {tokens} tokens: 'pos' counts its positions."

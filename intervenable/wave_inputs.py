@@ -83,6 +83,18 @@ class WaveInputs:
         part.batch, part._order = examples, list(range(examples))
         return part
 
+    def longer(self, more: int) -> WaveInputs:
+        """The same with some more tokens at the end: those at the beginning once more."""
+        part = copy.copy(self)
+        length = self.length + more
+        times = -(-length // self.length)
+        part._kwargs = {
+            name: torch.cat([item] * times, 1)[:, :length] if self._counts_tokens(item) else item
+            for name, item in self._kwargs.items()
+        }
+        part.length = length
+        return part
+
     def together_with(self, other: WaveInputs) -> dict[str, Any] | None:
         """The inputs of this run and another as one of two groups; None if they do not fit together."""
         if self._kwargs.keys() != other._kwargs.keys() or (self.batch, self.length) != (
@@ -116,6 +128,9 @@ class WaveInputs:
     def _counts_rows(self, item: Tensor) -> bool:
         return item.dim() > self._row_axis and item.shape[self._row_axis] == self.batch
 
+    def _counts_tokens(self, item: Any) -> bool:
+        return isinstance(item, Tensor) and item.dim() > 1 and item.shape[1] == self.length
+
     def _repeated(self, item: Any, groups: int) -> Any:
         if groups == 1 or not isinstance(item, Tensor) or not self._counts_rows(item):
             return item
@@ -128,6 +143,6 @@ class WaveInputs:
             return item
         if name == POSITIONS and item.shape[-1] == self.length:
             return item[..., start:stop]
-        if item.dim() < 2 or item.shape[1] != self.length or self.time_first:
+        if not self._counts_tokens(item) or self.time_first:
             return item
         return item[:, :stop] if name == MASK else item[:, start:stop]
