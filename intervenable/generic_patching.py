@@ -16,7 +16,14 @@ from intervenable.binding import Places
 from intervenable.cache import ActivationCache
 from intervenable.collecting import collect
 from intervenable.config import RepresentationConfig
-from intervenable.errors import ConfigError, InputError, MetricError, UnknownNameError, unknown_name
+from intervenable.errors import (
+    ConfigError,
+    EditError,
+    InputError,
+    MetricError,
+    UnknownNameError,
+    unknown_name,
+)
 from intervenable.inputs import read_inputs
 from intervenable.metrics import Metric, MetricRun, as_metrics
 from intervenable.model import IntervenableModel
@@ -250,7 +257,16 @@ class _Runs:
                     " one. Give prompts of the same length, as many clean ones as corrupted ones or one."
                 )
             there = clean.to(own).expand(own.shape).clone()
-            return _told(self.setter(own.clone(), list(row), there), site)
+            new: Any = self.setter(own.clone(), list(row), there)
+            if not isinstance(new, Tensor) or new.shape != own.shape:
+                given = (
+                    f"the shape {tuple(new.shape)}" if isinstance(new, Tensor) else f"a {type(new).__name__}"
+                )
+                raise EditError(
+                    f"The patch_setter gave {given} for {site.label} in the row {row}. Return the whole activation,"
+                    f" {tuple(own.shape)}."
+                )
+            return _told(new, site)
 
         unit = COMPONENTS[self.component].units[-1]
         entry = RepresentationConfig(site.layer, self.component, unit, intervention=put)

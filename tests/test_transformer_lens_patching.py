@@ -538,7 +538,14 @@ def test_a_rule_may_be_measured_by_any_metric(llama, prompts):
         ({"memory": "1GB"}, "Unknown option 'memory' for a patch_setter of your own"),
         ({"model": iv.IntervenableModel([], tiny("llama"))}, "needs the plain model"),
         ({"patch_setter": layer_pos_patch_setter}, "this rule takes ('layer', 'pos')"),
-        ({"patch_setter": lambda a, i, c: a[:, :2]}, "shape"),
+        (
+            {"patch_setter": lambda a, i, c: a[:, :2]},
+            "gave the shape (2, 2, 16) for block_input of layer 0 in the row (0,)",
+        ),
+        (
+            {"patch_setter": lambda a, i, c: None},
+            "gave a NoneType for block_input of layer 0 in the row (0,). Return the",
+        ),
         ({"patch_setter": lambda a, i, c: c[:1], "clean_cache": None}, "inputs is a NoneType"),
     ],
 )
