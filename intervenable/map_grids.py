@@ -26,6 +26,7 @@ from intervenable.drawing import (
     text_options,
     write_values,
 )
+from intervenable.errors import InputError
 from intervenable.optional_matplotlib import Axes, Figure, Rectangle
 from intervenable.picture_labels import drawable, wrapped
 
@@ -78,6 +79,8 @@ def draw_maps(
     column_axis: str = "",
 ) -> Picture:
     """Maps of equal rows side by side, on one scale. Columns may be of different numbers."""
+    if grid.across < 1:
+        raise InputError(f"across={grid.across}: give at least 1 map in a row.")
     across = min(grid.across, len(maps))
     down = -(-len(maps) // across)
     width_of_cell, height_of_cell = grid.cell

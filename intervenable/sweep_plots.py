@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from math import isfinite
 from typing import Any
 
 import torch
@@ -102,6 +103,8 @@ def plot_sweep(
     label = _value_label(name, chosen)
 
     if page.row is None:
+        if page.marks:
+            raise ConfigError("Marks frame cells of maps, and over one axis there are none. Leave them out.")
         return draw_profiles(
             {_spoken(part): values for part, values in page.values.items()},
             page.labels[page.column],
@@ -152,9 +155,10 @@ def _patched_run(result: SweepResult) -> str:
 
 
 def _unpatched(result: SweepResult, metric: str) -> dict[str, float]:
-    """The metric on the runs without a patch, as far as it is known."""
+    """The metric on the runs without a patch, as far as it is known and a number."""
     runs = {"clean": result.clean, "corrupted": result.corrupted}
-    return {name: values[metric].item() for name, values in runs.items() if metric in values}
+    known = {name: values[metric].item() for name, values in runs.items() if metric in values}
+    return {name: value for name, value in known.items() if isfinite(value)}
 
 
 def _title(result: SweepResult) -> str:

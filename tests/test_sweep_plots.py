@@ -146,6 +146,20 @@ def test_normalized_puts_the_corrupted_run_at_zero_and_the_clean_one_at_one():
     assert bar_of(figure).get_ylabel().split() == ["logit,", "normalized"]
 
 
+def test_where_the_runs_are_equal_there_is_a_warning_and_nothing_but_hatching():
+    for axes, values in ((("layer", "pos"), torch.rand(2, 3)), (("pos",), torch.rand(3))):
+        with pytest.warns(iv.IntervenableWarning, match="same value on the clean and the corrupted run"):
+            figure = made((values, axes), clean=1.0, corrupted=1.0).plot(normalized=True)
+        figure.savefig(io.BytesIO())
+        assert not figure.axes[0].texts
+
+
+def test_whole_numbers_can_be_drawn():
+    ranks = torch.tensor([[3, 0], [1, 2]])
+    figure = made((ranks, ("layer", "pos")), clean=0, corrupted=3).plot()
+    assert torch.equal(drawn_values(figure.axes[0], (2, 2)), ranks.float())
+
+
 def test_without_the_value_of_a_run_there_is_no_mark_for_it():
     assert beside_the_bar(made((torch.rand(2, 3), ("layer", "pos")), None, None).plot()) == []
 
@@ -471,12 +485,16 @@ def test_of_several_numbers_for_each_cell_the_mean_can_be_drawn():
         ({"component": "mlp"}, "Unknown component 'mlp'."),
         ({"layer": 0, "pos": 0}, "There is one value and no axis left to draw it over. Select less."),
         ({"palette": "jet"}, "palette='jet' is unknown. Allowed: auto, diverging, sequential."),
+        ({"across": -1, "palette": "auto"}, "across=-1: give at least 1 map in a row."),
+        ({"pos": 0, "marks": [(1, 0)]}, "The mark (1, 0) does not say where a cell is."),
+        ({"pos": 0, "marks": [(1,)]}, "Marks frame cells of maps, and over one axis there are none."),
         ({"limits": (2, 1)}, "limits=(2, 1): the first must be less than the second."),
     ],
 )
 def test_what_cannot_be_drawn_is_said(options, message):
+    parts = {"block_input": numbered(3, 5), "mlp_output": numbered(3, 5)}
     with pytest.raises(iv.IntervenableError) as caught:
-        made((numbered(3, 5), ("layer", "pos"))).plot(**options)
+        made((parts, ("layer", "pos"))).plot(**options)
     assert str(caught.value).startswith(message)
 
 
