@@ -61,7 +61,7 @@ def test_without_options_it_maps_the_capital_of_spain(told):
     assert "corrupted  'The capital of Italy is', answered with ' Rome'\n" in out
     assert re.search(r"^logit difference: clean 10\.\d+, corrupted -10\.\d+$", out, re.MULTILINE)
     assert re.search(r"^layer +The +capital +of +Italy +is$", out, re.MULTILINE)
-    assert re.search(r"^30 cells in [\d.]+ s\.\n  .*were not run\n", out, re.MULTILINE)
+    assert re.search(r"^30 cells in [\d.]+ s.\n  \w", out, re.MULTILINE)
     assert out.endswith(f"picture  {picture}\n")
     height, width, _ = matplotlib.image.imread(picture).shape
     assert width > 600
