@@ -109,7 +109,7 @@ def get_act_patch_direct_path(
         >>> metric = metrics.logit_difference(tokenizer, " Madrid", " Rome")
         >>> result = get_act_patch_direct_path(model, corrupted, clean, None, metric, src_layer=4, src_head=0)
         >>> result.shape, result[:5].isnan().all().item(), result[5].isfinite().all().item()
-        (torch.Size([6, 8]), True, True)
+        (torch.Size([6, 6]), True, True)
     """
     paths = _Paths(model, corrupted_tokens, clean_cache, component, mode)
     layer, head = paths.sender(src_layer, src_head)
@@ -145,7 +145,7 @@ def get_act_patch_direct_path_all_sources(
         >>> corrupted = tokenizer("The capital of Italy is", return_tensors="pt")
         >>> result = get_act_patch_direct_path_all_sources(model, corrupted, clean, None, lambda z: z[0, -1, 7])
         >>> result.shape, result[2, 0, :3].isnan().all().item()
-        (torch.Size([6, 8, 6, 8]), True)
+        (torch.Size([6, 6, 6, 6]), True)
     """
     paths = _Paths(model, corrupted_tokens, clean_cache, component, mode)
     show = options.pop("progress", None if verbose else False)

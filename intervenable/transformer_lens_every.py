@@ -62,7 +62,7 @@ def get_act_patch_attn_head_all_pos_every(
         >>> clean = tokenizer("The capital of Spain is", return_tensors="pt")
         >>> corrupted = tokenizer("The capital of Italy is", return_tensors="pt")
         >>> get_act_patch_attn_head_all_pos_every(model, corrupted, clean, lambda z: z[0, -1, 7]).shape
-        torch.Size([5, 6, 8])
+        torch.Size([5, 6, 6])
     """
     heads = _check_groups(model, gqa, options)
     kinds = list(_HEAD_KINDS.values())
