@@ -58,7 +58,7 @@ class Canvas:
         if self._window is not None:
             self._window.copy_(known)
         elif self._flat is not None:
-            self.tensor.view(-1).index_copy_(0, self._flat, known.reshape(-1))
+            self._memory.index_copy_(0, self._flat, known.reshape(-1))
         else:
             self.tensor.index_copy_(1, self._index, known)
 
@@ -91,5 +91,6 @@ class Canvas:
             self._flat = (rows[..., None] * size + self._tokens).flatten()
         elif int(self._index[-1] - self._index[0]) == len(self._index) - 1:
             self._window = self.tensor[:, int(self._index[0]) : int(self._index[-1]) + 1]
+        self._memory = self.tensor.view(-1)
         self._storage: int = self.tensor.untyped_storage()._cdata
         self._holders: int = torch._C._storage_Use_Count(self._storage)

@@ -8,6 +8,7 @@ that no metric reads is NaN again, so that a metric which suddenly reads somethi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -104,14 +105,14 @@ class MetricReader:
             cell: What they are of, for messages: `layer 3, pos 2`.
 
         Raises:
-            UnreadError: a metric fails, gives NaN, no number or another shape than before, or looks at logits that are
-                not known. It may be for what is not known; `measure_whole` tells.
+            UnreadError: a metric fails, gives NaN, no number or another shape than before, or looks at logits that
+                are not known. It may be for want of these; `measure_whole` tells.
         """
         if self._canvas is None:
             self._canvas = Canvas(self._shape, logits)
             self._canvas.aim(self.positions, self.tokens)
         canvas = self._canvas
-        with torch.no_grad():
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             canvas.write(logits)
             return {name: self._known(name, metric, canvas, cell) for name, metric in self._metrics.items()}
 
