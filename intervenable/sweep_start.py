@@ -22,6 +22,7 @@ from intervenable.sweep_values import Place, Reader, rows_of
 from intervenable.wave_caches import recording_cache
 from intervenable.wave_inputs import WaveInputs
 from intervenable.wave_learning import Trace
+from intervenable.wave_plan import leaves_tokens_out
 from intervenable.wave_readout import Reading, Readout, logits_of, reads_head
 
 
@@ -106,7 +107,8 @@ def _together(
     base = pair.base.base
     counted = base.decoder or base
     groups = 1 if other is None else 2
-    for recording in (True, False) if takes(pair.model, "past_key_values") else (False,):
+    worth = takes(pair.model, "past_key_values") and leaves_tokens_out(blocks, counted.length)
+    for recording in (True, False) if worth else (False,):
         trace = Trace(blocks)
         reader = Reader(sites, rows_of(base, groups), lambda trace=trace: trace.now)  # type: ignore[misc]
         guess = last_tokens(counted, counted.length)

@@ -31,7 +31,7 @@ from intervenable.units import UnitRows
 from intervenable.wave_caches import copied, cut, give_rows, is_croppable, layers_of, release
 from intervenable.wave_inputs import WaveInputs
 from intervenable.wave_learning import ROUTES, CallRows, Learnt, Route, learn_calls, prefix_cache
-from intervenable.wave_plan import Costs, Wave, plan_waves
+from intervenable.wave_plan import Costs, Wave, leaves_tokens_out, plan_waves
 from intervenable.wave_readout import Reading, Readout, furthest, reads_head
 from intervenable.wave_rows import NoShortcutError, Path, Rows, UnknownTensorError, mapped, with_groups
 
@@ -149,10 +149,11 @@ class Waves:
             if (route.cache == "none" or (start > 0 and self._suffixes)) and self._is_exact(route):
                 yield route
 
-    @property
+    @cached_property
     def _suffixes(self) -> bool:
         """Whether any cell leaves tokens alone before the first one it changes."""
-        return any(self.first.values()) and not self.recorded.inputs.time_first
+        worth = leaves_tokens_out(self.blocks, self.reading.length) and not self.recorded.inputs.time_first
+        return worth and any(self.first.values())
 
     # -- running
 

@@ -14,8 +14,17 @@ from intervenable.errors import ConfigError
 READ = 25.0
 """What reading the weights of a block costs, in tokens computed with them, as measured on a CPU."""
 
+WORTH = 1e6
+"""From how many weights of a block times tokens on it is worth the trouble to leave tokens out."""
+
 OVERHEAD = 5e6
 """What calling a block costs besides, in weights times tokens: what matters for tiny models alone."""
+
+
+def leaves_tokens_out(blocks: Sequence[nn.Module], length: int) -> bool:
+    """Whether waves begin at the first token they change: not in tiny models, where caches cost more than tokens."""
+    weights = sum(weight.numel() for block in blocks for weight in block.parameters())
+    return weights * length >= WORTH * len(blocks) > 0
 
 
 @dataclass(frozen=True)
