@@ -7,10 +7,11 @@ python tests/registry_survey.py --only mamba xlnet     # these, to the terminal
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,14 +28,19 @@ from registry_sites import (
     blocks_called,
     heads_by_hand,
     last_logits,
+    parts_called,
     patched_by_hand,
 )
 from tiny_registry import FIRST_SPECIAL, HEADS, TOKENS, UNBUILDABLE, build, model_types
 from torch import Tensor, nn
 
 import intervenable as iv
+from intervenable import wave_plan
 from intervenable.signatures import takes
 from model_maps import UnmappedModelError, find_map
+
+# Tiny models stand for large ones here, of which no token is computed that need not be.
+wave_plan.WORTH = 0.0
 
 PAGE = Path(__file__).parents[1] / "docs" / "sweep-coverage.md"
 
@@ -62,7 +68,7 @@ class Finding:
 
     model_type: str
     case: str
-    """What was swept: `path`, `two prompts`, or the name of a component."""
+    """What was swept: inputs of blocks (`path`, `two prompts`), outputs of a `part`, or a component by its name."""
     verdict: Verdict
     """`wrong` is another number and no word about it; `refused` an error of the library; `failed` any other error."""
     where: str = ""
@@ -171,8 +177,16 @@ def _changed(ids: Tensor) -> Tensor:
 # --- sweeps -----------------------------------------------------------------------------------------------
 
 
-def survey(model_type: str, sweep: Callable[..., Any] | None = None) -> list[Finding]:
-    """Every sweep of one type, made by the library or by the function given."""
+def survey(
+    model_type: str, sweep: Callable[..., Any] | None = None, *, inputs_only: bool = False
+) -> list[Finding]:
+    """Every sweep of one type, made by the library or by the function given.
+
+    Args:
+        model_type: The type.
+        sweep: What makes the sweeps, if not the library.
+        inputs_only: Whether to sweep the inputs of blocks alone, for one pair and for two.
+    """
     tiny = build(model_type)
     model = tiny.model
     path = block_list(model, tiny.inputs, model_type)
@@ -186,9 +200,23 @@ def survey(model_type: str, sweep: Callable[..., Any] | None = None) -> list[Fin
     pair = two_pairs(model, inputs)
     if pair is not None:
         findings.append(compared("two prompts", pair, template, inputs, every))
+    if inputs_only:
+        return findings
+    for name, at in _first_and_last(parts_called(model, path, one_pair(model).clean)):
+        outputs = Place({layer: blocks[layer].get_submodule(name) for layer in at}, "output")
+        template = f"{path}[{{layer}}].{name}.output"
+        every = list(at) if len(at) < len(blocks) else None
+        findings.append(compared("part", one_pair(model), template, outputs, every))
     for component, place in _mapped(model):
         findings.append(compared(component, one_pair(model), component, place, None))
     return findings
+
+
+def _first_and_last(parts: Mapping[str, tuple[int, ...]]) -> list[tuple[str, tuple[int, ...]]]:
+    """Of the parts that most blocks have the first and the last: attention and MLP, as a rule."""
+    most = max(map(len, parts.values()), default=0)
+    common = [(name, layers) for name, layers in parts.items() if len(layers) == most]
+    return common if len(common) < 2 else [common[0], common[-1]]
 
 
 NAMED = ("block_input", "attention_output", "mlp_output", "head_attention_value_output")
@@ -342,7 +370,8 @@ Written by `make registry-page`; `make registry` makes the same comparisons. Eve
 registers as a causal language model, made tiny and random, is swept layer by position at the input of its
 blocks, which a module path names: one pair of prompts of {length} tokens, then two pairs of different length,
 padded on the left if the model computes the same with such padding as without, else on the right, else (no side
-is named) of one length. A type with a model map is swept by the names of components as well. Each cell is
+is named) of one length. Then the outputs of the first and of the last part that all its blocks have, by module
+paths, attention and MLP as a rule; and components by their names where the type has a model map. Each cell is
 compared with a forward pass of its own, patched by hooks that do not come from the library, each example alone
 and without padding. *Right* is within {tolerance:g} of the largest logit.
 """
@@ -363,8 +392,8 @@ def page(findings: Sequence[Finding]) -> str:
         f"Right in all sweeps: **{right} of {len(by_type)}** types; wrong without an error: {silent}. The worst"
         f" right sweep is off by {worst:.0e} of the largest logit.",
         "",
-        "| type | blocks | one pair | two pairs | by name | shortcuts |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| type | blocks | one pair | two pairs | parts | by name | how cells were computed |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
         *(_row(name, found) for name, found in sorted(by_type.items())),
         "",
         "## What is not there",
@@ -383,17 +412,34 @@ def page(findings: Sequence[Finding]) -> str:
 def _row(name: str, found: Sequence[Finding]) -> str:
     by_case = {finding.case: finding for finding in found}
     path, two = by_case.get("path"), by_case.get("two prompts")
-    named = [finding for finding in found if finding.case in NAMED]
-    by_name = ", ".join(f"{f.case}" + ("" if f.verdict == "right" else f" {f.verdict}") for f in named)
+    by_name = ", ".join(_unless_right(one.case, one) for one in found if one.case in NAMED)
+    parts = ", ".join(
+        _unless_right(one.where.partition("].")[2].removesuffix(".output"), one)
+        for one in found
+        if one.case == "part"
+    )
     cells = [
         name,
         f"`{path.where.removesuffix('[{layer}].input')}`" if path else "",
         path.verdict if path else "",
         (two.verdict + two.where.partition(",")[2].replace(" padded on the", "")) if two else "",
+        parts,
         by_name,
-        " ".join(path.shortcuts) if path else "",
+        ", ".join(_way(note) for note in path.shortcuts if _COMPUTED in note) if path else "",
     ]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _unless_right(name: str, finding: Finding) -> str:
+    return name if finding.verdict == "right" else f"{name} {finding.verdict}"
+
+
+_COMPUTED = "cells were computed "
+
+
+def _way(note: str) -> str:
+    """How cells were computed, out of a sentence that says how many."""
+    return note.partition(_COMPUTED)[2].rstrip(".")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -405,9 +451,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args(arguments)
     findings: list[Finding] = []
+    workers = [Worker() for _ in range(options.jobs)]
     idle: SimpleQueue[Worker] = SimpleQueue()
-    for _ in range(options.jobs):
-        idle.put(Worker())
+    for worker in workers:
+        idle.put(worker)
 
     def survey_beside(model_type: str) -> list[Finding]:
         worker = idle.get()
@@ -416,7 +463,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         finally:
             idle.put(worker)
 
-    with ThreadPoolExecutor(options.jobs) as pool:
+    with ThreadPoolExecutor(options.jobs) as pool, contextlib.ExitStack() as stack:
+        for worker in workers:
+            stack.callback(worker.close)
         for found in pool.map(survey_beside, options.only or model_types()):
             findings += found
             for one in found:
