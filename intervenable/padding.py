@@ -59,10 +59,9 @@ def _needs_position_ids(model: nn.Module, inputs: RunInputs) -> bool:
     real = [] if inputs.real_positions is None else inputs.real_positions[example][-3:]
     alone = tokens[example : example + 1, real]
     # Some models tell positions by the padding token itself.
-    filled = next(
-        row for row in range(inputs.batch) if inputs.real_positions and inputs.real_positions[row][0] > 0
-    )
-    padding = tokens[filled : filled + 1, :1].repeat_interleave(2, dim=1)
+    begins = [row[0] for row in inputs.real_positions or ()]
+    short = next((row for row, first in enumerate(begins) if first > 0), example)
+    padding = tokens[short : short + 1, :1].repeat_interleave(2, dim=1)
     padded = torch.cat([padding, alone], dim=1)
     ones = inputs.attention_mask.new_ones(1, alone.shape[1])
     mask = torch.cat([ones.new_zeros(1, 2), ones], dim=1)
