@@ -104,6 +104,29 @@ def write_input(args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor) ->
     return args, {**kwargs, key: value}
 
 
+def parts_called(model: nn.Module, path: str, inputs: Inputs) -> dict[str, tuple[int, ...]]:
+    """Parts of blocks with a weight matrix that return what has the shape of the block's input: name -> its blocks.
+
+    Those are attention, MLPs, mixers of states, whatever they are called.
+    """
+    found: dict[str, list[int]] = {}
+    blocks: Any = model.get_submodule(path)
+    shapes = {call.index: call.given.shape for call in _calls(model, inputs)[path] if call.given is not None}
+    for index, shape in shapes.items():
+        calls = {name: list[_Call]() for name, _ in blocks[index].named_children()}
+        with contextlib.ExitStack() as stack:
+            for name, child in blocks[index].named_children():
+                _record(stack, child, 0, calls[name])
+            with torch.no_grad():
+                model(**inputs)
+        for name, child in blocks[index].named_children():
+            back = calls[name][-1].returned if calls[name] else None
+            matrix = any(parameter.dim() >= 2 for parameter in child.parameters())
+            if matrix and back is not None and back.shape == shape:
+                found.setdefault(name, []).append(index)
+    return {name: tuple(layers) for name, layers in found.items()}
+
+
 # --- places -----------------------------------------------------------------------------------------------
 
 
@@ -125,7 +148,7 @@ class Place:
         elif self.slot is not None:
             found = output[self.slot]
         else:
-            found = output[0] if isinstance(output, tuple) else output
+            found = output[0] if isinstance(output, (tuple, list)) else output
         assert isinstance(found, Tensor)
         return found
 
@@ -147,9 +170,10 @@ def _hooked(place: Place, layer: int, change: Callable[[Tensor], Tensor | None])
 
     def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         new = change(place.read(args, kwargs, output))
-        if new is None or not isinstance(output, tuple):
+        if new is None or not isinstance(output, (tuple, list)):
             return new
-        return (new, *output[1:])
+        items = (new, *output[1:])
+        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
 
     module = place.modules[layer]
     if place.side == "input":
@@ -241,6 +265,7 @@ def patched_by_hand(
     corrupted: Inputs,
     tokens: Sequence[int],
     lasts: Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
 ) -> Tensor:
     """`[layers, positions, rows, tokens]`: one forward pass a cell, with the clean value at a layer and position."""
     axes, batch = axes_of(model, place, corrupted), corrupted["input_ids"].shape[0]
@@ -256,7 +281,7 @@ def patched_by_hand(
             lasts,
         )
         for layer in place.modules
-        for position in range(corrupted["input_ids"].shape[1])
+        for position in positions or range(corrupted["input_ids"].shape[1])
     ]
     return torch.stack(cells).unflatten(0, (len(place.modules), -1))
 

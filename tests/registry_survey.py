@@ -56,7 +56,10 @@ READ = (11, 37, 64, 88)
 TOLERANCE = 1e-4
 """How far a cell may be from the one made by hand, of the largest logit."""
 
-SECONDS = 240
+SOME = (4, 7, 10)
+"""The positions at which parts and named components are patched."""
+
+SECONDS = 600
 """How long the sweeps of one type may take."""
 
 Verdict = Literal["right", "wrong", "refused", "failed"]
@@ -177,15 +180,13 @@ def _changed(ids: Tensor) -> Tensor:
 # --- sweeps -----------------------------------------------------------------------------------------------
 
 
-def survey(
-    model_type: str, sweep: Callable[..., Any] | None = None, *, inputs_only: bool = False
-) -> list[Finding]:
+def survey(model_type: str, sweep: Callable[..., Any] | None = None, *, brief: bool = False) -> list[Finding]:
     """Every sweep of one type, made by the library or by the function given.
 
     Args:
         model_type: The type.
         sweep: What makes the sweeps, if not the library.
-        inputs_only: Whether to sweep the inputs of blocks alone, for one pair and for two.
+        brief: Whether to sweep the inputs of blocks alone, for one pair of prompts.
     """
     tiny = build(model_type)
     model = tiny.model
@@ -197,18 +198,18 @@ def survey(
     every = list(layers) if len(layers) < len(blocks) else None
     compared = partial(_compared, sweep or iv.patching.sweep, model_type, model)
     findings = [compared("path", one_pair(model), template, inputs, every)]
+    if brief:
+        return findings
     pair = two_pairs(model, inputs)
     if pair is not None:
         findings.append(compared("two prompts", pair, template, inputs, every))
-    if inputs_only:
-        return findings
     for name, at in _first_and_last(parts_called(model, path, one_pair(model).clean)):
         outputs = Place({layer: blocks[layer].get_submodule(name) for layer in at}, "output")
         template = f"{path}[{{layer}}].{name}.output"
         every = list(at) if len(at) < len(blocks) else None
-        findings.append(compared("part", one_pair(model), template, outputs, every))
+        findings.append(compared("part", one_pair(model), template, outputs, every, SOME))
     for component, place in _mapped(model):
-        findings.append(compared(component, one_pair(model), component, place, None))
+        findings.append(compared(component, one_pair(model), component, place, None, SOME))
     return findings
 
 
@@ -247,11 +248,12 @@ def _compared(
     component: str,
     place: Place,
     layers: list[int] | None,
+    positions: Sequence[int] | None = None,
 ) -> Finding:
     """One sweep beside the one made by hand."""
     by_heads = component.startswith("head_")
     where = component + (f", padded on the {pair.padding}" if pair.padding else "")
-    truth = _by_hand(model, pair, place, by_heads)
+    truth = _by_hand(model, pair, place, by_heads, positions)
     plain = torch.cat([last_logits(model, corrupted, READ) for _, corrupted in pair.alone])
     scale = _largest_logit(model, pair)
     moved = float((truth - plain).abs().max()) / scale
@@ -266,6 +268,7 @@ def _compared(
             axes=("layer", "head") if by_heads else ("layer", "pos"),
             metric=lambda logits: logits[rows, lasts, list(READ)],
             layers=layers,
+            positions=None if by_heads or positions is None else list(positions),
             progress=False,
         )
     except iv.IntervenableError as error:
@@ -282,13 +285,18 @@ def _compared(
     return Finding(model_type, case, verdict, where, error, moved, "", tuple(result.shortcuts), seconds)
 
 
-def _by_hand(model: nn.Module, pair: Pair, place: Place, by_heads: bool) -> Tensor:
+def _by_hand(
+    model: nn.Module, pair: Pair, place: Place, by_heads: bool, positions: Sequence[int] | None = None
+) -> Tensor:
     """`[layers, positions or heads, rows, tokens]`, each example run alone and without padding.
 
     Where an example has no token of that number its cell is its unpatched run.
     """
     if by_heads:
         return torch.cat([heads_by_hand(model, place, HEADS, *runs, READ) for runs in pair.alone], dim=2)
+    if positions is not None:
+        cells = [patched_by_hand(model, place, *runs, READ, positions=positions) for runs in pair.alone]
+        return torch.cat(cells, dim=2)
     longest = max(corrupted["input_ids"].shape[1] for _, corrupted in pair.alone)
     columns = []
     for clean, corrupted in pair.alone:
@@ -466,7 +474,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with ThreadPoolExecutor(options.jobs) as pool, contextlib.ExitStack() as stack:
         for worker in workers:
             stack.callback(worker.close)
-        for found in pool.map(survey_beside, options.only or model_types()):
+        for found in pool.map(survey_beside, options.only or reversed(model_types())):
             findings += found
             for one in found:
                 figures = f"{one.error:9.1e}{one.moved:9.1e}{one.seconds:7.2f} s"
