@@ -73,6 +73,11 @@ class Scale:
             (low < limits[0] - slack, high > limits[1] + slack)
         ]
 
+    @property
+    def is_noted_above(self) -> bool:
+        """Whether there is a note above the bar, of a landmark that lies beyond it."""
+        return any(value > self.limits[1] for value in self.landmarks.values())
+
     def ink(self, value: float) -> str:
         """Black or white, whichever can be read on the colour of a value."""
         red, green, blue, _ = ScalarMappable(self.norm, self.colours).to_rgba(value)  # type: ignore[arg-type]

@@ -127,7 +127,7 @@ def draw_maps(
             axes.tick_params(axis="x", labelbottom=False)
         if lowest and index // across < down - 1:
             axes.xaxis.set_in_layout(False)  # its labels hang into the empty place below
-    _draw_title(figure, title, axes_of[0, 0] if len(maps) == 1 and not maps[0].name else None)
+    _draw_title(figure, title, scale, axes_of[0, 0] if len(maps) == 1 and not maps[0].name else None)
     scale.draw_bar(figure, list(axes_of.flat), value_label)
     return figure
 
@@ -158,14 +158,15 @@ def draw_overview(
     bare(axes)
     label_rows(axes, rows, axes_names[0], side)
     label_columns(axes, columns, axes_names[1], False, side)
-    _draw_title(figure, title, axes)
+    _draw_title(figure, title, scale, axes)
     scale.draw_bar(figure, axes, value_label)
     return figure
 
 
-def _draw_title(figure: Figure, title: str, axes: Axes | None) -> None:
+def _draw_title(figure: Figure, title: str, scale: Scale, axes: Axes | None) -> None:
     """Above the map if there is one, else above all of them."""
-    text = wrapped(drawable(title), figure.get_figwidth() - 0.4, 10)
+    room = figure.get_figwidth() - (1.3 if axes is not None and scale.is_noted_above else 0.4)
+    text = wrapped(drawable(title), room, 10)
     if text and axes is not None:
         axes.set_title(text, loc="left", **text_options([text], 10))
     elif text:

@@ -1,6 +1,6 @@
-"""Pictures of a sweep: what an intervention does, layer by layer and token by token.
+"""Pictures: what an intervention does, layer by layer and token by token, and who attends to whom.
 
-Each function returns a figure and keeps nothing: notebooks show it, `figure.savefig("name.png")` writes it.
+`plot_sweep` draws the result of a patching sweep, and is its `plot`. The others draw any matrices. Each function returns a figure and keeps nothing: notebooks show it, `figure.savefig("name.png")` writes it.
 They need matplotlib, which comes with `pip install "intervenable[plots]"`.
 
 Colours say which kind of number is shown: one hue from white at 0 upwards for probabilities and other amounts, blue
@@ -22,9 +22,19 @@ from intervenable.drawing import MISSING, Cell, Palette, Picture, checked, names
 from intervenable.errors import InputError
 from intervenable.map_grids import Map, draw_maps, draw_overview, large_grid, small_grid, square_grid
 from intervenable.picture_labels import token_label
+from intervenable.sweep_plots import plot_sweep
 from intervenable.token_text import Decodes
 
-__all__ = ["MISSING", "Palette", "Picture", "attention_maps", "head_maps", "heat_map", "token_labels"]
+__all__ = [
+    "MISSING",
+    "Palette",
+    "Picture",
+    "attention_maps",
+    "head_maps",
+    "heat_map",
+    "plot_sweep",
+    "token_labels",
+]
 
 
 def token_labels(tokenizer: Decodes, tokens: Iterable[int]) -> list[str]:

@@ -421,6 +421,17 @@ def test_long_titles_and_names_of_metrics_are_broken_into_lines():
     assert 0 <= box.y0 < box.y1 <= figure.get_figheight()
 
 
+def test_a_title_keeps_clear_of_the_note_above_the_bar():
+    parts = {"expanded_head_attention_value_output": torch.rand(6, 6)}
+    figure = made(
+        (parts, ("layer", "head")), clean=10.6, direction="noise", value=0.25, corrupted=100.0
+    ).plot()
+    figure.draw_without_rendering()
+    [note] = [text for text in bar_of(figure).texts if "↑" in text.get_text()]
+    title = figure.axes[0]._left_title.get_window_extent()
+    assert not title.overlaps(note.get_window_extent())
+
+
 def test_thirty_layers_by_forty_tokens_get_a_label_each_and_none_overlap():
     words = tuple(f"word{index}" for index in range(40))
     figure = made((torch.randn(30, 40), ("layer", "pos")), labels={"pos": words}).plot()
