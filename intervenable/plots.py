@@ -1,7 +1,8 @@
 """Pictures: what an intervention does, layer by layer and token by token, and who attends to whom.
 
-`plot_sweep` draws the result of a patching sweep, and is its `plot`. The others draw any matrices. Each function returns a figure and keeps nothing: notebooks show it, `figure.savefig("name.png")` writes it.
-They need matplotlib, which comes with `pip install "intervenable[plots]"`.
+`plot_sweep` draws the result of a patching sweep, and is its `plot`. The others draw any matrices.
+Each function returns a figure and keeps nothing: notebooks show it, `figure.savefig("name.png")` writes it. They need
+matplotlib, which comes with `pip install "intervenable[plots]"`.
 
 Colours say which kind of number is shown: one hue from white at 0 upwards for probabilities and other amounts, blue
 through white at 0 to red for differences. Both stay apart in every kind of colour vision, and in print.
