@@ -14,7 +14,7 @@ from intervenable.sweep_grids import Grids
 from intervenable.sweep_pairs import Pair
 from intervenable.sweep_runs import Unpatched
 from intervenable.sweep_sources import Source
-from intervenable.sweep_values import Edits, Place, edits_at
+from intervenable.sweep_values import Edits, Place, CellUnits, edits_at
 
 
 def first_difference(pair: Pair, source: Source, align: Any) -> Tensor | None:
@@ -60,6 +60,7 @@ def edits_of(
         for layer in cell.layers:
             by_place.setdefault((cell.grid.component, layer), []).append((number, cell))
     found: list[Edits] = []
+    known: dict[Any, CellUnits] = {}
     for place, here in by_place.items():
         own, put = base.values[place], values[place]
         if len(put) != len(own):
@@ -67,7 +68,9 @@ def edits_of(
                 f"{grids.sites[place].label} is passed {len(own)} times in one run and {len(put)} in the other."
             )
         for passage, (value, there) in enumerate(zip(put, own, strict=True)):
-            found += edits_at(grids.sites[place], passage, here, grids.whole[place], value, there, start)
+            found += edits_at(
+                grids.sites[place], passage, here, grids.whole[place], value, there, start, known
+            )
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -216,6 +217,7 @@ def edits_at(
     values: Tensor,
     own: Tensor,
     start: Tensor | None,
+    known: dict[Any, CellUnits],
 ) -> list[Edits]:
     """What cells put at one place.
 
@@ -227,58 +229,104 @@ def edits_at(
         values: What is put there, as a whole: `[b or 1, s, d]`, by heads `[b or 1, heads, s, dh]`.
         own: What is there in the run that is patched.
         start: `[b]` the first token whose inputs differ between the runs; None if that says nothing.
+        known: Those of the cells of other places, which are often the same.
     """
     levels = levels_of(site)
     by_shape: dict[tuple[int, ...], list[tuple[int, Cell]]] = {}
     for number, cell in cells:
-        heads = len(cell.heads) if cell.heads is not None else site.heads or 0
+        count = len(cell.heads) if cell.heads is not None else site.heads or 0
         widths = [cell.tokens(level, whole[level]).base.shape[1] for level in levels if level != "heads"]
-        by_shape.setdefault((heads, *widths), []).append((number, cell))
-    return [_edits(site, passage, group, levels, whole, values, own, start) for group in by_shape.values()]
+        by_shape.setdefault((count, *widths), []).append((number, cell))
+    found = []
+    for group in by_shape.values():
+        tokens: dict[Level, list[Tokens]] = {
+            level: [cell.tokens(level, whole[level]) for _, cell in group]
+            for level in levels
+            if level != "heads"
+        }
+        heads = (
+            [cell.heads or tuple(range(site.heads or 0)) for _, cell in group] if "heads" in levels else []
+        )
+        key = (levels, own.shape[0], tuple(heads), *(id(one) for listed in tokens.values() for one in listed))
+        if key not in known:
+            known[key] = CellUnits.of(levels, heads, tokens, own.shape[0])
+        numbers = torch.tensor([number for number, _ in group])
+        found.append(_edits(site, passage, numbers, known[key], values, own, start))
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class CellUnits:
+    """The units of several cells, of as many each."""
+
+    levels: tuple[Level, ...]
+    base: Mapping[Level, Tensor]
+    """Indices in the run that is patched, as in `Edits`."""
+
+    source: Mapping[Level, Tensor]
+    """Those over tokens in the run that gives the values."""
+
+    real: Tensor
+    """`[c, b, n, ...]` with an axis for each level: which of them are meant."""
+
+    position: Tensor
+    """Of the same shape: the first token that a unit matters to, a tensor index."""
+
+    all_real: bool
+
+    @classmethod
+    def of(
+        cls,
+        levels: tuple[Level, ...],
+        heads: Sequence[tuple[int, ...]],
+        tokens: Mapping[Level, Sequence[Tokens]],
+        batch: int,
+    ) -> CellUnits:
+        """The units of cells that patch these heads and tokens."""
+        # Where the model makes one example of several rows of its inputs (code books), the first tells of all.
+        base = {level: torch.stack([one.base[:batch] for one in listed]) for level, listed in tokens.items()}
+        source = {
+            level: torch.stack([one.source[:batch] for one in listed]) for level, listed in tokens.items()
+        }
+        masks = {level: torch.stack([one.real[:batch] for one in listed]) for level, listed in tokens.items()}
+        sizes = [len(heads[0]) if level == "heads" else base[level].shape[2] for level in levels]
+        cells = len(next(iter(base.values())))
+        real = torch.ones(cells, batch, *sizes, dtype=torch.bool)
+        for level, mask in masks.items():
+            real &= _spread(mask, levels, level)
+        along: Level = "queries" if "queries" in levels else "positions"
+        position = _spread(base[along], levels, along).expand(real.shape)
+        if heads:
+            base["heads"] = torch.tensor(heads)
+        return cls(levels, base, source, real, position, bool(real.all()))
 
 
 def _edits(
     site: BoundSite,
     passage: int,
-    cells: Sequence[tuple[int, Cell]],
-    levels: Sequence[Level],
-    whole: Mapping[Level, Tokens],
+    numbers: Tensor,
+    units: CellUnits,
     values: Tensor,
     own: Tensor,
     start: Tensor | None,
 ) -> Edits:
-    batch = own.shape[0]
-    base: dict[Level, Tensor] = {}
-    source: dict[Level, Tensor] = {}
-    masks: dict[Level, Tensor] = {}
-    for level in levels:
-        if level == "heads":
-            everyone = tuple(range(site.heads or 0))
-            base[level] = torch.tensor([cell.heads or everyone for _, cell in cells])
-            continue
-        tokens = [cell.tokens(level, whole[level]) for _, cell in cells]
-        # Where the model makes one example of several rows of its inputs (code books), the first tells of all.
-        base[level] = torch.stack([one.base[:batch] for one in tokens])
-        source[level] = torch.stack([one.source[:batch] for one in tokens])
-        masks[level] = torch.stack([one.real[:batch] for one in tokens])
-    put = gathered(values.expand(batch, *values.shape[1:]), levels, base.get("heads"), source)
-    there = gathered(own, levels, base.get("heads"), base)
+    heads = units.base.get("heads")
+    put = gathered(values.expand(own.shape[0], *values.shape[1:]), units.levels, heads, units.source)
+    there = gathered(own, units.levels, heads, units.base)
     differs = put != there
     if not site.matrix:
         differs = differs.any(-1)
-    real = _joint(masks, levels, differs.shape)
-    along: Level = "queries" if site.matrix else "positions"
-    position = _spread(base[along], levels, along, differs.dim()).expand(differs.shape)
-    if start is not None and bool(differs.any()):
+    if start is not None:
         # Before the first token that differs there is nothing but rounding, if the model looks back only.
-        before = position < start[:batch].view(1, -1, *[1] * (differs.dim() - 2))
-        close = (put - there).abs() <= ROUNDING * there.abs().amax()
-        differs = differs & ~(before.to(differs.device) & (close if site.matrix else close.all(-1)))
-    differs = differs.cpu() & real
+        before = units.position < start[: own.shape[0]].view(1, -1, *[1] * (differs.dim() - 2))
+        if bool((before & units.real & differs.cpu()).any()):
+            close = (put - there).abs() <= ROUNDING * there.abs().amax(-1, keepdim=True)
+            differs = differs & ~(before.to(differs.device) & (close if site.matrix else close.all(-1)))
     nowhere = int(own.shape[-2])
-    first = torch.where(differs, position, torch.full_like(position, nowhere)).flatten(1).amin(1)
-    numbers = torch.tensor([number for number, _ in cells])
-    return Edits(site, passage, numbers, base, None if bool(real.all()) else real, put, first, nowhere)
+    first = torch.where(differs.cpu() & units.real, units.position, nowhere).flatten(1).amin(1)
+    return Edits(
+        site, passage, numbers, units.base, None if units.all_real else units.real, put, first, nowhere
+    )
 
 
 def gathered(
@@ -302,18 +350,11 @@ def gathered(
     return whole[tuple(index)]
 
 
-def _spread(tokens: Tensor, levels: Sequence[Level], level: Level, dimensions: int) -> Tensor:
+def _spread(tokens: Tensor, levels: Sequence[Level], level: Level) -> Tensor:
     """`[c, b, n]` along the axis of its level among all levels."""
     shape = [1] * len(levels)
     shape[list(levels).index(level)] = tokens.shape[2]
     return tokens.view(*tokens.shape[:2], *shape)
-
-
-def _joint(masks: Mapping[Level, Tensor], levels: Sequence[Level], shape: torch.Size) -> Tensor:
-    real = torch.ones(shape, dtype=torch.bool)
-    for level, mask in masks.items():
-        real = real & _spread(mask, levels, level, len(shape))
-    return real
 
 
 # --- writing ----------------------------------------------------------------------------------------------
