@@ -340,7 +340,10 @@ class TokenReader:
                     sorted({k for j in row for k in _around(j, window, len(real[example]))})
                     for example, row in enumerate(rows)
                 ]
-            entries.append(self._named(label, rows))
+            named = isinstance(given, Mapping)
+            entries.append(
+                Entry(label, label, tokens=self._tokens(rows)) if named else self._named(label, rows)
+            )
         return tuple(entries)
 
     def whole(self) -> Tokens:
