@@ -15,7 +15,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 REQUIREMENTS := pyproject.toml constraints.txt
 
-.PHONY: help demo test lint format types smollm2 test-smollm2 peers bench bench-attention bench-sweep bench-easyroutine tutorials clean
+.PHONY: help demo test lint format types smollm2 test-smollm2 registry registry-page peers bench bench-attention bench-sweep bench-easyroutine tutorials clean
 
 help:
 	@echo "make demo          run the main job on the language model that ships with the library"
@@ -23,6 +23,8 @@ help:
 	@echo "make lint          ruff check and ruff format --check;  make format repairs"
 	@echo "make types         mypy --strict on the three packages"
 	@echo "make test-smollm2  fetch SmolLM2-135M once, run the tests that need it"
+	@echo "make registry      sweep every architecture of transformers, compared cell by cell (some minutes)"
+	@echo "make registry-page the same, and write docs/sweep-coverage.md"
 	@echo "make peers         install the pinned peers, run the comparisons with them"
 	@echo "make bench         what a swap costs, against the peers (BENCH=--quick, BENCH=--help)"
 	@echo "make bench-attention    what reading and editing patterns costs, likewise"
@@ -71,6 +73,12 @@ smollm2: $(VENV)/.dev
 
 test-smollm2: smollm2
 	$(VENV)/bin/python -m pytest -m smollm2 tests
+
+registry: $(VENV)/.dev
+	$(ONE_THREAD) $(VENV)/bin/python -m pytest -n 2 -m registry tests/test_sweep_registry.py
+
+registry-page: $(VENV)/.dev
+	$(ONE_THREAD) $(VENV)/bin/python tests/registry_survey.py
 
 # Only the files that need them: the others may need what is not in this environment. A peer that is missing
 # is a failure here, where elsewhere its tests are skipped.
