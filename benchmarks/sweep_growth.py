@@ -28,7 +28,7 @@ VARIED: Mapping[str, Sequence[int]] = {
     "positions": (5, 10, 20, 40, 80),
     "prompts": (1, 2, 4, 8),
 }
-SAMPLED_CELLS = 40
+SAMPLED_CELLS = 16
 """Cells of the hook loop that are run; the loop's time follows from them."""
 
 

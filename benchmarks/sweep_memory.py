@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -69,7 +69,8 @@ def report(model: str, prompts: str, sweep: str, job: str) -> None:
     """What the fresh process does: print the peak in megabytes."""
     torch.set_num_threads(1)
     with torch.no_grad():
-        call = JOBS[job][0].prepare(case_on(model, MODELS[model](), PAIRS[prompts], sweep))
+        case = case_on(model, MODELS[model](), PAIRS[prompts], sweep)
+        call = JOBS[job][0].prepare(replace(case, sampled=1))  # all layers of the hooks need as much
         forget_the_peak()
         call()
     print("peak", peak() / MEGABYTE)
