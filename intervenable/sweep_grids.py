@@ -10,7 +10,13 @@ from torch import nn
 
 from intervenable.binding import Places
 from intervenable.config_fields import is_module_path
-from intervenable.errors import ConfigError, UnknownNameError, UnsupportedModelError, unknown_name
+from intervenable.errors import (
+    ConfigError,
+    IntervenableError,
+    UnknownNameError,
+    UnsupportedModelError,
+    unknown_name,
+)
 from intervenable.inputs import RunInputs
 from intervenable.site_binding import module_at
 from intervenable.sites import BoundSite
@@ -29,6 +35,7 @@ from intervenable.sweep_axes import (
 from intervenable.sweep_cells import Grid, levels_of
 from intervenable.sweep_pairs import Pair
 from intervenable.sweep_values import Place
+from intervenable.transformer_lens_names import from_tl_name, get_act_name
 from intervenable.units import Level
 from model_maps import ALIASES, COMPONENTS, Stack
 
@@ -55,12 +62,22 @@ def read_components(component: Any) -> tuple[str, ...]:
     names = [ALIASES.get(name, name) for name in listed]
     for name in names:
         if name not in COMPONENTS and not (isinstance(name, str) and is_path(name)):
-            raise UnknownNameError(unknown_name("component", name, (*COMPONENTS, *ALIASES)))
+            known = unknown_name("component", name, (*COMPONENTS, *ALIASES))
+            raise UnknownNameError(f"{known}{_in_transformer_lens(name)}")
     if not names:
         raise ConfigError("component is empty. Name at least one, such as 'block_input'.")
     if len(set(names)) < len(names):
         raise ConfigError(f"component names one twice: {', '.join(names)}.")
     return tuple(names)
+
+
+def _in_transformer_lens(name: Any) -> str:
+    """What a name of TransformerLens' is here, for a message; nothing if it is none."""
+    try:
+        component, _ = from_tl_name(get_act_name(str(name), 0))
+    except IntervenableError:
+        return ""
+    return f"\nTransformerLens' {name!r} is {component!r} here."
 
 
 def count_layers(places: Places, component: str) -> int | None:
