@@ -46,7 +46,8 @@ def bound_metrics(
 
         return logits
 
-    about = MetricRun(run.inputs, whole("clean"), whole("corrupted"))
+    inputs = {name: None if known is None else known.inputs for name, known in runs.items()}
+    about = MetricRun(run.inputs, whole("clean"), whole("corrupted"), inputs["clean"], inputs["corrupted"])
     return {
         name: metric.bound(about) if isinstance(metric, Metric) else metric
         for name, metric in metrics.items()

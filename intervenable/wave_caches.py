@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
-from transformers.cache_utils import EncoderDecoderCache
 
 from intervenable.wave_rows import NoShortcutError, Path, Rows, tensors_in, with_groups
 
@@ -26,11 +24,18 @@ def recording_cache(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise NoShortcutError("the model has no config to make a cache of")
+    from transformers import DynamicCache  # here, for the half second that it takes
+
     cache = DynamicCache(config=config.get_text_config(decoder=True))
     if not hasattr(cache, "activate_past_recording"):
         raise NoShortcutError("caches of this transformers version cannot be cut")
     cache.activate_past_recording()  # type: ignore[no-untyped-call]
     return cache
+
+
+def _of_decoder(cache: Any) -> Any:
+    """Of a cache with a part for what the encoder gave the other part; any other as it is."""
+    return getattr(cache, "self_attention_cache", cache)
 
 
 def layers_of(cache: Any) -> list[Any]:
@@ -39,7 +44,7 @@ def layers_of(cache: Any) -> list[Any]:
     Raises:
         NoShortcutError: it has none.
     """
-    inner = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    inner = _of_decoder(cache)
     found = getattr(inner, "layers", None)
     if not isinstance(found, list):
         raise NoShortcutError(f"a {type(cache).__name__} has no layers")
@@ -48,7 +53,7 @@ def layers_of(cache: Any) -> list[Any]:
 
 def watch(cache: Any) -> Watched:
     """Put a list that tells which layers are looked at in the place of a cache's layers."""
-    inner = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    inner = _of_decoder(cache)
     watched = inner.layers = Watched(layers_of(cache))
     return watched
 
@@ -80,9 +85,9 @@ def shapes_of(cache: Any) -> list[dict[Path, tuple[int, ...]]]:
 
 def copied(cache: Any) -> Any:
     """A cache that a run can go on with while the first one stays as it is."""
-    if type(cache) is EncoderDecoderCache:
-        return EncoderDecoderCache(copied(cache.self_attention_cache), copied(cache.cross_attention_cache))
-    if type(cache) is not DynamicCache:
+    if hasattr(cache, "self_attention_cache"):
+        return type(cache)(copied(cache.self_attention_cache), copied(cache.cross_attention_cache))
+    if type(cache).__name__ != "DynamicCache":
         return copy.deepcopy(cache)
     new = copy.copy(cache)
     new.layers = [_copied_layer(layer) for layer in cache.layers]
@@ -113,7 +118,7 @@ def cut(cache: Any, removed: int) -> Any:
 
 def is_croppable(cache: Any) -> bool:
     """Whether a recorded cache can be cut."""
-    inner = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    inner = _of_decoder(cache)
     return bool(getattr(inner, "is_croppable", False))
 
 
