@@ -24,7 +24,7 @@ OVERHEAD = 5e6
 def leaves_tokens_out(blocks: Sequence[nn.Module], length: int) -> bool:
     """Whether waves begin at the first token they change: not in tiny models, where caches cost more than tokens."""
     weights = sum(weight.numel() for block in blocks for weight in block.parameters())
-    return weights * length >= WORTH * len(blocks) > 0
+    return len(blocks) > 0 and weights * length >= WORTH * len(blocks)
 
 
 @dataclass(frozen=True)
