@@ -151,10 +151,9 @@ def run(options: argparse.Namespace) -> int:
     try:
         return told(lambda: tell(options))
     except KeyboardInterrupt:
-        kept = (
-            f" The same command goes on from what is in {options.checkpoint}." if options.checkpoint else ""
-        )
-        print(f"\nstopped.{kept}", file=sys.stderr)
+        kept = options.checkpoint is not None and options.checkpoint.exists()
+        more = f" The same command goes on from what is in {options.checkpoint}." if kept else ""
+        print(f"\nstopped.{more}", file=sys.stderr)
         return 130
 
 
