@@ -219,7 +219,7 @@ def _engine(
         tracks.joins,
         tracks.cache,
     )
-    learnt = knowledge_of(base.model, tracks.inputs, list(base.plan.base.kwargs))
+    learnt = knowledge_of(base.model, tracks.inputs)
     return Waves(
         base.model, blocks, recorded, edits, first, reading, plain, learnt, tuple(components), memory
     )

@@ -37,6 +37,12 @@ class WaveInputs:
         real: Sequence[Sequence[int]] = inputs.real_positions or [()] * inputs.batch
         self._order = sorted(range(inputs.batch), key=lambda example: len(real[example]))
 
+    @property
+    def kind(self) -> tuple[tuple[str, bool], ...]:
+        """Which inputs there are, and whether each is given example by example."""
+        items = sorted(self._kwargs.items())
+        return tuple((name, isinstance(item, Tensor) and self._counts_rows(item)) for name, item in items)
+
     def call(
         self, groups: int, start: int = 0, stop: int | None = None, cache: Any = None, keep: int = 0
     ) -> Any:

@@ -115,12 +115,12 @@ _known: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Learnt]] = weakref.W
 _lock = Lock()
 
 
-def knowledge_of(model: nn.Module, inputs: WaveInputs, names: Sequence[str]) -> Learnt:
+def knowledge_of(model: nn.Module, inputs: WaveInputs) -> Learnt:
     """What is known of a model, for inputs like these."""
     config: Any = getattr(model, "config", None)
     first = next(model.parameters(), None)
     key = (
-        tuple(sorted(names)),
+        inputs.kind,
         inputs.padded,
         inputs.batch > 1,
         getattr(config, "_attn_implementation", None),
