@@ -212,15 +212,19 @@ def make_grids(
     whole: dict[Place, dict[Level, Tokens]] = {}
     for component in components:
         count = count_layers(places, component)
-        example = site_at(places, component, None if count is None else 0)
-        check_axes(axes, subsets.given, example)
         found: dict[Axis, tuple[Entry, ...]] = {}
         wanted = [axis for axis in AXES if axis in axes or subsets.given.get(axis) is not None]
+        if count is not None and "layer" in wanted:
+            given, window = subsets.given.get("layer"), subsets.windows.get("layer", 1)
+            found["layer"] = number_entries("layer", given, count, window)
+        # Of a layer that is asked for: another may not have the part that a module path names.
+        example = site_at(places, component, _layers(found.get("layer"), count)[0])
+        check_axes(axes, subsets.given, example)
         for axis in wanted:
             given, window = subsets.given.get(axis), subsets.windows.get(axis, 1)
             if axis == "layer":
-                found[axis] = number_entries(axis, given, count or 0, window)
-            elif axis == "head":
+                continue
+            if axis == "head":
                 found[axis] = number_entries(axis, given, example.heads or 0)
             else:
                 stack = example.key_stack if axis == "key" else example.stack

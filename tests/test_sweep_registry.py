@@ -137,6 +137,24 @@ def test_by_hand_patching_all_of_the_first_layer_gives_the_clean_run():
     assert torch.allclose(cells[0, 5], last_logits(model, both, READ), atol=1e-5)
 
 
+def test_a_part_that_only_some_blocks_have_is_swept_in_those():
+    model = build("jamba").model
+    pair = one_pair(model)
+    place = Place({layer: model.model.layers[layer].self_attn for layer in (1, 3)}, "output")
+    by_hand = patched_by_hand(model, place, pair.clean, pair.corrupted, READ)
+
+    result = iv.patching.sweep(
+        model,
+        pair.clean,
+        pair.corrupted,
+        component="model.layers[{layer}].self_attn.output",
+        metric=lambda logits: logits[:, -1, list(READ)],
+        layers=[1, 3],
+    )
+
+    assert torch.allclose(result.values, by_hand, atol=1e-4)
+
+
 def test_a_sweep_that_is_wrong_is_found_out():
     def off_by_one(model, clean, corrupted, **options):
         shifted = {**clean, "input_ids": clean["input_ids"].roll(1, 1)}
