@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
 import intervenable as iv  # noqa: F401 (in each of the processes, so that importing it is in all figures)
 from benchmarks.overhead import MODELS
@@ -68,6 +69,7 @@ def memory(model: str, prompts: str, sweep: str, job: str) -> Memory:
 def report(model: str, prompts: str, sweep: str, job: str) -> None:
     """What the fresh process does: print the peak in megabytes."""
     torch.set_num_threads(1)
+    logging.disable_progress_bar()
     with torch.no_grad():
         case = case_on(model, MODELS[model](), PAIRS[prompts], sweep)
         call = JOBS[job][0].prepare(replace(case, sampled=1))  # all layers of the hooks need as much
