@@ -350,6 +350,19 @@ def test_tokens_are_named_from_ids_if_the_sweep_had_no_tokenizer():
     assert labels(axes.xaxis) == list(WORDS)
 
 
+def test_a_sweep_without_a_tokenizer_can_be_drawn_with_its_words_later(tmp_path):
+    tokenizer, model = iv.load_small_lm()
+    clean, corrupted = (
+        tokenizer(f"The capital of {name} is", return_tensors="pt") for name in ("Spain", "Italy")
+    )
+    metric = iv.metrics.logit_difference(tokenizer, " Madrid", " Rome")
+    result = iv.patching.sweep(model, clean, corrupted, metric=metric, layers=[0, 4])
+    loaded = SweepResult.load(result.save(tmp_path / "result.safetensors"))
+    [axes] = maps_of(loaded.plot(tokenizer))
+    assert labels(axes.xaxis) == ["The", "capital", "of", "Italy", "is"]
+    assert torch.equal(drawn_values(axes, (2, 5)), result.values)
+
+
 def test_a_tokenizer_leaves_labels_that_are_words_already():
     tokenizer, _ = iv.load_small_lm()
     result = made((numbered(2, 5), ("layer", "pos")), labels={"pos": WORDS})
