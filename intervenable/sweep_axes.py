@@ -295,6 +295,16 @@ def _checked_pairs(pairs: Any, here: int, there: int, example: int, base_is_clea
     return found
 
 
+def _plain_numbers(given: Any) -> list[int] | None:
+    """Positions that are numbers from the front alone; None if they are anything else."""
+    if isinstance(given, Tensor) and given.dtype != torch.bool and given.dim() == 1:
+        given = given.tolist()
+    if not isinstance(given, (list, range)) or not given:
+        return None
+    plain = all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in given)
+    return list(given) if plain else None
+
+
 @dataclass(frozen=True)
 class TokenReader:
     """Makes entries of tokens in one pair of runs."""
@@ -311,15 +321,17 @@ class TokenReader:
             LocationError, LocationRangeError: positions that make no sense or are not there.
         """
         real = real_tokens(self.base)
-        if given is None:
-            longest = max(map(len, real))
+        longest = max(map(len, real))
+        # As for all tokens, an example that has no such token is left alone.
+        numbers = range(longest) if given is None else _plain_numbers(given)
+        if numbers is not None and all(j < longest for j in numbers):
             return tuple(
                 self._entry(
                     self._label(j),
                     j,
                     [list(_around(j, window, len(row))) if j < len(row) else [] for row in real],
                 )
-                for j in range(longest)
+                for j in numbers
             )
         read = partial(read_locations, tokenizer=self.tokenizer)
         located = Where({_WHERE[axis]: given}).located(_WHERE[axis], self.base, read)

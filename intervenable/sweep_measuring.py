@@ -68,18 +68,20 @@ def make_reader(
         and base.shape == other.shape
         and real_tokens(base.inputs) == real_tokens(other.inputs)
     )
-    probes = [base.logits] if other is None or not alike else [base.logits, other.logits]
     reader = MetricReader(
         bound_metrics(metrics, pair, begun, base),
         base.shape,
-        probes,
+        [base.logits],
         guess=last_tokens(base.inputs, base.shape[1]),
         narrow=True,
     )
     if other is None:
         return reader, {}
     if alike:
-        return reader, reader.measure(_read(other, reader), "the other run")
+        try:
+            return reader, reader.measure(_read(other, reader), "the other run")
+        except UnreadError:  # there it looks elsewhere
+            return reader, reader.measure_whole(other.logits(), "the other run")
     # Its tokens lie elsewhere, so that the metrics read other positions of it.
     its = MetricReader(
         bound_metrics(metrics, pair, begun, other),
