@@ -278,7 +278,11 @@ class _Runs:
         return self.places.at(self.component, layer)
 
     def _bound(self, metric: Any) -> Mapping[str, Callable[[Tensor], Any]]:
-        run = MetricRun(self.inputs, self._logits("clean"), self._logits("corrupted"))
+        corrupted, clean = self.inputs.decoder or self.inputs, None
+        if not isinstance(self.clean_given, ActivationCache):
+            read = read_inputs(self.clean_given, self.model, "clean")
+            clean = read.decoder or read
+        run = MetricRun(corrupted, self._logits("clean"), self._logits("corrupted"), clean, corrupted)
         return {
             name: one.bound(run) if isinstance(one, Metric) else one
             for name, one in as_metrics(metric).items()

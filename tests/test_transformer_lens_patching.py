@@ -515,6 +515,17 @@ def test_a_rule_may_be_measured_by_any_metric(llama, prompts):
     assert_close(found, torch.stack([metric(unpatched), unpatched[0, -1, 0]]).expand(L, 2))
     ours = generic_activation_patch(*arguments, iv.metrics.kl_divergence("corrupted"), *rule)
     assert_close(ours, torch.zeros(L), atol=1e-6, rtol=0)
+    whole = (lambda activation, index, clean_activation: clean_activation, "resid_pre", ["layer"])
+    with torch.no_grad():
+        answers = [main_output(llama(**inputs))[:, -1].log_softmax(-1) for inputs in (clean, corrupted)]
+    expected = (answers[0].exp() * (answers[0] - answers[1])).sum(-1).mean()
+    cache = iv.collect(llama, clean, "block_input")
+    assert generic_activation_patch(*arguments, iv.metrics.kl_divergence("clean"), *whole)[0].abs() < 1e-5
+    same = (lambda activation, index, clean_activation: activation, "resid_pre", ["layer"])
+    found = generic_activation_patch(*arguments, iv.metrics.kl_divergence("clean"), *same)
+    assert_close(found, expected.expand(L), atol=1e-5, rtol=1e-5)
+    with pytest.raises(iv.MetricError, match="clean run, which was not given as inputs"):
+        generic_activation_patch(llama, corrupted, cache, iv.metrics.kl_divergence("clean"), *same)
 
 
 @pytest.mark.parametrize(
