@@ -31,7 +31,7 @@ from intervenable.units import UnitRows
 from intervenable.wave_caches import copied, cut, give_rows, is_croppable, layers_of, release
 from intervenable.wave_inputs import WaveInputs
 from intervenable.wave_learning import ROUTES, CallRows, Learnt, Route, learn_calls, prefix_cache
-from intervenable.wave_plan import Costs, Wave, leaves_tokens_out, plan_waves
+from intervenable.wave_plan import Costs, Wave, grows_by_layer, leaves_tokens_out, plan_waves
 from intervenable.wave_readout import Reading, Readout, furthest, reads_head
 from intervenable.wave_rows import NoShortcutError, Path, Rows, UnknownTensorError, mapped, with_groups
 
@@ -145,7 +145,9 @@ class Waves:
 
     def _routes(self, start: int) -> Iterator[Route]:
         """The exact routes for waves that begin at a token, the one that leaves out most first."""
-        for route in ROUTES:
+        tokens = len(self.first) * self.recorded.inputs.batch * self.reading.length
+        whole = not grows_by_layer(self.blocks, tokens)
+        for route in sorted(ROUTES, key=lambda route: route.growth != "whole") if whole else ROUTES:
             if (route.cache == "none" or (start > 0 and self._suffixes)) and self._is_exact(route):
                 yield route
 

@@ -17,6 +17,9 @@ READ = 25.0
 WORTH = 1e6
 """From how many weights of a block times tokens on it is worth the trouble to leave tokens out."""
 
+GROWTH = 20.0
+"""Of what leaving tokens out must be worth, how much layer by layer growth must save, in weights times tokens."""
+
 OVERHEAD = 5e6
 """What calling a block costs besides, in weights times tokens: what matters for tiny models alone."""
 
@@ -25,6 +28,17 @@ def leaves_tokens_out(blocks: Sequence[nn.Module], length: int) -> bool:
     """Whether waves begin at the first token they change: not in tiny models, where caches cost more than tokens."""
     weights = sum(weight.numel() for block in blocks for weight in block.parameters())
     return len(blocks) > 0 and weights * length >= WORTH * len(blocks)
+
+
+def grows_by_layer(blocks: Sequence[nn.Module], tokens: int) -> bool:
+    """Whether rows come layer by layer: not where hooks cost more than what the rows would compute before they come.
+
+    Args:
+        blocks: The blocks.
+        tokens: Tokens of all rows.
+    """
+    weights = sum(weight.numel() for block in blocks for weight in block.parameters())
+    return weights * tokens / 2 >= GROWTH * WORTH
 
 
 @dataclass(frozen=True)
