@@ -113,14 +113,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 jobs = (PLAIN, TIGHT) if options.quick else JOBS
                 figures.memory.extend(memory(name, pair, case.sweep, job) for job in jobs)
         if "growth" in options.parts and name in GROWING:
+            count, repeats = (2, 1) if options.quick else (None, 3)
             for varied, values in VARIED.items():
                 say(f"{name}, growth with {varied}")
                 with torch.no_grad():
-                    figures.growth.extend(
-                        growth(name, model, varied, values[:2], 1)
-                        if options.quick
-                        else growth(name, model, varied, values, 3)
-                    )
+                    for size in growth(name, model, varied, values[:count], repeats):
+                        say(f"    {size.value}: hooks {size.hooks:.3g} s, intervenable {size.ours:.3g} s")
+                        figures.growth.append(size)
 
     load = f"load average {load_before:.2f} before, {os.getloadavg()[0]:.2f} after"
     if options.layers:
