@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from transformers import DynamicCache
 
 import intervenable as iv
-from intervenable.patching import noised
+from intervenable.patching import noised, sweep
 from tiny_models import ENCODER_DECODERS, LANGUAGE_MODELS, MULTIMODAL, tiny, tiny_inputs
 
 
@@ -156,6 +156,43 @@ def test_embeddings_keep_the_type_of_the_model():
     assert blurred["inputs_embeds"].dtype == torch.bfloat16
     with torch.no_grad():
         assert bool(model(**blurred).logits.isfinite().all())
+
+
+# --- causal tracing ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_clean_states_given_back_undo_the_noise_where_it_was_put_and_nowhere_else(family):
+    model = tiny(family)
+    clean = tiny_inputs(model, batch=1)
+    blurred = noised(model, clean, 2, samples=3)
+    metric = {"each": lambda z: z[:, -1, 5]}
+    result = sweep(model, clean, blurred, "block_input", ("layer", "pos"), metric)
+    with torch.no_grad():
+        known, unknown = (model(**run).logits[:, -1, 5] for run in (clean, blurred))
+    assert_close(result.baseline_clean, known.expand(3))
+    assert_close(result.baseline_corrupted, unknown)
+    assert_close(result.values[0, 2], known.expand(3), atol=1e-5, rtol=1e-5)
+    for position in (0, 1, 3, 4, 5, 6):
+        assert_close(result.values[0, position], unknown, atol=1e-5, rtol=1e-5)
+    upper = result.values[1:, 3] - unknown  # later tokens have read the noise by then
+    assert bool((upper.abs() > 1e-4).all())
+
+
+def test_tokens_without_ids_are_called_as_those_of_the_clean_run():
+    tokenizer, lm = iv.load_small_lm()
+    clean = tokenizer("The capital of Spain is", return_tensors="pt")
+    blurred = noised(lm, clean, "Spain", samples=2, tokenizer=tokenizer)
+    metric = iv.metrics.logit_difference(tokenizer, " Madrid", " Rome")
+    options = {"layers": [0], "tokenizer": tokenizer}
+    whole = sweep(lm, clean, blurred, "block_input", ("layer", "pos"), metric, **options)
+    assert whole.labels["pos"] == ("The", "capital", "of", "Spain", "is")
+    named = sweep(
+        lm, clean, blurred, "block_input", ("layer", "pos"), metric, positions={"subject": "Spain"}, **options
+    )
+    assert named.labels["pos"] == ("subject",)
+    assert_close(named.values[0, 0], named.baseline_clean, atol=1e-4, rtol=1e-4)
+    assert_close(named.values[0, 0], whole.values[0, 3], atol=1e-4, rtol=1e-4)
 
 
 # --- what cannot be ---------------------------------------------------------------------------------------
