@@ -19,11 +19,12 @@ from intervenable.sweep_axes import real_tokens
 from intervenable.sweep_pairs import Pair
 from intervenable.sweep_runs import Unpatched, run_unpatched
 from intervenable.sweep_values import Place, Reader, rows_of
+from intervenable.wave import TOLERANCES
 from intervenable.wave_caches import recording_cache
 from intervenable.wave_inputs import WaveInputs
-from intervenable.wave_learning import Trace
+from intervenable.wave_learning import Trace, knowledge_of
 from intervenable.wave_plan import leaves_tokens_out
-from intervenable.wave_readout import Reading, Readout, logits_of, reads_head
+from intervenable.wave_readout import Reading, Readout, furthest, largest, logits_of, reads_head
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +81,7 @@ def start(
     acting = any(plan is not None and plan.edits for plan in (pair.base, pair.other))
     if not acting:
         found = _together(pair, sites, from_other, blocks)
-        if found is not None:
+        if found is not None and _apart(pair, found):
             return found
     base = run_unpatched(pair.model, pair.base, sites, "run that is patched")
     kept = sites if from_other else {}
@@ -156,6 +157,28 @@ def _together(
             ),
         )
     return None
+
+
+def _apart(pair: Pair, found: Start) -> bool:
+    """Whether prompts that ran together gave what they give alone; found out once per model.
+
+    There are models in which examples of a batch see each other.
+    """
+    base, tracks = found.base, found.waves
+    if found.other is None or tracks is None:
+        return True
+    learnt = knowledge_of(pair.model, tracks.inputs)
+    with learnt.lock:
+        if learnt.apart is None:
+            length = base.shape[1]
+            positions = torch.arange(length) if base.positions is None else base.positions
+            narrow = base.positions is not None
+            readout = Readout(pair.model, Reading(positions, None, length), 0, narrow, whole=not narrow)
+            with hooked(readout.hooks, pair.model):
+                alone = readout.of(tracks.inputs.call(1))
+            off = furthest(alone, base.known) if alone.shape == base.known.shape else torch.inf
+            learnt.apart = off <= TOLERANCES.get(alone.dtype, 1e-5) * largest(alone)
+        return learnt.apart
 
 
 def _split(

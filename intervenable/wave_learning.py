@@ -89,6 +89,9 @@ class Learnt:
     narrow_head: bool | None = None
     """Whether the logits of single tokens can be had from rows of the output embedding."""
 
+    apart: bool | None = None
+    """Whether prompts that run together give what they give alone."""
+
     lock: Any = field(default_factory=RLock)
 
     def calls_of(self, how: Cache, batch: int) -> list[CallRows]:
