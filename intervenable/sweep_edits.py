@@ -14,7 +14,7 @@ from intervenable.sweep_grids import Grids
 from intervenable.sweep_pairs import Pair
 from intervenable.sweep_runs import Unpatched
 from intervenable.sweep_sources import Source
-from intervenable.sweep_values import Edits, Place, CellUnits, edits_at
+from intervenable.sweep_values import CellUnits, Edits, Place, edits_at
 
 
 def first_difference(pair: Pair, source: Source, align: Any) -> Tensor | None:

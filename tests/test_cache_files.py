@@ -122,7 +122,7 @@ def test_a_flipped_bit_in_a_tensor_is_found(tmp_path):
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
-    with pytest.raises(iv.StorageError, match="is damaged: what it holds is not what was written. Collect"):
+    with pytest.raises(iv.StorageError, match=r"is damaged: what it holds is not what was written. Collect"):
         iv.ActivationCache.load(tmp_path)
 
 
