@@ -332,6 +332,15 @@ class MixesRows(Wrapped):
         return self.block(hidden_states + 0.3 * hidden_states.mean(0, keepdim=True), *args, **kwargs)
 
 
+class MixesManyRows(Wrapped):
+    """The same in batches larger than those that a model is looked at with: each wave has to prove itself."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        if len(hidden_states) > 6:
+            hidden_states = hidden_states + 0.3 * hidden_states.mean(0, keepdim=True)
+        return self.block(hidden_states, *args, **kwargs)
+
+
 class Counts(Wrapped):
     """What it does depends on how many rows there are."""
 
@@ -391,7 +400,7 @@ def slow(model, clean, corrupted, path, layers=range(LAYERS)):
     return grid(cell, layers, range(LENGTH))
 
 
-@pytest.mark.parametrize("kind", [MixesRows, Counts, InPlace, ForgetsItsCache])
+@pytest.mark.parametrize("kind", [MixesRows, MixesManyRows, Counts, InPlace, ForgetsItsCache])
 @pytest.mark.parametrize("where", [0, 2])
 def test_blocks_that_spoil_a_shortcut_spoil_no_value(kind, where, leaving_out):
     model = tiny("llama")
