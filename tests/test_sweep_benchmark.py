@@ -260,6 +260,7 @@ def test_the_peak_of_memory_is_what_was_held_at_most():
     assert sweep_memory.peak() > after - 20_000_000  # the system counts in steps
 
 
+@pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own():
     found = sweep_memory.memory("tiny-llama", "5 tokens", RESIDUAL, sweep_memory.PLAIN)
     assert 50 < found.peak < 2000  # megabytes: torch and transformers, and not this process beside them
