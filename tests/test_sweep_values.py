@@ -87,7 +87,7 @@ def test_an_ablation_is_of_the_clean_run_unless_the_other_is_asked_for():
         near(result.baseline_corrupted, ByHand(model, "llama", corrupted, corrupted).plain())
 
 
-@pytest.mark.parametrize("shape", [(16,), (1, 16), (LENGTH, 1), (LENGTH, 16), (2, 1, 1), (2, LENGTH, 16), ()])
+@pytest.mark.parametrize("shape", [(16,), (LENGTH, 1), (2, LENGTH, 16), ()])
 def test_a_tensor_broadcasts_to_the_tokens(shape):
     model, clean = tiny("gpt2"), prompts(LENGTH, LENGTH)
     value = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -171,7 +171,7 @@ def test_padding_is_left_alone_by_constants():
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize(
     ("family", "component"),
-    [("llama", "block_input"), ("gpt2", "block_input"), ("llama", "head_attention_value_output")],
+    [("gpt2", "block_input"), ("llama", "head_attention_value_output")],
 )
 @pytest.mark.parametrize("given", ["reference", "other run", "own run"])
 def test_a_mean_is_over_the_real_tokens_of_the_reference(family, component, padding, given):
