@@ -91,6 +91,7 @@ class UnpatchedRun:
         """
         if not self._settled:
             return None
+        found = found or self._suspects()
         if found and not self._changes(self.positions, self._vocabulary, but=found, thorough=True):
             return set(found)
 
@@ -102,6 +103,23 @@ class UnpatchedRun:
             return None
         read = read or [0]
         return None if self._changes(self.positions, self._vocabulary, but=read, thorough=True) else set(read)
+
+    def _suspects(self) -> list[int]:
+        """Tokens on which gradients say that the values depend; none where they say nothing, or name many.
+
+        It may be too few of them: what only compares has no gradient.
+        """
+        found: set[int] = set()
+        for metric in self._metrics.values():
+            logits = self.canvas.tensor.detach().clone().requires_grad_()
+            gradient = None
+            with torch.enable_grad(), suppress(Exception):  # as in `_ask`: it may fail for what is unknown
+                value = metric(logits)
+                (gradient,) = torch.autograd.grad(value.sum(), logits, allow_unused=True)
+            if gradient is None:
+                return []
+            found.update((gradient != 0).flatten(0, 1).any(0).nonzero().flatten().tolist())
+        return sorted(found) if len(found) <= MOST_TOKENS else []
 
     def _positions_read(self, among: Sequence[int]) -> list[int]:
         """Those of some positions, beside which none is read, that are read; at least one."""
