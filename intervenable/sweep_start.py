@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,12 +89,32 @@ def start(
     other = None if pair.other is None else run_unpatched(pair.model, pair.other, kept, "other run")
     if acting:
         return Start(base, other, None)
+    return Start(base, other, _tracks(pair, sites, blocks))
+
+
+def _records(pair: Pair, blocks: Sequence[nn.Module]) -> tuple[bool, ...]:
+    """Whether to record keys and values, and whether to try without, in this order."""
+    counted = pair.base.base.decoder or pair.base.base
+    worth = takes(pair.model, "past_key_values") and leaves_tokens_out(blocks, counted.length)
+    return (True, False) if worth else (False,)
+
+
+def _tracks(pair: Pair, sites: Mapping[Place, BoundSite], blocks: Sequence[nn.Module]) -> Tracks:
+    """What waves need to know, from one more run of the prompt that is patched."""
     inputs = WaveInputs(pair.base.base, pair.model)
-    trace = Trace(blocks)
-    reader = Reader(sites, pair.base.base, lambda: trace.now)
-    with hooked([*trace.hooks, *reader.hooks], pair.model):
-        inputs.call(1)
-    return Start(base, other, Tracks(inputs, tuple(trace.order), reader.calls, None))
+
+    def run(cache: Any) -> Tracks:
+        trace = Trace(blocks)
+        reader = Reader(sites, pair.base.base, lambda: trace.now)
+        with hooked([*trace.hooks, *reader.hooks], pair.model):
+            output = inputs.call(1, cache=cache)
+        kept = None if cache is None else getattr(output, "past_key_values", None)
+        return Tracks(inputs, tuple(trace.order), reader.calls, kept)
+
+    if _records(pair, blocks)[0]:
+        with suppress(Exception):  # as in `_together`
+            return run(recording_cache(pair.model))
+    return run(None)
 
 
 def _together(
@@ -108,8 +129,7 @@ def _together(
     base = pair.base.base
     counted = base.decoder or base
     groups = 1 if other is None else 2
-    worth = takes(pair.model, "past_key_values") and leaves_tokens_out(blocks, counted.length)
-    for recording in (True, False) if worth else (False,):
+    for recording in _records(pair, blocks):
         trace = Trace(blocks)
         reader = Reader(sites, rows_of(base, groups), lambda trace=trace: trace.now)  # type: ignore[misc]
         guess = last_tokens(counted, counted.length)

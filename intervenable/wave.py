@@ -104,7 +104,7 @@ class Waves:
             cell: min(self.recorded.joins[id(one.site), one.passage] for one, _ in parts)
             for cell, parts in self._of_cell.items()
         }
-        self._prefixes: dict[int, Any] = {}
+        self._last_prefix: tuple[int, Any] = (0, None)
         self._reads_head = reads_head(self.model, [one.site for one in self.edits])
         self.tolerance = TOLERANCES.get(self.recorded.logits.dtype, 1e-5)
         batch, length = self.recorded.inputs.batch, self.reading.length
@@ -175,9 +175,8 @@ class Waves:
         for narrow in (True, False) if self.learnt.narrow_head is not False else (False,):
             try:
                 got, drift = self._learning_more(wave.cells, start, route, narrow)
-            except (
-                Exception
-            ) as error:  # a model's own code, given what it was not made for, may raise anything
+            # A model's own code, given what it was not made for, may raise anything.
+            except Exception as error:
                 self.learnt.why[route] = f"{type(error).__name__}: {error}"[:200]
                 continue
             if drift <= self.tolerance * self.recorded.scale:
@@ -221,14 +220,15 @@ class Waves:
         if cache is not None:
             rows.caches(cache, self.learnt.cache_rows_of(route.cache, self.recorded.inputs.batch))
         readout = Readout(self.model, self.reading, start, narrow, self._reads_head)
-        hooks = [
-            *rows.entering(self.blocks),
-            *self._writing(cells, group, start, rows),
-            *rows.leaving(self.blocks),
-        ]
+        met: Counter[int] = Counter()
+        writing = self._writing(cells, group, start, rows, met)
+        hooks = [*rows.entering(self.blocks), *writing, *rows.leaving(self.blocks)]
         groups = total if whole or route.growth == "pad" else at_start
         with hooked([*hooks, *readout.hooks], self.model):
             output = self.recorded.inputs.call(groups, start, cache=cache, keep=readout.keep)
+        wanted = {(id(one.site), one.passage) for cell in cells for one, _ in self._of_cell[cell]}
+        if any(met[site] <= passage for site, passage in wanted):
+            raise NoShortcutError("a place that is patched was not reached")
         logits = readout.of(output)
         batch = self.recorded.logits.shape[0]
         if logits.shape[0] != total * batch:
@@ -269,20 +269,25 @@ class Waves:
         return cache
 
     def _prefix(self, stop: int) -> Any:
-        """The cache of a run of the first tokens; a token at a time, each run going on from the one before."""
-        if stop not in self._prefixes:
-            inputs = self.recorded.inputs
-            if stop == 1:
-                self._prefixes[1] = prefix_cache(inputs, 1, "prefix")
-            else:
-                output = inputs.call(1, stop - 1, stop, copied(self._prefix(stop - 1)), keep=1)
-                self._prefixes[stop] = output.past_key_values
-        return self._prefixes[stop]
+        """The cache of a run of the first tokens, a token at a time; it goes on from the last one that was needed."""
+        length, cache = self._last_prefix
+        if not 0 < length <= stop:
+            length, cache = 1, prefix_cache(self.recorded.inputs, 1, "prefix")
+        while length < stop:
+            output = self.recorded.inputs.call(1, length, length + 1, copied(cache), keep=1)
+            length, cache = length + 1, output.past_key_values
+        self._last_prefix = length, cache
+        return cache
 
     def _writing(
-        self, cells: Sequence[Cell], group: Mapping[Cell, int], start: int, rows: Growth
+        self,
+        cells: Sequence[Cell],
+        group: Mapping[Cell, int],
+        start: int,
+        rows: Growth,
+        met: Counter[int],
     ) -> list[Hook]:
-        """Hooks that put the values of cells into their rows."""
+        """Hooks that put the values of cells into their rows, and count the passages of each place."""
         picked: dict[int, tuple[list[int], list[int]]] = {}
         by_site: dict[int, dict[int, list[Edits]]] = {}
         sites: dict[int, BoundSite] = {}
@@ -298,13 +303,10 @@ class Waves:
         added, gathering = gather_added(tuple(sites.values()), base)
 
         def writing(key: int, site: BoundSite) -> Callable[[Passage], None]:
-            count = 0
-
             def act(passage: Passage) -> None:
-                nonlocal count
-                here = by_site[key].get(count, ())
-                groups = rows.present(self.recorded.joins[key, count]) if here else 1
-                count += 1
+                here = by_site[key].get(met[key], ())
+                groups = rows.present(self.recorded.joins[key, met[key]]) if here else 1
+                met[key] += 1
                 shift = _shift(site, passage, self.reading.length, start)
                 parts: list[tuple[UnitRows, Tensor]] = []
                 for one in here:
