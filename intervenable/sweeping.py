@@ -115,8 +115,8 @@ def sweep(
         >>> clean = tokenizer("The capital of Spain is", return_tensors="pt")
         >>> corrupted = tokenizer("The capital of Italy is", return_tensors="pt")
         >>> result = sweep(model, clean, corrupted, metric=metrics.logit_difference(tokenizer, " Madrid", " Rome"))
-        >>> result.values.shape, round(float(result.values[0, 3] - result.baseline_clean), 3)
-        (torch.Size([6, 5]), 0.0)
+        >>> result.values.shape, bool((result.values[0, 3] - result.baseline_clean).abs() < 1e-4)
+        (torch.Size([6, 5]), True)
     """
     asked, components = read_axes(axes), read_components(component)
     given: dict[Axis, Any] = {"layer": layers, "pos": positions, "head": heads, "query": queries, "key": keys}
