@@ -61,7 +61,12 @@ def worker():
 
 def faults(found):
     """What was not right, or was compared in cells that a wrong value could not be told from."""
-    return [one for one in found if one.verdict != "right" or one.moved < 10 * TOLERANCE]
+    return [one for one in found if one.verdict != "right" or not _tells(one)]
+
+
+def _tells(one):
+    """Whether a patch moves more than what is let pass, or a thousand times what the sweep is off by."""
+    return one.moved >= 10 * TOLERANCE or 0 <= 1000 * one.error <= one.moved > 0
 
 
 # --- what the comparison stands on ------------------------------------------------------------------------
