@@ -92,11 +92,10 @@ def start(
     return Start(base, other, _tracks(pair, sites, blocks))
 
 
-def _records(pair: Pair, blocks: Sequence[nn.Module]) -> tuple[bool, ...]:
-    """Whether to record keys and values, and whether to try without, in this order."""
+def _records(pair: Pair, blocks: Sequence[nn.Module]) -> bool:
+    """Whether it is worth the trouble to record keys and values."""
     counted = pair.base.base.decoder or pair.base.base
-    worth = takes(pair.model, "past_key_values") and leaves_tokens_out(blocks, counted.length)
-    return (True, False) if worth else (False,)
+    return takes(pair.model, "past_key_values") and leaves_tokens_out(blocks, counted.length)
 
 
 def _tracks(pair: Pair, sites: Mapping[Place, BoundSite], blocks: Sequence[nn.Module]) -> Tracks:
@@ -111,7 +110,7 @@ def _tracks(pair: Pair, sites: Mapping[Place, BoundSite], blocks: Sequence[nn.Mo
         kept = None if cache is None else getattr(output, "past_key_values", None)
         return Tracks(inputs, tuple(trace.order), reader.calls, kept)
 
-    if _records(pair, blocks)[0]:
+    if _records(pair, blocks):
         with suppress(Exception):  # as in `_together`
             return run(recording_cache(pair.model))
     return run(None)
@@ -129,7 +128,7 @@ def _together(
     base = pair.base.base
     counted = base.decoder or base
     groups = 1 if other is None else 2
-    for recording in _records(pair, blocks):
+    for recording in (True, False) if _records(pair, blocks) else (False,):
         trace = Trace(blocks)
         reader = Reader(sites, rows_of(base, groups), lambda trace=trace: trace.now)  # type: ignore[misc]
         guess = last_tokens(counted, counted.length)
