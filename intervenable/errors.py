@@ -7,7 +7,8 @@
     │   └── ModelMismatchError                declared for another model, or another size of it
     ├── UnsupportedModelError (LookupError)   no map, or no such component in this architecture
     ├── InputError (ValueError)               the base or a source is not what the model takes
-    │   └── SourceError                       wrong number, batch size or shape of sources
+    │   ├── SourceError                       wrong number, batch size or shape of sources
+    │   └── DatasetError                      a data set without a column that is needed, or with a wrong value
     ├── LocationError (ValueError)            unit locations that say nothing sensible
     │   └── LocationRangeError (IndexError)   a position or head that does not exist
     ├── SubspaceError (ValueError)            subspaces that say nothing sensible
@@ -17,6 +18,7 @@
     │   └── MissingActivationError (KeyError) an activation that was not collected
     ├── StorageError (ValueError)             a file that is damaged, none of ours, or cannot be written
     ├── NotFiredError (RuntimeError)          an intervention ran another number of times than planned
+    ├── TrainingError (RuntimeError)          a loss or a gradient that is no number
     ├── NotAvailableError (NotImplementedError)   known, and not there yet
     └── MissingExtraError (ImportError)   a feature needs a package that is not installed
 
@@ -69,6 +71,10 @@ class SourceError(InputError):
     """Sources of a wrong number, batch size or shape."""
 
 
+class DatasetError(InputError):
+    """A data set without a column that is needed, or with a value that cannot be used; the message names the row."""
+
+
 class LocationError(IntervenableError, ValueError):
     """Unit locations that cannot be read or do not fit."""
 
@@ -105,6 +111,10 @@ class StorageError(IntervenableError, ValueError):
 
 class NotFiredError(IntervenableError, RuntimeError):
     """An intervention ran another number of times than its plan says."""
+
+
+class TrainingError(IntervenableError, RuntimeError):
+    """A training that cannot go on: its loss or its gradients are no numbers."""
 
 
 class MetricError(IntervenableError, ValueError):
