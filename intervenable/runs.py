@@ -19,7 +19,7 @@ from intervenable.plan import Capture, Edit, Plan, error_of
 from intervenable.signatures import takes
 from intervenable.sites import BoundSite, hook_at
 from intervenable.unit_index import UnitIndex, broadcasts
-from intervenable.units import Units
+from intervenable.units import Units, Whole
 from interventions import InterventionError
 
 
@@ -148,10 +148,12 @@ def run_base(
     sources: Mapping[int, Tensor],
     options: Mapping[str, Any],
     observers: Observers | None = None,
+    cache: Any = None,
 ) -> BaseRun:
     """Run the base with all edits of the plan, in declared order where several meet.
 
-    Where observers end the run early there is no output, and edits further on are not applied.
+    A `cache` of keys and values is given to the model as it is, where one among the options is copied. Where
+    observers end the run early there is no output, and edits further on are not applied.
 
     Raises:
         NotFiredError: an edit was not applied exactly once.
@@ -178,7 +180,7 @@ def run_base(
             new = site.protected(old, new)
             norms = partial(_norm_of_change, old.detach(), new.detach(), index.real)
             # Located units are few, and most receipts are never read; whole activations are not kept for them.
-            record.norms = norms if isinstance(edit.units, Units) else partial(_same_tensor, norms())
+            record.norms = partial(_same_tensor, norms()) if isinstance(edit.units, Whole) else norms
             before = passage.take(site.side, site.slot)
             site.write(passage, index, inputs, old, new)
             if edit.bound.config.renormalize != "none":
@@ -197,7 +199,8 @@ def run_base(
     everything = [*look.before, *hooks, *look.after, *gathering, *look.gathering, *stop.hooks]
     output = None
     with stop, hooked(everything, model, recomputed=True) as recomputation:
-        output = model(*inputs.args, **kwargs, **with_own_caches(options))
+        given = {} if cache is None else {"past_key_values": cache}
+        output = model(*inputs.args, **kwargs, **with_own_caches(options), **given)
         output = recomputation.until_freed(output)
         for record in fired:
             record.collected = recomputation.until_freed(record.collected)

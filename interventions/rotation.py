@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ class OrthogonalWeight(nn.Module):
         check_count("low_rank_dimension", columns, rows, f" (embed_dim={rows})")
         self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(rows, columns)))
         self._last: tuple[Tensor, Tensor] | None = None
+        self._held: dict[torch.dtype, tuple[Tensor, Tensor]] | None = None
 
     def forward(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the orthonormal columns, in `dtype` (float32 or float64).
@@ -50,7 +52,12 @@ class OrthogonalWeight(nn.Module):
             result: `(rows, columns)`.
         """
         if torch.is_grad_enabled() and self.weight.requires_grad:
-            return _orthonormal(self.weight.to(dtype))
+            if self._held is None:
+                return _orthonormal(self.weight.to(dtype))
+            if dtype not in self._held:
+                columns = _orthonormal(self.weight.to(dtype))
+                self._held[dtype] = columns, columns.detach().requires_grad_()
+            return self._held[dtype][1]
         # Without gradients the same columns serve until the weight changes. Comparing costs a hundredth of
         # the decomposition and, unlike version counters, also notices changes made through `.data`.
         last = self._last
@@ -64,6 +71,39 @@ class OrthogonalWeight(nn.Module):
     def retract(self) -> None:
         """Put the orthonormal columns in the weight's place, which changes no result beyond rounding."""
         self.weight.copy_(_orthonormal(self.weight.to(working_dtype(self.weight))))
+
+
+@contextmanager
+def held_bases(module: nn.Module) -> Iterator[None]:
+    """Run the block with each orthonormal basis of a module made once, however often it is used and differentiated.
+
+    A basis gathers the gradients of every `backward` in the block, and hands their sum on to its weight when the
+    block ends: one decomposition and one derivative of it for each step, whether the basis is shared by several
+    places or a step is made of several batches. The weight is not to be changed inside the block.
+
+    Example:
+        >>> columns = OrthogonalWeight(4, 2)
+        >>> with held_bases(columns):
+        ...     for _ in range(2):
+        ...         columns()[0, 0].backward()
+        ...     columns.weight.grad is None
+        True
+        >>> columns.weight.grad.shape
+        torch.Size([4, 2])
+    """
+    held = [part for part in module.modules() if isinstance(part, OrthogonalWeight) and part._held is None]
+    for part in held:
+        part._held = {}
+    kept: list[tuple[Tensor, Tensor]] = []
+    try:
+        yield
+        kept = [pair for part in held for pair in (part._held or {}).values()]
+    finally:
+        for part in held:
+            part._held = None
+    used = [(columns, leaf.grad) for columns, leaf in kept if leaf.grad is not None]
+    if used:
+        torch.autograd.backward([columns for columns, _ in used], [gradient for _, gradient in used])
 
 
 @without_autocast
