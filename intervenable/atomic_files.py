@@ -57,6 +57,37 @@ def replacing(target: Path) -> Iterator[Path]:
         ) from error
 
 
+@contextmanager
+def replacing_folder(target: Path) -> Iterator[Path]:
+    """Give a new folder to fill, which gets the name `target`, that must be free, when the block ends.
+
+    It and all files in it are on the disk by then. If the block fails, nothing is left.
+
+    Raises:
+        StorageError: it could not be written, or the name is not free.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        workshop = Path(mkdtemp(prefix=UNFINISHED, dir=target.parent))
+        try:
+            part = workshop / target.name
+            part.mkdir()
+            yield part
+            for path in part.rglob("*"):
+                (_flush_names if path.is_dir() else _flush)(path)
+            _flush_names(part)
+            os.rename(part, target)
+            _flush_names(target.parent)
+        finally:
+            shutil.rmtree(workshop, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"{target} could not be written: {_reason(error)}. What was there before is as it was."
+        ) from error
+
+
 def remove_unfinished(folder: Path) -> None:
     """Remove what killed processes have left in a folder; nobody may be writing there."""
     for left in folder.glob(f"{UNFINISHED}*"):

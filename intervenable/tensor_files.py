@@ -94,7 +94,7 @@ def read_tensors(target: Path, kind: FileKind) -> tuple[dict[str, Tensor], Any]:
         return tensors, header["content"]
     except StorageError:
         raise
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise StorageError(
             f"{target} cannot be read as {kind.noun}: it is damaged, or another kind of file ({error})."
             f" {kind.remedy}"
