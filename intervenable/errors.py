@@ -17,6 +17,7 @@
     ├── CacheError (ValueError)               activations that cannot be joined, averaged or cut as asked
     │   └── MissingActivationError (KeyError) an activation that was not collected
     ├── StorageError (ValueError)             a file that is damaged, none of ours, or cannot be written
+    │   └── MissingFileError (FileNotFoundError)   a file or a folder that is not there
     ├── NotFiredError (RuntimeError)          an intervention ran another number of times than planned
     ├── TrainingError (RuntimeError)          a loss or a gradient that is no number
     ├── NotAvailableError (NotImplementedError)   known, and not there yet
@@ -107,6 +108,10 @@ class MissingActivationError(CacheError, KeyError):
 
 class StorageError(IntervenableError, ValueError):
     """A file that is damaged, was not written by this library, or cannot be written."""
+
+
+class MissingFileError(StorageError, FileNotFoundError):
+    """A file or a folder that is not there."""
 
 
 class NotFiredError(IntervenableError, RuntimeError):
