@@ -23,6 +23,37 @@ class Interval(NamedTuple):
     high: float
 
 
+class Estimate(NamedTuple):
+    """A mean, and where it lies with some confidence.
+
+    Example:
+        >>> print(Estimate(0.931, 0.876, 0.968))
+        0.93 [0.88, 0.97]
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        value, low, high = (_rounded(number) for number in self)
+        return f"{value} [{low}, {high}]"
+
+    @classmethod
+    def of(cls, per_example: Tensor, confidence: float = 0.95, seed: int = 0) -> Estimate:
+        """The mean over `(examples,)` or `(seeds, examples)` with its `bootstrap_interval`."""
+        mean = per_example.double().mean().item()
+        return cls(mean, *bootstrap_interval(per_example, confidence, seed))
+
+    @classmethod
+    def of_difference(
+        cls, first: Tensor, second: Tensor, confidence: float = 0.95, seed: int = 0
+    ) -> Estimate:
+        """The mean of `first - second` with its `bootstrap_difference`."""
+        mean = first.double().mean().item() - second.double().mean().item()
+        return cls(mean, *bootstrap_difference(first, second, confidence, seed))
+
+
 def bootstrap_interval(
     per_example: Tensor, confidence: float = 0.95, seed: int = 0, samples: int = SAMPLES
 ) -> Interval:
@@ -104,6 +135,11 @@ def bootstrap_difference(
         score = _paired_score_interval(one, other, confidence)
         low, high = min(low, score.low), max(high, score.high)
     return Interval(low, high)
+
+
+def _rounded(number: float) -> str:
+    text = f"{number:.2f}"
+    return text if text.strip("-0.") else text.lstrip("-")
 
 
 def wilson_interval(share: float, count: int, confidence: float = 0.95) -> Interval:
