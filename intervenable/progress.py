@@ -49,9 +49,14 @@ class Progress:
         elif show is None and sys.stderr is not None and sys.stderr.isatty():
             self._bar = _bar(total, label, unit, delay=PATIENCE)
 
-    def advance(self, count: int = 1, *, computed: bool = True) -> None:
-        """So much more is done; not `computed` is what was done before and tells nothing about the rate."""
+    def advance(self, count: int = 1, *, computed: bool = True, note: str = "") -> None:
+        """So much more is done; not `computed` is what was done before and tells nothing about the rate.
+
+        A bar has the note behind it: how good what was done is.
+        """
         self.done += count
+        if self._bar is not None and note:
+            self._bar.set_postfix_str(note, refresh=False)
         if self._bar is not None and computed:
             self._bar.update(count)
         elif self._bar is not None:

@@ -18,9 +18,7 @@ def picked_inputs(inputs: RunInputs, rows: Sequence[int]) -> RunInputs:
     index = torch.tensor(rows)
 
     def of(item: Any) -> Any:
-        return (
-            item.index_select(_row_axis(inputs), index.to(item.device)) if _by_row(item, inputs) else item
-        )
+        return item.index_select(_row_axis(inputs), index.to(item.device)) if _by_row(item, inputs) else item
 
     mask, ids = inputs.attention_mask, inputs.input_ids
     return replace(

@@ -91,20 +91,23 @@ def hidden_of(output: Any) -> Tensor:
     """The hidden states that a block gives.
 
     Raises:
-        NoShortcutError: it gives other tensors as well.
+        NoShortcutError: it gives something else.
     """
-    if isinstance(output, Tensor):
-        return output
-    if not isinstance(output, (tuple, list)) or not output or not isinstance(output[0], Tensor):
+    hidden = output[0] if isinstance(output, (tuple, list)) and output else output
+    if not isinstance(hidden, Tensor):
         raise NoShortcutError(f"a block gives a {type(output).__name__}")
-    if any(item is not None for item in output[1:]):
-        raise NoShortcutError("a block gives more than hidden states")
-    return output[0]
+    return hidden
 
 
 def like_output(output: Any, hidden: Tensor) -> Any:
-    """What a block gives, with other hidden states in it."""
-    return hidden if isinstance(output, Tensor) else type(output)([hidden, *output[1:]])
+    """What a block gives, with other hidden states in it and without any other tensor.
+
+    Attention weights are such; a model that goes on with another one fails, or gives other numbers, when it is
+    compared with the plain path.
+    """
+    if isinstance(output, Tensor):
+        return hidden
+    return type(output)([hidden, *(None if isinstance(item, Tensor) else item for item in output[1:])])
 
 
 def _of_one(cache: Any) -> Any:
@@ -154,6 +157,7 @@ class BaseRecords:
         Raises:
             NoShortcutError: the model has no such things.
         """
+        self._length = inputs.length
         found: dict[str, Tensor] = {}
         stop_at = self.trunk.end if self.cached else self.trunk.last
         stop = EarlyStop(self.model, [self.trunk.paths[stop_at]] if stop_at is not None else ())
@@ -202,7 +206,8 @@ class BaseRecords:
                 state = getattr(layer, name, None)
                 if not isinstance(state, Tensor) or state.dim() != 4 or state.shape[0] != len(prompts):
                     raise NoShortcutError("a layer of the cache is no attention's")
-                self._length = state.shape[2]
+                if state.shape[2] != self._length:
+                    raise NoShortcutError("a layer of the cache has other tokens than the prompt")
                 kept = state[:, :, : self.cached]
                 if (number, name) not in self._states:
                     self._states[number, name] = RowStore(self._prompts, kept, self._budget)

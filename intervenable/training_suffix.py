@@ -237,7 +237,9 @@ class SuffixEngine:
             output = run_base(
                 self.model.model, plan, captured, options, Observers(before=hooks), cache
             ).output
-        return self._read.taken(logits_in(output, self.model.model), positions - start, labels, self._head is None)
+        return self._read.taken(
+            logits_in(output, self.model.model), positions - start, labels, self._head is None
+        )
 
     def _edit(self, edit: Edit, at: EditRows, index: Tensor, start: int) -> Edit:
         batch = self._base.batch
@@ -253,9 +255,7 @@ class SuffixEngine:
         picked = picked_inputs(self._base, index.tolist())
         kwargs = dict(picked.kwargs)
         if self.way.tokens:
-            kwargs = {
-                name: _cut(name, item, self._base.length, start, stop) for name, item in kwargs.items()
-            }
+            kwargs = {name: _cut(name, item, self._base.length, start, stop) for name, item in kwargs.items()}
         # Position ids are there where padding calls for them.
         picked = replace(picked, kwargs=kwargs, length=stop - start, attention_mask=None, input_ids=None)
         cache = None

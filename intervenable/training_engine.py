@@ -1,0 +1,148 @@
+"""What gives the logits of some examples: an engine. The plain one calls the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from intervenable.errors import UnsupportedModelError
+from intervenable.model import IntervenableModel
+from intervenable.signatures import takes
+from intervenable.training_data import IGNORED, Examples, Inputs, check_labels
+
+
+@dataclass(frozen=True)
+class Read:
+    """The logits of some examples where their labels are asked for.
+
+    `[b, V]` with labels `[b]`, or `[b, P, V]` with labels `[b, P]`: `logits[i, p]` predicts `labels[i, p]`, which is
+    -100 where nothing is asked.
+    """
+
+    logits: Tensor
+    labels: Tensor
+
+
+class Engine(Protocol):
+    """Gives the logits of examples of one data set, with all interventions applied."""
+
+    notes: tuple[str, ...]
+    """Sentences that say which shortcuts are taken."""
+
+    def step(self, rows: Sequence[int]) -> Read:
+        """The logits and labels of these rows, with a graph if gradients are on."""
+        ...
+
+
+class PlainEngine:
+    """Calls the model as it is.
+
+    Example:
+        >>> import intervenable as iv
+        >>> from intervenable.training_data import read_examples
+        >>> mlp = iv.MLPClassifier(width=2, layers=1, classes=3)
+        >>> model = iv.IntervenableModel([iv.RepresentationConfig(0, "block_output")], mlp)
+        >>> rows = {"input_ids": torch.zeros(4, 2), "source_input_ids": torch.ones(4, 2), "labels": [0, 1, 2, 0]}
+        >>> PlainEngine(model, read_examples(rows, model)).step([2, 3]).logits.shape
+        torch.Size([2, 3])
+    """
+
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, model: IntervenableModel, examples: Examples) -> None:
+        self.model = model
+        self.examples = examples
+        self._checked = False
+
+    def step(self, rows: Sequence[int]) -> Read:
+        """The logits and labels of these rows."""
+        wrapped = self.model.model
+        batch = self.examples.batch(rows).to(device_of(self.model))
+        options: dict[str, Any] = {"use_cache": False} if takes(wrapped, "use_cache") else {}
+        output = self.model(
+            batch.base, batch.sources, batch.unit_locations, subspaces=batch.subspaces, **options
+        ).intervened
+        logits = logits_in(output, wrapped)
+        if not self._checked:
+            check_labels(self.examples, logits.shape[-1])
+            self._checked = True
+        return read_at(logits, batch.labels, batch.base, wrapped)
+
+
+def make_engine(
+    model: IntervenableModel, examples: Examples, *, fast: bool = True, memory: int | None = None
+) -> Engine:
+    """The engine for a model and its examples.
+
+    Where the wrapped model trains too (its parameters require gradients), nothing about it is a constant.
+
+    Args:
+        fast: Whether to take shortcuts.
+        memory: Bytes that what is kept between steps may take; None to leave it to the engine.
+    """
+    return PlainEngine(model, examples)
+
+
+def device_of(model: IntervenableModel) -> torch.device:
+    """Where a model wants its inputs."""
+    owners = (model.model.parameters(), model.model.buffers(), model.parameters())
+    return next((tensor.device for tensors in owners for tensor in tensors), torch.device("cpu"))
+
+
+def logits_in(output: Any, model: nn.Module) -> Tensor:
+    """`[b, V]` or `[b, s, V]` a model's logits, or what it gives first if it has none.
+
+    Raises:
+        UnsupportedModelError: there is no such tensor.
+    """
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if logits is None and isinstance(output, (Mapping, tuple, list)):
+        items = output.values() if isinstance(output, Mapping) else output
+        logits = next((item for item in items if isinstance(item, Tensor)), None)
+    if not isinstance(logits, Tensor) or logits.dim() not in (2, 3):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} gives no logits [batch, classes] or [batch, positions, vocabulary] to train on."
+        )
+    return logits
+
+
+def read_at(logits: Tensor, labels: Tensor, base: Inputs, model: nn.Module) -> Read:
+    """The logits where the labels are asked for: at the last real token, or before each token that has one.
+
+    Shape:
+        logits: `(b, V)` or `(b, s, V)`; labels: `(b,)` or `(b, s)`.
+    """
+    if labels.dim() == 1:
+        if logits.dim() == 2:
+            return Read(logits, labels)
+        return Read(
+            logits[torch.arange(len(labels), device=logits.device), last_positions(logits, base)], labels
+        )
+    labels = labels.to(logits.device)
+    if logits.dim() == 2:
+        logits = logits[:, None]
+    if predicts_next(model):
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    asked = (labels != IGNORED).any(0).nonzero().reshape(-1)
+    return Read(logits[:, asked], labels[:, asked])
+
+
+def last_positions(logits: Tensor, base: Inputs) -> Tensor:
+    """`[b]` the last real position of each example."""
+    batch, length = logits.shape[:2]
+    mask = base.get("decoder_attention_mask", base.get("attention_mask"))
+    if mask is None or mask.shape != (batch, length):
+        return torch.full((batch,), length - 1, device=logits.device)
+    positions = torch.arange(length, device=mask.device)
+    return torch.where(mask.bool(), positions, 0).amax(1).to(logits.device)
+
+
+def predicts_next(model: nn.Module) -> bool:
+    """Whether the logits at a token are about the one after it: so in causal language models."""
+    config = getattr(model, "config", None)
+    generates = getattr(model, "can_generate", None)
+    return bool(callable(generates) and generates() and not getattr(config, "is_encoder_decoder", False))
