@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self, TextIO
 
 import torch
 from torch import Tensor, nn
 
+from intervenable import saving, saving_hub
 from intervenable.binding import bind
 from intervenable.config import config_from
 from intervenable.errors import ConfigError, IntervenableWarning
@@ -20,6 +23,7 @@ from intervenable.output import IntervenableOutput
 from intervenable.plan import Plan, make_plan
 from intervenable.receipt import Explanation, Receipt
 from intervenable.runs import Fired, plain_run, run_base, run_source
+from intervenable.saving_types import Registry
 from intervenable.token_text import Decodes
 from intervenable.units import Units
 from interventions import Intervention
@@ -176,6 +180,133 @@ class IntervenableModel(nn.Module):
         explanation = Explanation(plan, self.tokenizer)
         (file or sys.stdout).write(f"{explanation}\n")
         return explanation
+
+    def save_pretrained(
+        self, folder: str | Path, *, include_model: bool = False, registry: Registry | None = None
+    ) -> Path:
+        """Write the configuration and everything that the interventions hold to a folder, for `from_pretrained`.
+
+        `config.json` says what was declared and for what model; a safetensors file has the tensors. Both are replaced
+        together: whoever reads, also after a kill, finds what was there before or what is there now. The state of
+        optimisers and of generators of noise is not kept.
+
+        Args:
+            folder: Where. What an earlier call has written there is replaced; anything else is refused.
+            include_model: Save the wrapped model too, in a folder within, as after training it.
+            registry: Names for intervention classes that are not registered; the same go to `from_pretrained`.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ConfigError: something has no form in a file, such as a class or a function without a name; nothing was
+                written.
+            StorageError: it could not be written. What was there is as it was.
+
+        Example:
+            >>> import tempfile
+            >>> from intervenable import LowRankRotatedSpaceIntervention, MLPClassifier, RepresentationConfig
+            >>> mlp = MLPClassifier(width=4, layers=2, classes=3)
+            >>> entry = RepresentationConfig(0, intervention=LowRankRotatedSpaceIntervention(4, 2))
+            >>> das = IntervenableModel(entry, mlp)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     _ = das.save_pretrained(folder)
+            ...     again = IntervenableModel.from_pretrained(folder, model=mlp)
+            >>> swap = torch.ones(1, 4), torch.zeros(1, 4), {"sources->base": 0}
+            >>> torch.equal(das(*swap).intervened, again(*swap).intervened)
+            True
+        """
+        return saving.save(
+            folder, self.config, self._bound, self.model, include_model=include_model, registry=registry
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        model: nn.Module | None = None,
+        *,
+        tokenizer: Decodes | None = None,
+        registry: Registry | None = None,
+        check_model: saving.CheckModel = True,
+        revision: str | None = None,
+        api: Any = None,
+    ) -> Self:
+        """Make a model of what `save_pretrained` or `push_to_hub` has written, in evaluation mode.
+
+        Files are data here: nothing is unpickled, and no class is imported because a file names it.
+
+        Args:
+            folder: A folder; or `owner/name`, a repository of the Hub, where there is no folder `owner` here.
+            model: The model that the interventions are for; None for one that was saved with them.
+            tokenizer: As for the constructor.
+            registry: Classes by their names in the file, before those of `register_intervention`.
+            check_model: Whether the model must be the one that the interventions were saved with: True for its class,
+                its sizes and its weights (as far as a few values of each tell), `"sizes"` for all but the weights.
+            revision: Branch, tag or commit of the repository.
+            api: What to ask instead of a new `huggingface_hub.HfApi`.
+
+        Raises:
+            MissingFileError: there is no such folder, or not what it should hold.
+            StorageError: the files are damaged, of another kind, or those of a later version.
+            UnknownNameError: a class or a function that is not known here.
+            ModelMismatchError: the model is another one; the message says what differs.
+        """
+        found = saving_hub.fetched(folder, revision, api)
+        return cls._of(saving.load(found, model, registry=registry, check_model=check_model), tokenizer)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        include_model: bool = False,
+        registry: Registry | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Save interventions",
+        card: str | None = None,
+        api: Any = None,
+    ) -> str:
+        """Put what `save_pretrained` writes into a repository of the Hub, in one commit.
+
+        Args:
+            repo_id: `owner/name`; made if it is not there.
+            include_model, registry: As for `save_pretrained`.
+            private: Whether a new repository is private; None for what its owner has set.
+            revision: The branch.
+            commit_message: Of the commit.
+            card: Text of the README; None for one that says how to load what is there, where there is none yet.
+            api: What to ask instead of a new `huggingface_hub.HfApi`, for instance one with a token of its own.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ConfigError: something has no form in a file; nothing was sent.
+            StorageError: the Hub did not take it.
+        """
+        return saving_hub.push(
+            lambda folder: self.save_pretrained(folder, include_model=include_model, registry=registry),
+            repo_id,
+            card or saving_hub.card_for(repo_id, self._bound, self.model, includes_model=include_model),
+            private=private,
+            revision=revision,
+            commit_message=commit_message,
+            replace_card=card is not None,
+            api=api,
+        )
+
+    @classmethod
+    def _of(cls, loaded: saving.Loaded, tokenizer: Decodes | None) -> Self:
+        made = cls(loaded.made, loaded.model, tokenizer)
+        for entry in made._bound:
+            device = next((weight.device for weight in entry.site.module.parameters()), None)
+            if device is not None and device.type != "meta":
+                entry.intervention.to(device)
+        made.config = loaded.declared
+        declared = loaded.declared.representations
+        made._bound = tuple(replace(entry, config=declared[entry.index]) for entry in made._bound)
+        return made.eval()
 
     def set_temperature(self, value: float | Tensor) -> None:
         """Set the temperature of every intervention that has one, as a schedule does while training.

@@ -68,6 +68,15 @@ def intervention_named(name: str) -> type[Intervention]:
     return _classes[name]
 
 
+def names() -> tuple[str, ...]:
+    """Return the names of all registered classes.
+
+    >>> "ZeroIntervention" in names()
+    True
+    """
+    return tuple(_classes)
+
+
 def name_of(cls: type[Intervention]) -> str:
     """Return the name under which a class is registered.
 
