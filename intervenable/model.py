@@ -13,7 +13,7 @@ from typing import Any, Self, TextIO
 import torch
 from torch import Tensor, nn
 
-from intervenable import saving, saving_hub
+from intervenable import saving, saving_hub, saving_pyvene
 from intervenable.binding import bind
 from intervenable.config import config_from
 from intervenable.errors import ConfigError, IntervenableWarning
@@ -254,6 +254,29 @@ class IntervenableModel(nn.Module):
         """
         found = saving_hub.fetched(folder, revision, api)
         return cls._of(saving.load(found, model, registry=registry, check_model=check_model), tokenizer)
+
+    @classmethod
+    def from_pyvene(cls, folder: str | Path, model: nn.Module, *, tokenizer: Decodes | None = None) -> Self:
+        """Make a model of what pyvene 0.1 has saved (`IntervenableModel.save`), in evaluation mode.
+
+        Its pickles are read by torch's reader for tensors alone, and its classes come from a fixed table. Where
+        pyvene computes something else than this library (`docs/migration-from-pyvene.md`), the result is ours.
+
+        Args:
+            folder: With a `config.json` and, for what was trained, `intkey_*.bin`.
+            model: The model that the interventions are for.
+            tokenizer: As for the constructor.
+
+        Raises:
+            MissingFileError: a file or the folder is not there.
+            StorageError: it is damaged, of another kind, or speaks of something that has no counterpart.
+            ModelMismatchError: it is for a model of another size.
+        """
+        config, entries = saving_pyvene.read_pyvene(folder)
+        with torch.random.fork_rng(devices=[]):
+            made = cls(config, model, tokenizer)
+        saving_pyvene.fill(entries, [entry.intervention for entry in made._bound])
+        return made.eval()
 
     def push_to_hub(
         self,
