@@ -160,8 +160,8 @@ class MethodComparison:
             for values in (method.per_example, *(each.per_example for each in method.controls.values())):
                 if values.dim() != 2 or values.shape[1] != examples:
                     raise ConfigError(
-                        f"{method.name!r} has values of shape {tuple(values.shape)}. Give [seeds, {examples}]: one for"
-                        " each example that the baseline has."
+                        f"{method.name!r} has values of shape {tuple(values.shape)}. Give [seeds, {examples}]: one"
+                        " for each example that the baseline has."
                     )
 
     # -- looking
