@@ -30,8 +30,10 @@ class Read:
 class Engine(Protocol):
     """Gives the logits of examples of one data set, with all interventions applied."""
 
-    notes: tuple[str, ...]
-    """Sentences that say which shortcuts are taken."""
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences that say which shortcuts are taken."""
+        ...
 
     def step(self, rows: Sequence[int]) -> Read:
         """The logits and labels of these rows, with a graph if gradients are on."""
@@ -71,20 +73,6 @@ class PlainEngine:
             check_labels(self.examples, logits.shape[-1])
             self._checked = True
         return read_at(logits, batch.labels, batch.base, wrapped)
-
-
-def make_engine(
-    model: IntervenableModel, examples: Examples, *, fast: bool = True, memory: int | None = None
-) -> Engine:
-    """The engine for a model and its examples.
-
-    Where the wrapped model trains too (its parameters require gradients), nothing about it is a constant.
-
-    Args:
-        fast: Whether to take shortcuts.
-        memory: Bytes that what is kept between steps may take; None to leave it to the engine.
-    """
-    return PlainEngine(model, examples)
 
 
 def device_of(model: IntervenableModel) -> torch.device:

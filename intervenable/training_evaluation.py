@@ -14,10 +14,11 @@ from intervenable.errors import ConfigError, MetricError
 from intervenable.model import IntervenableModel
 from intervenable.padding import evaluating
 from intervenable.training_data import read_examples
-from intervenable.training_engine import Engine, Read, device_of, make_engine
+from intervenable.training_engine import Engine, Read, device_of
 from intervenable.training_measures import Measure, read_metrics, values_of
 from intervenable.training_processes import Processes
 from intervenable.training_settings import whole_from_one
+from intervenable.training_suffix import make_engine
 from intervenable.wave_budget import bytes_of
 
 
@@ -104,9 +105,11 @@ def evaluate(
     measures = read_metrics(metric)
     budget = None if memory is None else bytes_of(memory)
     examples = read_examples(dataset, model, unit_locations=unit_locations, subspaces=subspaces)
-    engine = make_engine(model, examples, fast=fast, memory=budget)
     processes = Processes(device_of(model))
-    ((name, values),) = measured(model, engine, range(len(examples)), measures, batch_size, processes).items()
+    with torch.no_grad(), evaluating(model.model):
+        engine = make_engine(model, examples, fast=fast, memory=budget)
+        found = measured(model, engine, range(len(examples)), measures, batch_size, processes)
+    ((name, values),) = found.items()
     low, high = bootstrap_interval(values, confidence, seed)
     return Evaluation(name, float(values.mean()), float(low), float(high), values)
 

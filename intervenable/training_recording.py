@@ -138,7 +138,6 @@ class BaseRecords:
     ) -> None:
         self.model, self.trunk, self.span, self.cached = model, trunk, span, cached
         self._prompts, self._budget = prompts, budget
-        self._known: set[int] = set()
         self._hidden: RowStore | None = None
         self._states: dict[tuple[int, str], RowStore] = {}
         self._template: Any = None
@@ -146,10 +145,6 @@ class BaseRecords:
         self._length = 0
         self.outputs: dict[nn.Module, Any] = {}
         """What each block below gives, to be imitated: without the hidden states."""
-
-    def missing(self, prompts: Tensor) -> list[int]:
-        """Those of the prompts that were not run yet, each once."""
-        return [number for number in dict.fromkeys(prompts.tolist()) if number not in self._known]
 
     def record(self, prompts: Sequence[int], inputs: RunInputs) -> None:
         """Run prompts and keep what is needed of them.
@@ -185,7 +180,6 @@ class BaseRecords:
             self._keep_hidden(prompts, found["hidden"])
         if cache is not None:
             self._keep_states(prompts, cache)
-        self._known.update(prompts)
 
     def _keep_hidden(self, prompts: Sequence[int], hidden: Tensor) -> None:
         if hidden.shape[0] != len(prompts):

@@ -43,6 +43,7 @@ from intervenable.training_prompts import (
 from intervenable.training_recording import BaseRecords, Trunk, find_trunk, like_output
 from intervenable.training_store import Budget, RowStore
 from intervenable.units import Units
+from intervenable.wave_budget import bytes_of
 from intervenable.wave_inputs import MASK, POSITIONS
 from intervenable.wave_readout import output_embedding, reads_head
 from intervenable.wave_rows import NoShortcutError
@@ -74,24 +75,37 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, tor
 """How far logits and gradients of the examples that are looked at may be from the plain path's, of the largest."""
 
 
-def fast_engine(plain: PlainEngine, model: IntervenableModel, examples: Examples, memory: int) -> Engine:
-    """The fastest engine that gives what the plain one gives on a few of the examples; that one if there is none."""
-    if not len(examples):
+def make_engine(
+    model: IntervenableModel, examples: Examples, *, fast: bool = True, memory: int | None = None
+) -> Engine:
+    """The fastest engine that gives what the plain one gives, on a few of the examples; that one if there is none.
+
+    Where the wrapped model trains too (its parameters require gradients) or is in training mode nothing about it is a
+    constant.
+
+    Args:
+        fast: Whether to leave anything out.
+        memory: Bytes of what is kept between steps; what does not fit is kept in a file. None: `wave_budget.DEFAULT`.
+    """
+    plain = PlainEngine(model, examples)
+    wrapped = model.model
+    trains = torch.is_grad_enabled() and any(weight.requires_grad for weight in wrapped.parameters())
+    if not fast or wrapped.training or trains:
         return plain
     why: list[str] = []
     for way in WAYS:
         try:
-            engine = SuffixEngine(model, examples, way, memory)
+            engine = SuffixEngine(model, examples, way, bytes_of(memory))
             if engine.is_exact(plain):
                 return engine
             why.append("its numbers differ from those of the plain path")
-        # A model's own code, given what it was not made for, may raise anything; what is wrong with the call
-        # itself the plain path will say.
+        # What is wrong with the call itself the plain path will say.
         except IntervenableError:
             return plain
+        # A model's own code, given what it was not made for, may raise anything.
         except Exception as error:
             why.append(f"{type(error).__name__}: {error}"[:200])
-    plain.notes = (*plain.notes, f"Nothing could be left out on this model ({why[0]}).")
+    plain.notes = (f"Nothing could be left out on this model ({why[0]}).",)
     return plain
 
 
@@ -103,6 +117,11 @@ class _Feed:
     inputs: RunInputs
     numbers: Tensor
     """`[N]` the number of each example's source among those that differ."""
+
+    @property
+    def count(self) -> int:
+        """How many differ."""
+        return 1 + int(self.numbers.max())
 
 
 class SuffixEngine:
@@ -139,15 +158,21 @@ class SuffixEngine:
         self._sources: dict[int, RowStore] = {}
         self._known_sources: dict[int, set[int]] = {index: set() for index in self._feeds}
         self._prompts = numbered(row_keys(row_tensors(self._base)))
+        self._distinct = 1 + int(self._prompts.max())
+        self._known_prompts: set[int] = set()
         sites = [edit.bound.site for edit in self._edits]
         self._head = (
             output_embedding(model.model) if way.logits and not reads_head(model.model, sites) else None
         )
         if way.logits and self._head is None:
             raise NoShortcutError("the model names no output embedding")
-        self._first = torch.stack([rows.first for rows in self._rows]).amin(0) if self._rows else None
+        self._first = (
+            torch.stack([self._read.first, *(rows.first for rows in self._rows)]).amin(0)
+            if self._rows
+            else None
+        )
         if way.tokens and (self._first is None or not self._cuts_tokens(plan)):
-            raise NoShortcutError("no tokens come before the first edit")
+            raise NoShortcutError("no tokens come before the first one that is edited or read")
         self._trunk = self._find_trunk(sites)
         self._records = self._make_records()
 
@@ -155,15 +180,15 @@ class SuffixEngine:
     def notes(self) -> tuple[str, ...]:
         """What is left out, and where what is kept went."""
         found = []
-        distinct = 1 + int(self._prompts.max())
         if self.way.blocks:
             found.append(
-                f"{len(self._trunk.blocks)} blocks below the first edit ran once for each of {distinct} prompts."
+                f"{len(self._trunk.blocks)} blocks below the first edit ran once for each of {self._distinct}"
+                " prompts."
             )
         if self.way.tokens:
             found.append("Tokens before the first edited one ran once, for their keys and values.")
         if self._feeds:
-            count = sum(1 + int(feed.numbers.max()) for feed in self._feeds.values())
+            count = sum(feed.count for feed in self._feeds.values())
             found.append(f"Source values were computed once for each of {count} sources.")
         if self.way.logits:
             found.append("Logits were computed where they are read.")
@@ -201,8 +226,7 @@ class SuffixEngine:
             assert self._first is not None
             span = (int(self._first.min()), self._read.last + 1)
             cached = int(self._first.max())
-        count = 1 + int(self._prompts.max())
-        return BaseRecords(self.model.model, self._trunk, count, span, cached, self._budget)
+        return BaseRecords(self.model.model, self._trunk, self._distinct, span, cached, self._budget)
 
     # -- a step
 
@@ -288,31 +312,25 @@ class SuffixEngine:
     def _record(self, index: Tensor) -> None:
         """Run what is needed of these examples and was not run yet."""
         for number, feed in self._feeds.items():
-            self._record_sources(number, feed, index)
-        if self._records is None:
-            return
-        prompts = self._prompts[index]
-        missing = self._records.missing(prompts)
-        if missing:
-            examples = [int((self._prompts == prompt).nonzero()[0]) for prompt in missing]
-            self._records.record(missing, picked_inputs(self._base, examples))
+            for sources in _chunks(feed.numbers[index], self._known_sources[number], feed.count):
+                self._record_sources(number, feed, sources)
+        if self._records is not None:
+            for prompts in _chunks(self._prompts[index], self._known_prompts, self._distinct):
+                inputs = picked_inputs(self._base, _first_of(self._prompts, prompts))
+                self._records.record(prompts, inputs)
+                self._known_prompts.update(prompts)
 
-    def _record_sources(self, number: int, feed: _Feed, index: Tensor) -> None:
-        known = self._known_sources[number]
-        found = dict(zip(feed.numbers[index].tolist(), index.tolist(), strict=True))
-        missing = {source: row for source, row in found.items() if source not in known}
-        if not missing:
-            return
-        rows = list(missing.values())
+    def _record_sources(self, number: int, feed: _Feed, sources: list[int]) -> None:
+        rows = _first_of(feed.numbers, sources)
         capture = replace(feed.capture, units=picked_units(feed.capture.units, rows))
         with torch.no_grad():
             values = run_source(self.model.model, picked_inputs(feed.inputs, rows), [capture])[number]
         if values.shape[0] != len(rows):
             raise NoShortcutError("the first axis of source values does not count examples")
         if number not in self._sources:
-            self._sources[number] = RowStore(1 + int(feed.numbers.max()), values, self._budget)
-        self._sources[number].put(list(missing), values)
-        known.update(missing)
+            self._sources[number] = RowStore(feed.count, values, self._budget)
+        self._sources[number].put(sources, values)
+        self._known_sources[number].update(sources)
 
     # -- whether it is right
 
@@ -359,6 +377,8 @@ class _Reading:
         asked = (self._labels != IGNORED).nonzero()
         self.last = int(asked[:, 1].max()) if self._by_token else int(self._ends.max())
         """The last position that is read in any example."""
+        self.first = (self._labels != IGNORED).long().argmax(1) if self._by_token else self._ends.clone()
+        """`[N]` the first position that is read in each."""
 
     def of(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """`[b, P]` where some examples are read, and their labels, `[b]` or `[b, P]`."""
@@ -384,6 +404,22 @@ class _Reading:
         elif logits.shape[1] != positions.shape[1]:
             raise NoShortcutError(f"the model gave logits of {logits.shape[1]} positions")
         return Read(logits if self._by_token else logits[:, 0], labels)
+
+
+CHUNK = 32
+"""How many prompts run at once to be recorded. Which of them run together never depends on the order in which
+examples are asked for, so that a training that was killed goes on with the same numbers, to the last bit."""
+
+
+def _chunks(wanted: Tensor, known: set[int], count: int) -> list[list[int]]:
+    """The chunks in which wanted prompts are that were not run yet."""
+    firsts = dict.fromkeys(number - number % CHUNK for number in wanted.tolist() if number not in known)
+    return [list(range(first, min(first + CHUNK, count))) for first in sorted(firsts)]
+
+
+def _first_of(numbers: Tensor, wanted: Sequence[int]) -> list[int]:
+    """For each number the first example that has it."""
+    return [int((numbers == number).nonzero()[0]) for number in wanted]
 
 
 def _feed(capture: Capture, inputs: RunInputs) -> _Feed:
@@ -448,8 +484,4 @@ def _gradients(read: Read, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     total = (torch.where(asked, logits, 0.0) * weights).sum()
     if not total.requires_grad:
         return [torch.zeros_like(value) for value in parameters]
-    found = torch.autograd.grad(total, list(parameters), allow_unused=True)
-    return [
-        torch.zeros_like(value) if grad is None else grad
-        for value, grad in zip(parameters, found, strict=True)
-    ]
+    return list(torch.autograd.grad(total, list(parameters), materialize_grads=True))
