@@ -43,7 +43,7 @@ class Counterpart:
     """Our class."""
 
     state: Callable[[State], State] | None = None
-    """What the tensors of a file of pyvene's are called here; None for a class that has none but a constant source."""
+    """What becomes of the tensors of a file; None for a class that has none but a constant source."""
 
     first_only: Callable[[Intervention], int | None] = lambda intervention: None
     """How many coordinates it swaps where a call names none; pyvene's swaps `interchange_dim` of them."""

@@ -94,7 +94,7 @@ class PCARotatedSpaceIntervention(Intervention):
         self.register_buffer("components", components.clone(memory_format=torch.contiguous_format))
         self.register_buffer("mean", _vector("mean", mean, 0.0, components))
         self.register_buffer("std", _vector("std", std, 1.0, components))
-        if not bool((self.std > 0).all()):
+        if not self.std.is_meta and not bool((self.std > 0).all()):
             raise InterventionArgumentError(
                 f"std has entries that are not positive (smallest: {float(self.std.min())}), but it divides."
                 f" Give the standard deviations, with 1 for constant dimensions."

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from interventions.base import Intervention, Json, Parts, Sees, check_count
-from interventions.errors import InterventionArgumentError
+from interventions.errors import InterventionArgumentError, UnknownInterventionError
 from interventions.precision import without_autocast, working_dtype
-from interventions.registry import name_of_callable
+from interventions.registry import callable_named, name_of_callable
 from interventions.rotation import OrthogonalWeight
 from interventions.subspaces import Subspaces
 
@@ -38,7 +38,8 @@ class ReftIntervention(Intervention):
         embed_dim: Size of the last axis.
         low_rank_dimension: How many directions, from 1 to `embed_dim`.
         dropout: Share of the *result's* entries that training drops, as in pyreft.
-        act_fn: Applied to the learned coordinates: a name from `ACTIVATIONS` or a function; None for none.
+        act_fn: Applied to the learned coordinates: a name from `ACTIVATIONS` or of `register_callable`, or a
+            function; None for none.
         subspace_partition, sees: See `Intervention`; parts are of the directions.
 
     Shape:
@@ -74,9 +75,7 @@ class ReftIntervention(Intervention):
                 f"dropout={dropout!r} is out of range; give a share from 0 to below 1."
             )
         if isinstance(act_fn, str) and act_fn not in ACTIVATIONS:
-            raise InterventionArgumentError(
-                f"act_fn={act_fn!r} is unknown; allowed: {', '.join(sorted(ACTIVATIONS))}, or a function."
-            )
+            act_fn = _registered(act_fn)
         self.low_rank_dimension = low_rank_dimension
         self.subspace_partition = subspace_partition
         self.dropout = float(dropout)
@@ -141,6 +140,15 @@ class ReftIntervention(Intervention):
             return super().argument_to_json(name, value)
         names = [known for known, function in ACTIVATIONS.items() if function is value]
         return names[0] if names else name_of_callable(value)
+
+
+def _registered(act_fn: str) -> Callable[[Tensor], Tensor]:
+    try:
+        return callable_named(act_fn)
+    except UnknownInterventionError as error:
+        raise InterventionArgumentError(
+            f"act_fn={act_fn!r} is unknown; allowed: {', '.join(sorted(ACTIVATIONS))}, or a function."
+        ) from error
 
 
 class LoreftIntervention(ReftIntervention):
