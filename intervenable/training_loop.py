@@ -12,14 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from intervenable.errors import ConfigError, TrainingError
+from intervenable.errors import ConfigError, StorageError, TrainingError
 from intervenable.model import IntervenableModel
 from intervenable.padding import evaluating
 from intervenable.progress import Progress, Show
+from intervenable.training_checkpoints import Checkpoint, Kept
 from intervenable.training_data import Examples, read_examples
-from intervenable.training_engine import Engine, device_of, make_engine
+from intervenable.training_engine import Engine, device_of
 from intervenable.training_evaluation import measured
 from intervenable.training_failure import save_batch
+from intervenable.training_fingerprint import data_fingerprint, model_fingerprint, option_fingerprint
+from intervenable.training_history import history_from, history_tensor
 from intervenable.training_measures import Measure, read_loss, read_metrics, total
 from intervenable.training_processes import Processes
 from intervenable.training_result import Row, TrainingResult
@@ -33,6 +36,8 @@ from intervenable.training_schedules import (
     total_norm,
 )
 from intervenable.training_settings import EarlyStopping, Settings, read_settings
+from intervenable.training_state import pack, unpack
+from intervenable.training_suffix import make_engine
 from intervenable.wave_budget import bytes_of
 from interventions.rotation import held_bases
 
@@ -176,7 +181,29 @@ def train(
         )
         loop.schedule = make_schedule(schedule, made, loop.total, warmup)
         loop.temperatures = Temperatures(temperature, model)
-        return loop.run(progress, None if checkpoint is None else Path(checkpoint))
+        if checkpoint is None:
+            return loop.run(progress, None)
+        options = {
+            "loss": loss,
+            "metric": metric,
+            "lr": lr,
+            "schedule": schedule,
+            "warmup": warmup,
+            "temperature": temperature,
+            "fast": fast,
+            "processes": processes.count,
+        }
+        about = {
+            **model_fingerprint(model, include_model, frozen_tensors(model, include_model)),
+            **data_fingerprint(examples, rows, "dataset"),
+            **data_fingerprint(tested, held_out, "evaluation"),
+            **option_fingerprint(settings, made, loop.schedule, options),
+        }
+        kept = Checkpoint(Path(checkpoint), about, checkpoint_every, processes)
+        try:
+            return loop.run(progress, kept)
+        finally:
+            kept.close()
 
 
 class Loop:
@@ -215,44 +242,60 @@ class Loop:
         self.total = min(self.steps_per_epoch * settings.epochs, settings.max_steps or 10**18)
         self.step = 0
         self.history: list[Row] = []
+        self._order: tuple[int, list[int]] = (-1, [])
         self.stopped = False
         self.best: float | None = None
         self.best_epoch = 0
         self.best_weights: dict[str, Tensor] | None = None
 
-    def run(self, progress: Show, checkpoint: Path | None) -> TrainingResult:
-        """Take all steps, and measure what came out."""
-        self.temperatures.set(0.0)
+    def run(self, progress: Show, checkpoint: Checkpoint | None) -> TrainingResult:
+        """Take all steps that are not done, and measure what came out."""
+        final: Mapping[str, float] | None = None
+        if checkpoint is not None:
+            final = self._go_on_from(checkpoint.kept) if checkpoint.kept else None
+            self._state(None)  # what cannot be kept is to be known before the first step
+        self.temperatures.set(self.step / self.total)
         show = progress if self.processes.first else False
         with Progress(self.total, show, "training", " steps") as shown:
+            if self.step:
+                shown.advance(self.step, computed=False)
             while self.step < self.total and not self.stopped:
-                self._one_step(checkpoint)
+                ended = self._one_step(None if checkpoint is None else checkpoint.folder)
                 shown.advance(note=self._note())
+                if checkpoint is not None and checkpoint.due(self.step, ended):
+                    checkpoint.write(self._state(None))
         if self.best_weights is not None:
             restore(self.model, self.best_weights, self.settings.include_model)
-        return self._result()
+        if final is None:
+            final = self._final()
+            if checkpoint is not None:
+                checkpoint.write(self._state(final))
+        return self._result(final)
 
     # --- one step -----------------------------------------------------------------------------------------
 
-    def _one_step(self, checkpoint: Path | None) -> None:
+    def _one_step(self, folder: Path | None) -> bool:
+        """Take a step; whether an epoch ended with it."""
         epoch, within = divmod(self.step, self.steps_per_epoch)
         size = self.settings.global_batch
-        rows = [self.rows[index] for index in order_of(len(self.rows), self.settings.seed, epoch)][
-            within * size : (within + 1) * size
-        ]
+        if self._order[0] != epoch:
+            self._order = epoch, order_of(len(self.rows), self.settings.seed, epoch)
+        rows = [self.rows[index] for index in self._order[1][within * size : (within + 1) * size]]
         rate = float(self.optimizer.param_groups[0]["lr"])
         for parameter in self.trainable.values():
             parameter.grad = None
         measured = self._gradients(rows)
         norm = self._norm()
-        self._check(measured, norm, epoch, rows, checkpoint)
+        self._check(measured, norm, epoch, rows, folder)
         self._move()
         row: Row = {"kind": "step", "step": self.step, "epoch": epoch, **measured, "lr": rate}
         self.history.append({**row, "temperature": self.temperatures.now, "gradient_norm": norm})
         self.step += 1
         self.temperatures.set(self.step / self.total)
-        if self.step % self.steps_per_epoch == 0 or self.step == self.total:
+        ended = self.step % self.steps_per_epoch == 0 or self.step == self.total
+        if ended:
             self._end_epoch(epoch)
+        return ended
 
     def _gradients(self, rows: Sequence[int]) -> dict[str, float]:
         """Add up the gradients of a step, over batches and processes; the mean loss and metrics of its examples."""
@@ -294,7 +337,7 @@ class Loop:
         norm: float,
         epoch: int,
         rows: Sequence[int],
-        checkpoint: Path | None,
+        folder: Path | None,
     ) -> None:
         """That loss and gradients are numbers (under fp16 too large gradients are left out instead).
 
@@ -306,7 +349,7 @@ class Loop:
             return
         what = "norm of the gradients" if math.isfinite(measured["loss"]) else "loss"
         value = norm if math.isfinite(measured["loss"]) else measured["loss"]
-        kept = save_batch(self.examples, rows, checkpoint) if self.processes.first else None
+        kept = save_batch(self.examples, rows, folder) if self.processes.first else None
         for parameter in self.trainable.values():
             parameter.grad = None
         shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
@@ -375,12 +418,15 @@ class Loop:
         row = next(row for row in reversed(self.history) if row["kind"] == "step")
         return ", ".join(f"{name} {row[name]:.3g}" for name in self.measures)
 
-    def _result(self) -> TrainingResult:
+    def _final(self) -> dict[str, float]:
+        """Loss and metrics with the final weights."""
         last = self.history[-1]
-        if self.held_out and last["kind"] == "evaluation" and self.best_weights is None:
-            final = {name: last[name] for name in self.measures}
-        else:
-            final = self._measured(self.tester, self.held_out or self.rows)
+        if last["kind"] == "evaluation" and self.best_weights is None:
+            return {name: last[name] for name in self.measures}
+        return self._measured(self.tester, self.held_out or self.rows)
+
+    def _result(self, final: Mapping[str, float]) -> TrainingResult:
+        last = self.history[-1]
         epoch = self.best_epoch if self.best_weights is not None else last["epoch"]
         notes = dict.fromkeys([*self.engine.notes, *self.tester.notes])
         return TrainingResult(
@@ -392,6 +438,67 @@ class Loop:
             self.stopped,
             tuple(notes),
         )
+
+    # --- what is kept -------------------------------------------------------------------------------------
+
+    def _state(self, final: Mapping[str, float] | None) -> Kept:
+        """All that the rest of the training depends on; with the final metrics if there is no rest.
+
+        Raises:
+            StorageError: the state of the optimizer or the schedule is more than tensors and plain values.
+        """
+        include = self.settings.include_model
+        tensors = {f"weights.{name}": tensor for name, tensor in weights_of(self.model, include).items()}
+        if self.best_weights is not None:
+            tensors |= {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
+        tensors["history"] = history_tensor(self.history, list(self.measures))
+        tensors["random"] = torch.stack(self.processes.gathered(torch.get_rng_state()))
+        if self.processes.device.type == "cuda":
+            states = self.processes.gathered(torch.cuda.get_rng_state(self.processes.device))
+            tensors["random_cuda"] = torch.stack(states)
+        content = {
+            "step": self.step,
+            "stopped": self.stopped,
+            "best": None if self.best is None else repr(self.best),
+            "best_epoch": self.best_epoch,
+            "optimizer": pack(self.optimizer.state_dict(), "optimizer", tensors),
+            "schedule": pack(self.schedule.state_dict(), "schedule", tensors),
+            "scaler": pack(self.scaler.state_dict(), "scaler", tensors),
+            "final": None if final is None else {name: repr(value) for name, value in final.items()},
+        }
+        return Kept(tensors, content)
+
+    def _go_on_from(self, kept: Kept) -> dict[str, float] | None:
+        """Take up a training where it was; its final metrics, if it was done.
+
+        Raises:
+            StorageError: what is kept is not what was written.
+        """
+        tensors, content = kept.tensors, kept.content
+        try:
+            restore(self.model, _under("weights.", tensors), self.settings.include_model)
+            self.optimizer.load_state_dict(unpack(content["optimizer"], tensors))
+            self.schedule.load_state_dict(unpack(content["schedule"], tensors))
+            if content["scaler"] != {"dict": []}:
+                self.scaler.load_state_dict(unpack(content["scaler"], tensors))
+            self.history = history_from(tensors["history"], list(self.measures))
+            self.step, self.stopped = int(content["step"]), bool(content["stopped"])
+            self.best = None if content["best"] is None else float(content["best"])
+            self.best_epoch = int(content["best_epoch"])
+            self.best_weights = _under("best.", tensors) or None
+            torch.set_rng_state(tensors["random"][self.processes.rank])
+            if "random_cuda" in tensors:
+                torch.cuda.set_rng_state(tensors["random_cuda"][self.processes.rank], self.processes.device)
+            final = content["final"]
+            return None if final is None else {name: float(value) for name, value in final.items()}
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise StorageError(
+                f"The checkpoint does not hold what this training needs ({error}). Delete it to start anew."
+            ) from error
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 # --- data -------------------------------------------------------------------------------------------------
@@ -501,17 +608,18 @@ def frozen_tensors(model: IntervenableModel, include_model: bool) -> dict[str, T
 
 def weights_of(model: IntervenableModel, include_model: bool) -> dict[str, Tensor]:
     """Copies of all state that a training changes, by name."""
-    return {name: tensor.detach().cpu().clone() for name, tensor in _state(model, include_model).items()}
+    return {name: tensor.detach().cpu().clone() for name, tensor in state_of(model, include_model).items()}
 
 
 @torch.no_grad()
 def restore(model: IntervenableModel, weights: Mapping[str, Tensor], include_model: bool) -> None:
     """Put such copies in the place of the state, in place."""
-    for name, tensor in _state(model, include_model).items():
+    for name, tensor in state_of(model, include_model).items():
         tensor.copy_(weights[name])
 
 
-def _state(model: IntervenableModel, include_model: bool) -> dict[str, Tensor]:
+def state_of(model: IntervenableModel, include_model: bool) -> dict[str, Tensor]:
+    """All state that a training changes, by name."""
     state: dict[str, Tensor] = dict(model.state_dict())
     if include_model:
         state |= {f"model.{name}": tensor for name, tensor in model.model.state_dict().items()}

@@ -49,6 +49,7 @@ def _dress(axes: Axes, name: str) -> None:
     shown = name.upper() if name == "iia" else name.replace("_", " ")
     if name in ("iia", "accuracy", "probability"):
         axes.set_ylim(-0.03, 1.03)
+    axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("step", **text_options(["step"], 8.5))
     axes.set_title(shown, loc="left", **text_options([shown], 9))
     axes.tick_params(labelsize=7.5, labelcolor=INK, color=FAINT)

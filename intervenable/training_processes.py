@@ -68,10 +68,28 @@ class Processes:
         dist.all_gather(found, sent)
         return [one.cpu() for one in found]
 
-    def wait(self) -> None:
-        """Wait until all have come this far."""
-        if self.count > 1:
-            dist.barrier()
+    def agree(self, answer: bool) -> bool:
+        """The first process's answer, in all."""
+        if self.count == 1:
+            return answer
+        sent = torch.tensor([int(answer)], device=self.device)
+        dist.broadcast(sent, 0)
+        return bool(sent.item())
+
+    def told(self, message: bytes) -> bytes:
+        """The first process's message, in all."""
+        if self.count == 1:
+            return message
+        length = torch.tensor([len(message)], device=self.device)
+        dist.broadcast(length, 0)
+        if not length.item():
+            return b""
+        sent = torch.zeros(int(length.item()), dtype=torch.uint8)
+        if self.first:
+            sent = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        sent = sent.to(self.device)
+        dist.broadcast(sent, 0)
+        return sent.cpu().numpy().tobytes()
 
 
 def _by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:

@@ -121,7 +121,7 @@ def make_schedule(given: Any, optimizer: Optimizer, steps: int, warmup: float) -
     if isinstance(given, str):
         if given not in _SHAPES:
             raise ConfigError(unknown_name("schedule", given, _SHAPES))
-        return LambdaLR(optimizer, _Factor(_SHAPES[given], steps, warmup_steps(warmup, steps)))
+        return LambdaLR(optimizer, _factor(_SHAPES[given], steps, warmup_steps(warmup, steps)))
     if not callable(given):
         raise ConfigError(
             f"schedule={given!r} is a {type(given).__name__}. Give one of {', '.join(_SHAPES)}, or a function of the"
@@ -151,19 +151,15 @@ def warmup_steps(warmup: Any, steps: int) -> int:
     return int(warmup * steps) if warmup < 1 else int(warmup)
 
 
-class _Factor:
+def _factor(shape: Callable[[float], float], steps: int, warmup: int) -> Callable[[int], float]:
     """By what the learning rate of a step is multiplied."""
 
-    def __init__(self, shape: Callable[[float], float], steps: int, warmup: int) -> None:
-        self._shape, self._steps, self._warmup = shape, steps, warmup
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return shape(min(1.0, (step - warmup) / max(1, steps - warmup)))
 
-    def __call__(self, step: int) -> float:
-        if step < self._warmup:
-            return (step + 1) / self._warmup
-        return self._shape(min(1.0, (step - self._warmup) / max(1, self._steps - self._warmup)))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
+    return factor  # a function: of an object the schedule would keep the attributes in its state
 
 
 _SHAPES: Mapping[str, Callable[[float], float]] = {
