@@ -16,7 +16,7 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
-from intervenable import attention, metrics, patching
+from intervenable import attention, metrics, patching, training
 from intervenable._version import __version__
 from intervenable.cache import ActivationCache
 from intervenable.collecting import collect
@@ -29,6 +29,7 @@ from intervenable.easyroutine_values import FromCache
 from intervenable.errors import (
     CacheError,
     ConfigError,
+    DatasetError,
     EditError,
     InexactError,
     InputError,
@@ -40,6 +41,7 @@ from intervenable.errors import (
     MetricError,
     MissingActivationError,
     MissingExtraError,
+    MissingFileError,
     ModelMismatchError,
     NotAvailableError,
     NotFiredError,
@@ -48,6 +50,7 @@ from intervenable.errors import (
     StorageError,
     SubspaceError,
     SubspaceRangeError,
+    TrainingError,
     UnknownNameError,
     UnsupportedModelError,
 )
@@ -116,6 +119,7 @@ __all__ = [
     "CollectIntervention",
     "ConfigError",
     "ConsreftIntervention",
+    "DatasetError",
     "DireftIntervention",
     "EasyroutineIntervention",
     "EditError",
@@ -143,6 +147,7 @@ __all__ = [
     "MetricError",
     "MissingActivationError",
     "MissingExtraError",
+    "MissingFileError",
     "ModelMap",
     "ModelMismatchError",
     "NodireftIntervention",
@@ -176,6 +181,7 @@ __all__ = [
     "SubspaceRangeError",
     "SubtractionIntervention",
     "TokenView",
+    "TrainingError",
     "UnknownNameError",
     "UnsupportedModelError",
     "VanillaIntervention",
@@ -203,6 +209,7 @@ __all__ = [
     "register_intervention",
     "register_map",
     "top_vals",
+    "training",
     "uniform_pattern",
     "value_weighted_pattern",
 ]
