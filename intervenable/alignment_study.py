@@ -22,9 +22,6 @@ from intervenable.training_loop import order_of, train
 from intervenable.training_measures import read_loss, read_metrics
 from interventions import Intervention
 
-Make = type[Intervention] | Callable[[int], Intervention]
-"""A class of interventions, or what makes one for a width."""
-
 OURS = (
     "model",
     "dataset",
@@ -86,17 +83,18 @@ class Study:
         place = with_units(self.place, data, self.model, self.component, self.layer, self.tokenizer)
         return replace(self, place=place)
 
-    def bound(self, make: Make | Intervention, seed: int = 0, rank: int | None = None) -> IntervenableModel:
+    def bound(
+        self, make: type[Intervention] | Intervention, seed: int = 0, rank: int | None = None
+    ) -> IntervenableModel:
         """The model with an intervention at the place; new ones begin as the seed says, whatever was made before."""
         fields: dict[str, Any] = {"max_number_of_units": self.place.units}
-        kind: Any = make
         if isinstance(make, Intervention):
-            kind, fields["intervention"] = None, make
-        elif rank is not None:
-            fields["low_rank_dimension"] = rank
+            fields["intervention"] = make
+        else:
+            fields |= {"intervention_type": make, "low_rank_dimension": rank}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            config = IntervenableConfig(RepresentationConfig(self.layer, self.component, **fields), kind)
+            config = IntervenableConfig(RepresentationConfig(self.layer, self.component, **fields))
             return IntervenableModel(config, self.model, self.tokenizer)
 
     def trained(

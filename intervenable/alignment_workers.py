@@ -97,8 +97,8 @@ def _ended(process: Any) -> TrainingError:
     process.join()
     return TrainingError(
         f"A process of the sweep has ended with exit code {process.exitcode} before its work was done; what it said"
-        " is above. A script that starts processes does so below `if __name__ == '__main__':`, and what it hands over is"
-        " defined in a module. Use processes=1 to see an error of a cell where it arises."
+        " is above. A script that starts processes does so below `if __name__ == '__main__':`, and what it hands over"
+        " is defined in a module. Use processes=1 to see an error of a cell where it arises."
     )
 
 
