@@ -331,6 +331,14 @@ class IntervenableConfig(Declared):
         "use_fast": "every path is fast here, with locations of any shape.",
     }
 
+    @property
+    def use_cache(self) -> None:
+        """Nothing of ours: `transformers.Trainer` sets it on what it takes for the config of a model of its own."""
+
+    @use_cache.setter
+    def use_cache(self, value: object) -> None:
+        pass
+
     @classmethod
     def _faults_between(cls, fields: Mapping[str, Any]) -> Iterable[ConfigError]:
         if "representations" not in fields:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self, TextIO
+from typing import Any, ClassVar, Self, TextIO
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,9 @@ class IntervenableModel(nn.Module):
         >>> model.names
         ('layer_0.block_output.pos',)
     """
+
+    accepts_loss_kwargs: ClassVar[bool] = False
+    """Whether `forward` knows what `transformers.Trainer` counts for a loss; its other options are the model's."""
 
     def __init__(
         self,
@@ -115,6 +118,7 @@ class IntervenableModel(nn.Module):
         output_original_output: bool = False,
         return_dict: bool | None = None,
         relative_to: RelativeTo = "tokens",
+        labels: Any = None,
         **model_options: Any,
     ) -> IntervenableOutput:
         """Run the sources, then the base with all interventions applied in one pass.
@@ -131,8 +135,9 @@ class IntervenableModel(nn.Module):
             output_original_output: Also run the base without interventions.
             return_dict: Accepted as in pyvene; the output has both forms.
             relative_to: `"tokens"`: positions count real tokens. `"tensor"`: they count padding too.
-            model_options: Anything else that the model takes (`labels`, `use_cache`, `logits_to_keep`, ...), for the
-                runs of the base.
+            labels: For a loss that the model itself computes, in the runs of the base.
+            model_options: Anything else that the model takes (`use_cache`, `logits_to_keep`, ...), for the runs of
+                the base.
 
         Returns:
             `IntervenableOutput`, which unpacks as `original, intervened`.
@@ -143,6 +148,8 @@ class IntervenableModel(nn.Module):
             NotFiredError: an intervention was not applied exactly once.
         """
         plan = self._plan(base, sources, unit_locations, source_representations, subspaces, relative_to)
+        if labels is not None:
+            model_options["labels"] = labels
         if model_options:
             check_options(model_options, plan.base, self.model)
         captured: dict[int, Tensor] = {}
@@ -330,6 +337,34 @@ class IntervenableModel(nn.Module):
         declared = loaded.declared.representations
         made._bound = tuple(replace(entry, config=declared[entry.index]) for entry in made._bound)
         return made.eval()
+
+    def get_trainable_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the interventions that train, those of linked ones once: what an optimizer takes.
+
+        Example:
+            >>> from intervenable import LowRankRotatedSpaceIntervention, MLPClassifier, RepresentationConfig
+            >>> entry = RepresentationConfig(0, "block_output", low_rank_dimension=2,
+            ...     intervention_type=LowRankRotatedSpaceIntervention)
+            >>> model = IntervenableModel([entry], MLPClassifier(width=4, layers=2, classes=3))
+            >>> [tuple(parameter.shape) for parameter in model.get_trainable_parameters()]
+            [(4, 2)]
+        """
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def count_parameters(self, include_model: bool = False) -> int:
+        """How many numbers train, those of linked interventions once; with those of the model if asked for."""
+        trained = {id(parameter): parameter for parameter in self.get_trainable_parameters()}
+        if include_model:
+            trained |= {id(p): p for p in self.model.parameters() if p.requires_grad}
+        return sum(parameter.numel() for parameter in trained.values())
+
+    def disable_model_gradients(self) -> None:
+        """Keep the wrapped model from gathering gradients, as a loop that trains the interventions alone wants it."""
+        self.model.requires_grad_(False)
+
+    def enable_model_gradients(self) -> None:
+        """Let every parameter of the wrapped model gather gradients."""
+        self.model.requires_grad_(True)
 
     def set_temperature(self, value: float | Tensor) -> None:
         """Set the temperature of every intervention that has one, as a schedule does while training.

@@ -11,13 +11,17 @@ from intervenable.training_loop import train
 from intervenable.training_measures import cross_entropy, iia, margin, probability
 from intervenable.training_result import TrainingResult
 from intervenable.training_settings import EarlyStopping
+from intervenable.training_trainer import Collator, compute_loss, compute_metrics
 
 __all__ = [
     "Batch",
+    "Collator",
     "EarlyStopping",
     "Evaluation",
     "Examples",
     "TrainingResult",
+    "compute_loss",
+    "compute_metrics",
     "cross_entropy",
     "evaluate",
     "iia",

@@ -88,10 +88,11 @@ class Checkpoint:
         known = content.get("training") if isinstance(content, dict) else None
         if not isinstance(known, dict):
             raise StorageError(f"{file} does not say of what training it is. {STATE.remedy}")
-        different = [name for name in (*self._about, *known) if self._about.get(name) != known.get(name)]
+        names = dict.fromkeys([*self._about, *known])
+        different = [name for name in names if self._about.get(name) != known.get(name)]
         if different:
             name = different[0]
-            more = f" (and {', '.join(dict.fromkeys(different[1:]))})" if different[1:] else ""
+            more = f" (and {', '.join(different[1:])})" if different[1:] else ""
             raise StorageError(
                 f"{self.folder} has the checkpoint of another training: {name} was {_shown(known, name)} there and is"
                 f" {_shown(self._about, name)} here{more}. Choose another folder, or delete that one to start anew."

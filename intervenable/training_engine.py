@@ -81,7 +81,7 @@ def device_of(model: IntervenableModel) -> torch.device:
     return next((tensor.device for tensors in owners for tensor in tensors), torch.device("cpu"))
 
 
-def logits_in(output: Any, model: nn.Module) -> Tensor:
+def logits_in(output: Any, model: nn.Module | type) -> Tensor:
     """`[b, V]` or `[b, s, V]` a model's logits, or what it gives first if it has none.
 
     Raises:
@@ -92,8 +92,9 @@ def logits_in(output: Any, model: nn.Module) -> Tensor:
         items = output.values() if isinstance(output, Mapping) else output
         logits = next((item for item in items if isinstance(item, Tensor)), None)
     if not isinstance(logits, Tensor) or logits.dim() not in (2, 3):
+        name = (model if isinstance(model, type) else type(model)).__name__
         raise UnsupportedModelError(
-            f"{type(model).__name__} gives no logits [batch, classes] or [batch, positions, vocabulary] to train on."
+            f"{name} gives no logits [batch, classes] or [batch, positions, vocabulary] to train on."
         )
     return logits
 
