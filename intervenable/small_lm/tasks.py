@@ -256,7 +256,7 @@ def indirect_object_prompts(count: int, seed: int = 0, *, held_out: bool = True)
     while len(prompts) < count:
         first, second = rng.sample(NAMES, 2)
         place, thing = rng.choice(PLACES), rng.choice(OBJECTS)
-        if not (_is_held_out(*sorted((first, second))) == _is_held_out(place, thing) == held_out):
+        if not (is_held_out(*sorted((first, second))) == is_held_out(place, thing) == held_out):
             continue
         giver, receiver = rng.choice([(first, second), (second, first)])
         text = rng.choice(INDIRECT_OBJECT_PHRASINGS).format(
@@ -298,14 +298,14 @@ def price_series(count: int, length: int, seed: int = 0, *, held_out: bool = Tru
     while len(all_series) < count:
         low = rng.randrange(0, 900)
         high = low + rng.randrange(100, 801)
-        if high > 999 or _is_held_out(_dollars(low), _dollars(high)) != held_out:
+        if high > 999 or is_held_out(dollars(low), dollars(high)) != held_out:
             continue
-        rule = PRICE_BRACKET.format(low=_dollars(low), high=_dollars(high))
+        rule = PRICE_BRACKET.format(low=dollars(low), high=dollars(high))
         series = []
         for index in range(length):
             inside = rng.random() < 0.5
             amounts = range(low, high + 1) if inside else (*range(low), *range(high + 1, 1000))
-            question = PRICE_QUESTION.format(amount=_dollars(rng.choice(amounts)))
+            question = PRICE_QUESTION.format(amount=dollars(rng.choice(amounts)))
             answer, foil = (" yes", " no") if inside else (" no", " yes")
             series.append(Prompt(question if index else f"{rule} {question}", answer, foil))
         all_series.append(series)
@@ -340,10 +340,12 @@ def every_word() -> Iterator[str]:
         yield f" {digit}.{digit}"
 
 
-def _is_held_out(*names: str) -> bool:
+def is_held_out(*names: str) -> bool:
+    """Whether training left out what these name together: two people in order, a place and an object, a bracket."""
     # A checksum and not `hash`, which differs from one process to the next.
     return zlib.crc32("|".join(names).encode()) % HELD_OUT_SHARE == 0
 
 
-def _dollars(cents: int) -> str:
+def dollars(cents: int) -> str:
+    """An amount as prompts write it, without the sign."""
     return f"{cents // 100}.{cents % 100:02d}"

@@ -1,0 +1,367 @@
+"""Tasks in words: capitals of countries, price tags, indirect objects."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from intervenable.causal_model import CausalModel
+from intervenable.causal_tasks import TextTask
+from intervenable.causal_texts import Written, filled
+from intervenable.causal_tokens import answer_token
+from intervenable.causal_values import Setting
+from intervenable.errors import InputError, UnknownNameError, raise_all, unknown_name
+from intervenable.padding import evaluating
+from intervenable.small_lm.tasks import (
+    CAPITAL_PHRASINGS,
+    CAPITALS,
+    INDIRECT_OBJECT_PHRASINGS,
+    NAMES,
+    OBJECTS,
+    PLACES,
+    PRICE_BRACKET,
+    PRICE_QUESTION,
+    dollars,
+    is_held_out,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+# --- capitals -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CapitalTask(TextTask):
+    """Capitals of countries; see `capital_facts`."""
+
+    countries: tuple[str, ...] = ()
+    """Those that prompts are about."""
+
+    phrasings: tuple[str, ...] = ()
+    """How prompts ask."""
+
+    capitals: Mapping[str, str] = field(default_factory=lambda: CAPITALS)
+    """The capital of each country."""
+
+    def split(self, test: float = 0.25, seed: int = 0) -> tuple[CapitalTask, CapitalTask]:
+        """The task for some of the countries and for the others, to train and to test with.
+
+        Args:
+            test: Share of the countries to test with, or how many.
+            seed: The same seed gives the same split.
+
+        Raises:
+            InputError: one of the two would have fewer than two countries.
+
+        Example:
+            >>> train, test = capital_facts().split(0.25)
+            >>> len(train.countries), len(test.countries), set(train.countries) & set(test.countries)
+            (69, 23, set())
+        """
+        count = round(test * len(self.countries)) if test < 1 else int(test)
+        if not 2 <= count <= len(self.countries) - 2:
+            raise InputError(
+                f"test={test!r} leaves {len(self.countries) - count} countries to train and {count} to test"
+                " with. Each needs 2."
+            )
+        drawn = set(random.Random(seed).sample(self.countries, count))
+        return self.only(name for name in self.countries if name not in drawn), self.only(
+            name for name in self.countries if name in drawn
+        )
+
+    def only(self, countries: Iterable[str]) -> CapitalTask:
+        """The task for these countries.
+
+        Raises:
+            InputError: fewer than two.
+            UnknownNameError: one whose capital is not known here.
+        """
+        return _capitals(tuple(countries), self.phrasings, self.capitals)
+
+    def apart_in(self, tokenizer: Any) -> CapitalTask:
+        """The task for countries whose capitals begin with tokens of their own; the first of several alike is kept.
+
+        Example:
+            >>> from intervenable import load_small_lm
+            >>> tokenizer, _ = load_small_lm()
+            >>> len(capital_facts().apart_in(tokenizer).countries)
+            92
+        """
+        taken: dict[int, str] = {}
+        for country in self.countries:
+            text = self.phrasings[0].format(country=country)
+            taken.setdefault(answer_token(tokenizer, text, f" {self.capitals[country]}", "first"), country)
+        return self.only(taken.values())
+
+    def known_by(self, model: nn.Module, tokenizer: Any) -> CapitalTask:
+        """The task for countries whose capital a model tells, by its first token, in each of the phrasings.
+
+        Raises:
+            InputError: it knows fewer than two.
+
+        Example:
+            >>> from intervenable import load_small_lm
+            >>> tokenizer, model = load_small_lm()
+            >>> len(capital_facts(["Spain", "Italy", "Japan"]).known_by(model, tokenizer).countries)
+            3
+        """
+        apart = self.apart_in(tokenizer)
+        known = [
+            country
+            for country, told in zip(apart.countries, _told(apart, model, tokenizer), strict=True)
+            if told
+        ]
+        return self.only(known)
+
+
+def capital_facts(
+    countries: Iterable[str] | None = None,
+    phrasings: Sequence[str] | str = CAPITAL_PHRASINGS[0],
+    capitals: Mapping[str, str] = CAPITALS,
+) -> CapitalTask:
+    """What is the capital of a country? The variable is which capital is meant.
+
+    A source asks about another country in the same phrasing, so that in it everything stands where it stands in the
+    base; no pair occurs twice. The place `country` is where the country is written.
+
+    Capitals are what the model adds, which may be no more than the beginning of a name:
+    `tokenized(data, tokenizer, labels="first")`. SmolLM2-135M-Instruct tells 67 of these capitals when asked by "The
+    capital and largest city of {country} is", and 39 by the shortest phrasing.
+
+    Args:
+        countries: Which ones; all that `capitals` has by default.
+        phrasings: Prompts with `{country}` in them.
+        capitals: The capital of each country; by default those that the shipped model knows.
+
+    Raises:
+        UnknownNameError: a country whose capital is not known here.
+        InputError: fewer than two countries, or a phrasing without `{country}`.
+
+    Example:
+        >>> row = capital_facts().counterfactual(1)[0]
+        >>> row["base"], row["source"], row["label"]
+        ('The capital of Mongolia is', 'The capital of Hungary is', ' Budapest')
+    """
+    asked = (phrasings,) if isinstance(phrasings, str) else tuple(phrasings)
+    return _capitals(tuple(capitals if countries is None else countries), asked, capitals)
+
+
+def _capitals(
+    countries: tuple[str, ...], phrasings: tuple[str, ...], capitals: Mapping[str, str]
+) -> CapitalTask:
+    raise_all(
+        [
+            UnknownNameError(unknown_name("country", name, capitals))
+            for name in countries
+            if name not in capitals
+        ]
+    )
+    if len(set(countries)) < 2:
+        raise InputError(
+            f"countries={list(countries)!r}: there must be 2, one for the base and one for the source."
+        )
+    blank = [phrasing for phrasing in phrasings if "{country}" not in phrasing]
+    if blank or not phrasings:
+        raise InputError(f"phrasings={list(phrasings)!r}: give prompts, each with {{country}} in it.")
+    names = tuple(dict.fromkeys(countries))
+    meant = tuple(dict.fromkeys(capitals[name] for name in names))
+    model = CausalModel(
+        ["country", "phrasing", "capital", "answer"],
+        {
+            "country": names,
+            "phrasing": range(len(phrasings)),
+            "capital": meant,
+            "answer": [f" {capital}" for capital in meant],
+        },
+        {"capital": ["country"], "answer": ["capital", "phrasing"]},
+        {
+            "capital": lambda country: capitals[country],
+            "answer": lambda capital, phrasing: f" {capital}",
+        },
+    )
+    return CapitalTask(
+        model,
+        sampler="uniform",
+        balance=False,
+        distinct=True,
+        shared=("phrasing",),
+        another=("country",),
+        write=lambda setting: filled(phrasings[setting["phrasing"]], {"country": setting["country"]}),
+        answer=lambda setting: str(setting["answer"]),
+        countries=names,
+        phrasings=phrasings,
+        capitals=capitals,
+    )
+
+
+def _told(task: CapitalTask, model: nn.Module, tokenizer: Any) -> list[bool]:
+    """For each country whether the model's first token is right in every phrasing."""
+    told = [True] * len(task.countries)
+    device = next(model.parameters()).device
+    with torch.no_grad(), evaluating(model):
+        for phrasing in task.phrasings:
+            texts = [phrasing.format(country=country) for country in task.countries]
+            answers = [
+                answer_token(tokenizer, text, f" {task.capitals[country]}", "first")
+                for text, country in zip(texts, task.countries, strict=True)
+            ]
+            for row, text in enumerate(texts):
+                logits = model(**tokenizer(text, return_tensors="pt").to(device)).logits[0, -1]
+                told[row] &= int(logits.argmax()) == answers[row]
+    return told
+
+
+# --- prices ---------------------------------------------------------------------------------------------------
+
+CENTS = range(1000)
+"""What things may cost, as for the shipped model."""
+
+
+def price_tagging(*, held_out: bool | None = None) -> TextTask:
+    """Does an amount lie between two others? The variables are whether it is above the lower and below the
+    upper one.
+
+    `answer = left and right`, where `left = (amount >= low)` and `right = (amount <= high)`, in cents. Prompts
+    are those of the shipped model, and of one length for it. Counterfactuals are about `left` if nothing else
+    is said, and each answer occurs equally often. The places are `low`, `high` and `amount`.
+
+    Wu et al. (2023), "Interpretability at Scale: Identifying Causal Mechanisms in Alpaca",
+    https://arxiv.org/abs/2305.08809.
+
+    Args:
+        held_out: True for brackets that the shipped model never saw, False for those it saw, None for both.
+
+    Example:
+        >>> row = price_tagging().counterfactual(1)[0]
+        >>> row["base"]
+        'Please say yes only if it costs between 0.41 and 4.06 dollars, otherwise no. It costs 8.21 dollars. Answer:'
+        >>> sorted(row["base_places"])
+        ['amount', 'high', 'low']
+    """
+    truth = [False, True]
+    model = CausalModel(
+        ["low", "high", "amount", "left", "right", "answer"],
+        {
+            **dict.fromkeys(("low", "high", "amount"), CENTS),
+            **dict.fromkeys(("left", "right", "answer"), truth),
+        },
+        {"left": ["low", "amount"], "right": ["high", "amount"], "answer": ["left", "right"]},
+        {
+            "left": lambda low, amount: amount >= low,
+            "right": lambda high, amount: amount <= high,
+            "answer": lambda left, right: left and right,
+        },
+    )
+
+    def write(setting: Setting) -> Written:
+        words = {name: dollars(setting[name]) for name in ("low", "high", "amount")}
+        return filled(f"{PRICE_BRACKET} {PRICE_QUESTION}", words)
+
+    return TextTask(
+        model,
+        variables=("left",),
+        sampler=lambda rng, goal: _prices(rng, held_out),
+        write=write,
+        answer=lambda setting: " yes" if setting["answer"] else " no",
+    )
+
+
+def _prices(rng: random.Random, held_out: bool | None) -> dict[str, int]:
+    """A bracket, and an amount in it, or to one or the other side of it."""
+    while True:
+        low = rng.randrange(900)
+        high = low + rng.randrange(100, 801)
+        if high not in CENTS or held_out not in (None, is_held_out(dollars(low), dollars(high))):
+            continue
+        sides = [range(low, high + 1), range(low), range(high + 1, len(CENTS))]
+        inside, *outside = (side for side in sides if side)
+        amount = rng.choice(inside if rng.random() < 0.5 or not outside else rng.choice(outside))
+        return {"low": low, "high": high, "amount": amount}
+
+
+# --- indirect objects -----------------------------------------------------------------------------------------
+
+
+def indirect_objects(
+    phrasings: Sequence[str] | str = INDIRECT_OBJECT_PHRASINGS, *, held_out: bool | None = None
+) -> TextTask:
+    """Who is given something? The variable is which of two people, the one named first or the one named second.
+
+    Of two people one is named again, and gives; the other one receives. `receiver` is "first" or "second", and the
+    `answer` is the name in that place: with `receiver` from a source that names other people, the answer is a
+    person of the base. With `answer` from a source it is a person of the source. A source has the phrasing of
+    its base. The places are `first`, `second`, `giver`, `place` and `object`. Both the shipped model and
+    SmolLM2 have each name as one token.
+
+    Wang et al. (2022), "Interpretability in the Wild", https://arxiv.org/abs/2211.00593.
+
+    Args:
+        phrasings: Prompts with `{first}`, `{second}`, `{giver}`, and, where wanted, `{place}` and `{object}`.
+        held_out: True for pairs of names, and of place and object, that the shipped model never saw, False for those
+            it saw, None for both.
+
+    Raises:
+        InputError: a phrasing without one of the three people.
+
+    Example:
+        >>> row = indirect_objects().counterfactual(1, seed=1)[0]
+        >>> row["base"]
+        'Brian and Jane went to the office, and Jane gave a phone to'
+        >>> row["source"]
+        'Max and Hannah went to the office, and Max gave a phone to'
+        >>> row["base_label"], row["label"]
+        (' Brian', ' Jane')
+    """
+    asked = (phrasings,) if isinstance(phrasings, str) else tuple(phrasings)
+    people = ("{first}", "{second}", "{giver}")
+    if not asked or any(person not in phrasing for phrasing in asked for person in people):
+        raise InputError(f"phrasings={list(asked)!r}: give prompts, each with {', '.join(people)} in it.")
+    model = CausalModel(
+        ["first", "second", "named_again", "phrasing", "place", "object", "receiver", "answer"],
+        {
+            **dict.fromkeys(("first", "second", "answer"), NAMES),
+            **dict.fromkeys(("named_again", "receiver"), ("first", "second")),
+            "phrasing": range(len(asked)),
+            "place": PLACES,
+            "object": OBJECTS,
+        },
+        {
+            "receiver": ["named_again"],
+            "answer": ["first", "second", "receiver", "phrasing", "place", "object"],
+        },
+        {
+            "receiver": lambda named_again: "second" if named_again == "first" else "first",
+            "answer": lambda first, second, receiver, *_: first if receiver == "first" else second,
+        },
+    )
+
+    def draw(rng: random.Random, goal: Setting) -> dict[str, Any]:
+        while True:
+            first, second = rng.sample(NAMES, 2)
+            place, thing = rng.choice(PLACES), rng.choice(OBJECTS)
+            kinds = {is_held_out(*sorted((first, second))), is_held_out(place, thing)}
+            if held_out is None or kinds == {held_out}:
+                break
+        drawn: dict[str, Any] = {"first": first, "second": second, "place": place, "object": thing}
+        drawn |= {"named_again": rng.choice(("first", "second")), "phrasing": rng.randrange(len(asked))}
+        return {**drawn, **{name: value for name, value in goal.items() if name in drawn}}
+
+    def write(setting: Setting) -> Written:
+        words = {name: setting[name] for name in ("first", "second", "place", "object")}
+        return filled(asked[setting["phrasing"]], {**words, "giver": setting[setting["named_again"]]})
+
+    return TextTask(
+        model,
+        variables=("receiver",),
+        sampler=draw,
+        balance=False,
+        shared=("phrasing",),
+        write=write,
+        answer=lambda setting: f" {setting['answer']}",
+    )
