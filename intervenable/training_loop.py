@@ -174,8 +174,9 @@ def train(
             )
         processes.share([*trainable.values(), *model.buffers()])
         made = make_optimizer(optimizer, trainable, frozen_tensors(model, include_model), lr, weight_decay)
-        engine = make_engine(model, examples, fast=fast, memory=budget)
-        tester = engine if tested is examples else make_engine(model, tested, fast=fast, memory=budget)
+        with _autocast(settings.precision, processes.device):
+            engine = make_engine(model, examples, fast=fast, memory=budget)
+            tester = engine if tested is examples else make_engine(model, tested, fast=fast, memory=budget)
         loop = Loop(
             model, settings, measures, processes, examples, rows, held_out, engine, tester, trainable, made
         )
@@ -366,11 +367,7 @@ class Loop:
             self.schedule.step()
 
     def _precision(self) -> AbstractContextManager[Any]:
-        name = self.settings.precision
-        if name in (None, "fp32"):
-            return nullcontext()
-        dtype = torch.bfloat16 if name == "bf16" else torch.float16
-        return torch.autocast(self.processes.device.type, dtype)
+        return _autocast(self.settings.precision, self.processes.device)
 
     # --- after an epoch -----------------------------------------------------------------------------------
 
@@ -495,6 +492,13 @@ class Loop:
             raise StorageError(
                 f"The checkpoint does not hold what this training needs ({error}). Delete it to start anew."
             ) from error
+
+
+def _autocast(name: str | None, device: torch.device) -> AbstractContextManager[Any]:
+    """What runs the model in a precision."""
+    if name in (None, "fp32"):
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if name == "bf16" else torch.float16)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -53,7 +53,8 @@ class RowStore:
 
     def put(self, rows: Sequence[int], values: Tensor) -> None:
         """Keep these values as those rows."""
-        self._values[torch.tensor(rows, device=self._values.device)] = values.detach().to(self._values.device)
+        there = self._values
+        there[torch.tensor(rows, device=there.device)] = values.detach().to(there.device, there.dtype)
 
     def at(self, rows: Tensor) -> Tensor:
         """`[n, ...]` these rows, a copy, on the device on which they were made."""

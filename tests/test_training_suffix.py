@@ -277,6 +277,16 @@ def test_rows_come_back_as_they_were_put() -> None:
         assert torch.equal(store.at(torch.tensor([0, 2, 4, 0])), values[[1, 2, 0, 1]])
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_autocast_gives_what_the_plain_path_gives_under_it(family: str) -> None:
+    lm = frozen(family)
+    with torch.autocast("cpu", torch.bfloat16):
+        fast, plain = engines(lm, das(1), rows("right"))
+        assert fast.is_exact(plain)
+        here, there = fast.step([4, 2, 1]).logits.float(), plain.step([4, 2, 1]).logits.float()
+    assert (here - there).norm() <= 0.02 * there.norm()
+
+
 # --- the model is left alone ------------------------------------------------------------------------------
 
 
