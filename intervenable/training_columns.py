@@ -12,7 +12,7 @@ from torch import Tensor
 
 from intervenable.errors import DatasetError
 
-Columns = dict[str, list[Any]]
+Columns = dict[str, Sequence[Any]]
 
 FORMS = "a datasets.Dataset, a list of dicts, a mapping of columns, or a torch Dataset of dicts"
 TEXTS = ("base", "source", "label")
@@ -75,6 +75,9 @@ def as_tensors(values: Sequence[Any], column: str, name: str) -> list[Tensor]:
     Raises:
         DatasetError: one of them is not numbers, or is ragged in itself.
     """
+    together = _at_once(values)
+    if together is not None:
+        return list(together.unbind(0))
     found = []
     for row, value in enumerate(values):
         try:
@@ -84,6 +87,24 @@ def as_tensors(values: Sequence[Any], column: str, name: str) -> list[Tensor]:
                 f"{column!r} of row {row} of {name} is {_shown(value)}, which makes no tensor ({error})."
             ) from error
     return found
+
+
+def _at_once(values: Any) -> Tensor | None:
+    """All values as one tensor, if they are of one shape; None if it takes a closer look."""
+    if isinstance(values, Tensor):
+        return values.detach().cpu()
+    if any(isinstance(value, Tensor) for value in values):
+        shapes = {value.shape for value in values if isinstance(value, Tensor)}
+        alike = len(shapes) == 1 and all(isinstance(value, Tensor) for value in values)
+        return torch.stack([value.detach().cpu() for value in values]) if alike else None
+    try:
+        return (
+            torch.from_numpy(np.stack(values))
+            if isinstance(values[0], np.ndarray)
+            else torch.as_tensor(values)
+        )
+    except (TypeError, ValueError, RuntimeError):
+        return None
 
 
 def plain(value: Any) -> Any:
@@ -124,7 +145,7 @@ def _values(values: Any, column: object, name: str) -> list[Any]:
             f"{column!r} of {name} is {_shown(values)}. As a mapping, a data set has a list for each column, with a"
             " value for each example."
         )
-    return list(values)
+    return values.detach() if isinstance(values, Tensor) else list(values)  # type: ignore[return-value]
 
 
 def _of_rows(rows: list[Any], name: str) -> Columns:

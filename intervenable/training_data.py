@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 import torch
@@ -351,20 +352,31 @@ class _Reader:
                 f"labels of {self.name} have the shapes {', '.join(map(str, dims))}. Give an answer for each example,"
                 f" or one for each of its tokens ({IGNORED} where none is asked)."
             )
-        for index, row in enumerate(rows):
-            if row.is_floating_point() and not bool((row == row.round()).all()):
+        lengths = [row.numel() for row in rows]
+        flat = torch.cat([row.reshape(-1) for row in rows])
+
+        def row_of(place: Tensor) -> int:
+            return next(index for index, end in enumerate(accumulate(lengths)) if int(place) < end)
+
+        halves = (flat != flat.round()).nonzero() if flat.is_floating_point() else flat.new_zeros(0)
+        if len(halves):
+            raise DatasetError(
+                f"The label of row {row_of(halves[0])} of {self.name} is {flat[halves[0]].item()}, not a whole"
+                " number."
+            )
+        wrong = ((flat < 0) & (flat != IGNORED)).nonzero()
+        if len(wrong):
+            raise DatasetError(
+                f"The label of row {row_of(wrong[0])} of {self.name} is {int(flat[wrong[0]])}. Labels are classes or"
+                f" token ids from 0 on, or {IGNORED} for tokens that are not asked for."
+            )
+        if bool((flat == IGNORED).any()):
+            unasked = next((index for index, row in enumerate(rows) if bool((row == IGNORED).all())), None)
+            if unasked is not None:
                 raise DatasetError(
-                    f"The label of row {index} of {self.name} is {row.tolist()}, not a whole number."
+                    f"No label of row {unasked} of {self.name} is asked for: all are {IGNORED}."
                 )
-            wrong = row[(row < 0) & (row != IGNORED)]
-            if len(wrong.reshape(-1)):
-                raise DatasetError(
-                    f"The label of row {index} of {self.name} is {int(wrong.reshape(-1)[0])}. Labels are classes or"
-                    f" token ids from 0 on, or {IGNORED} for tokens that are not asked for."
-                )
-            if bool((row == IGNORED).all()):
-                raise DatasetError(f"No label of row {index} of {self.name} is asked for: all are {IGNORED}.")
-        return [row.long() for row in rows]
+        return [row.long() for row in rows] if flat.dtype != torch.long else rows
 
 
 def groups_with_sources(model: IntervenableModel) -> tuple[set[int], set[int]]:
