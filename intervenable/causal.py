@@ -7,8 +7,10 @@ inputs that networks take; `tokenized` makes token ids of those in words.
 
 from __future__ import annotations
 
+from intervenable.causal_arithmetic import ArithmeticTask, arithmetic_carry
 from intervenable.causal_datasets import Counterfactual
 from intervenable.causal_equality import EqualityNetwork, EqualityTask, hierarchical_equality
+from intervenable.causal_logic import boolean_logic
 from intervenable.causal_model import CausalModel
 from intervenable.causal_prompts import CapitalTask, capital_facts, indirect_objects, price_tagging
 from intervenable.causal_tasks import Task, TextTask, VectorTask
@@ -16,6 +18,7 @@ from intervenable.causal_texts import Written, filled
 from intervenable.causal_tokens import tokenized
 
 __all__ = [
+    "ArithmeticTask",
     "CapitalTask",
     "CausalModel",
     "Counterfactual",
@@ -25,6 +28,8 @@ __all__ = [
     "TextTask",
     "VectorTask",
     "Written",
+    "arithmetic_carry",
+    "boolean_logic",
     "capital_facts",
     "filled",
     "hierarchical_equality",

@@ -95,9 +95,9 @@ def hierarchical_equality(width: int = 4, entities: int | None = None) -> Equali
     `O = (WX == YZ)`, where `WX = (W == X)` and `YZ = (Y == Z)`. A network is given the four vectors one after
     the other and answers 1 if so. Each value of each variable occurs equally often.
 
-    Geiger et al. (2023), "Relational Reasoning and Generalization Using Non-symbolic Neural Networks"; the
-    alignment is that of Geiger et al. (2024), "Finding Alignments Between Interpretable Causal Variables and
-    Distributed Neural Representations", https://arxiv.org/abs/2303.02536.
+    Geiger et al. (2023), "Relational Reasoning and Generalization Using Nonsymbolic Neural Networks",
+    https://arxiv.org/abs/2006.07968; the alignment is that of Geiger et al. (2024), "Finding Alignments Between
+    Interpretable Causal Variables and Distributed Neural Representations", https://arxiv.org/abs/2303.02536.
 
     Args:
         width: Coordinates of a vector; they lie between -1 and 1.

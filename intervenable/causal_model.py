@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -14,9 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from intervenable.causal_values import Domain, Setting, as_numbers, same
+from intervenable.causal_checks import (
+    checked_names,
+    checked_timesteps,
+    longest_paths,
+    read_domains,
+    strangers,
+    topological,
+    unfit_functions,
+)
+from intervenable.causal_values import Domain, Setting, as_numbers
 from intervenable.errors import (
-    ConfigError,
     Fault,
     InputError,
     IntervenableError,
@@ -103,24 +110,26 @@ class CausalModel:
         equiv_classes: Mapping[str, Mapping[Any, Sequence[Setting]]] | None = None,
         pos: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
-        self.variables: tuple[str, ...] = _names(variables)
-        raise_all(_strangers(self.variables, locals()))
+        self.variables: tuple[str, ...] = checked_names(variables)
+        raise_all(strangers(self.variables, locals()))
         self.parents: dict[str, tuple[str, ...]] = {
             name: tuple(parents.get(name, ())) for name in self.variables
         }
         self.functions: dict[str, Callable[..., Any]] = {
             name: functions[name] for name in self.variables if name in functions
         }
-        domains, faults = _domains(self.variables, values)
-        raise_all([*faults, *_unfit_functions(self.parents, self.functions)])
+        domains, faults = read_domains(self.variables, values)
+        raise_all([*faults, *unfit_functions(self.parents, self.functions)])
         self.domains: dict[str, Domain] = domains
-        self.order: tuple[str, ...] = _topological(self.parents)
+        self.order: tuple[str, ...] = topological(self.parents)
         self.children: dict[str, tuple[str, ...]] = {
             name: tuple(child for child in self.variables if name in self.parents[child])
             for name in self.variables
         }
         self.timesteps: dict[str, int] = (
-            _timesteps(self) if timesteps is None else _given_timesteps(self.parents, timesteps)
+            longest_paths(self.parents, self.order)
+            if timesteps is None
+            else checked_timesteps(self.parents, timesteps)
         )
         self.pos: dict[str, tuple[float, float]] = dict(pos or {})
         self._given_classes = dict(equiv_classes or {})
@@ -366,22 +375,9 @@ class CausalModel:
             >>> model.live_paths({"A": True, "B": False})
             {2: [('B', 'C')]}
         """
-        actual = self.run(inputs)
-        live = {name: self._felt(name, inputs, actual) for name in self.variables if self.children[name]}
-        paths: Paths = {}
-        longest: list[tuple[str, ...]] = [(name,) for name in self.variables]
-        while longest := [(*path, child) for path in longest for child in live.get(path[-1], ())]:
-            paths[len(longest[0])] = longest
-        return paths
+        from intervenable.causal_paths import live_paths
 
-    def _felt(self, name: str, inputs: Setting, actual: Setting) -> list[str]:
-        values = self.domains[name].listed("find out what it changes")
-        others = [self.run({**inputs, name: value}) for value in values]
-        return [
-            child
-            for child in self.children[name]
-            if any(not same(other[child], actual[child]) for other in others)
-        ]
+        return live_paths(self, inputs)
 
     def longest_path_filter(self, lengths: int | Sequence[int]) -> Callable[[Setting], bool]:
         """Whether the longest live path has (one of) so many variables, as a function of a setting of all."""
@@ -624,130 +620,3 @@ def _encoding(
 
 def _is_class(value: Any) -> bool:
     return isinstance(value, (Integral, np.bool_)) and int(value) >= 0
-
-
-# --- checks ---------------------------------------------------------------------------------------------------
-
-
-def _names(variables: Sequence[str]) -> tuple[str, ...]:
-    names = tuple(variables)
-    if not names:
-        raise ConfigError("A causal model without variables says nothing. Name at least one.")
-    given: tuple[object, ...] = names
-    wrong = [name for name in given if not isinstance(name, str) or not name]
-    if wrong:
-        raise ConfigError(f"{wrong[0]!r} is no name of a variable. Give texts.")
-    twice = [name for place, name in enumerate(names) if name in names[:place]]
-    if twice:
-        raise ConfigError(f"The variable {twice[0]!r} is listed twice. Each may occur once.")
-    return names
-
-
-def _strangers(variables: tuple[str, ...], given: Mapping[str, Any]) -> list[Fault]:
-    """Names in the tables that are none of the variables."""
-    faults: list[Fault] = []
-    for table in ("values", "parents", "functions", "timesteps", "equiv_classes", "pos"):
-        for name in given[table] or ():
-            if name not in variables:
-                faults.append(UnknownNameError(unknown_name("variable", name, variables, f"in `{table}`")))
-    for name, parents in given["parents"].items():
-        for parent in parents:
-            if parent not in variables:
-                where = f"among the parents of {name!r}"
-                faults.append(UnknownNameError(unknown_name("variable", parent, variables, where)))
-    return faults
-
-
-def _domains(
-    variables: tuple[str, ...], values: Mapping[str, Sequence[Any] | None]
-) -> tuple[dict[str, Domain], list[Fault]]:
-    domains: dict[str, Domain] = {}
-    faults: list[Fault] = []
-    for name in variables:
-        try:
-            domains[name] = Domain(name, values.get(name))
-        except ConfigError as error:
-            faults.append(error)
-    return domains, faults
-
-
-def _unfit_functions(
-    parents: Mapping[str, tuple[str, ...]], functions: Mapping[str, Callable[..., Any]]
-) -> list[Fault]:
-    faults: list[Fault] = []
-    for name, above in parents.items():
-        taken = ", ".join(above)
-        if name not in functions:
-            if above:
-                faults.append(
-                    ConfigError(
-                        f"Variable {name!r} has parents and no function. Give one that takes ({taken})."
-                    )
-                )
-            continue
-        if not callable(functions[name]):
-            faults.append(
-                ConfigError(
-                    f"The function of {name!r} is {functions[name]!r}. Give one that takes ({taken})."
-                )
-            )
-            continue
-        try:
-            signature = inspect.signature(functions[name])
-        except (TypeError, ValueError):  # some built-in functions do not say what they take
-            continue
-        try:
-            signature.bind(*above)
-        except TypeError:
-            faults.append(
-                ConfigError(
-                    f"The function of {name!r} takes {signature}, and {name!r} has {len(above)} parents. Give one"
-                    f" that takes ({taken})."
-                )
-            )
-    return faults
-
-
-def _topological(parents: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
-    """The variables so that each comes after its parents, otherwise as they were declared."""
-    done: dict[str, None] = {}
-    while len(done) < len(parents):
-        ready = [
-            name for name in parents if name not in done and all(parent in done for parent in parents[name])
-        ]
-        if not ready:
-            raise ConfigError(f"The variables depend on each other in a circle: {_circle(parents, done)}.")
-        done.update(dict.fromkeys(ready))
-    return tuple(done)
-
-
-def _circle(parents: Mapping[str, tuple[str, ...]], done: Mapping[str, None]) -> str:
-    """One of the circles, from parent to child."""
-    path = [next(name for name in parents if name not in done)]
-    while path[-1] not in path[:-1]:
-        path.append(next(parent for parent in parents[path[-1]] if parent not in done))
-    return " -> ".join(reversed(path[path.index(path[-1]) :]))
-
-
-def _timesteps(model: CausalModel) -> dict[str, int]:
-    steps: dict[str, int] = {}
-    for name in model.order:
-        steps[name] = 1 + max((steps[parent] for parent in model.parents[name]), default=-1)
-    end = max(steps.values())
-    return {name: end if name in model.outputs else steps[name] for name in model.variables}
-
-
-def _given_timesteps(parents: Mapping[str, tuple[str, ...]], timesteps: Mapping[str, int]) -> dict[str, int]:
-    missing = [name for name in parents if name not in timesteps]
-    if missing:
-        raise ConfigError(
-            f"No time step for {', '.join(map(repr, missing))}. Give one for each variable, or none."
-        )
-    for name, above in parents.items():
-        for parent in above:
-            if timesteps[parent] >= timesteps[name]:
-                raise ConfigError(
-                    f"{parent!r} is computed at step {timesteps[parent]} and its child {name!r} at {timesteps[name]}."
-                    " Parents come first."
-                )
-    return {name: timesteps[name] for name in parents}
