@@ -16,7 +16,7 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
-from intervenable import attention, metrics, patching, training
+from intervenable import attention, causal, metrics, patching, training
 from intervenable._version import __version__
 from intervenable.cache import ActivationCache
 from intervenable.collecting import collect
@@ -191,6 +191,7 @@ __all__ = [
     "activation_key",
     "align",
     "attention",
+    "causal",
     "collect",
     "embed_to_distrib",
     "extraction_components",
