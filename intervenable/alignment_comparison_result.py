@@ -36,6 +36,8 @@ TITLES = {
     "sae": "SAE features",
 }
 """What the methods are called on pictures and in tables."""
+MOST_SHOWN = 3
+"""Shortcuts that are told where a comparison is shown."""
 CONTROLS = {
     "random": "random subspace",
     "shuffled": "shuffled labels",
@@ -261,7 +263,7 @@ class MethodComparison:
                 f"Methods at {self.place}: {head[2]} over {self.baseline.shape[-1]} examples{under}, with intervals"
                 f" of {self.confidence:.0%}.",
                 *_table(rows),
-                *self.shortcuts,
+                *self.shortcuts[:MOST_SHOWN],
             ]
         )
 

@@ -17,7 +17,7 @@ from intervenable.training_data import read_examples
 from intervenable.training_engine import device_of
 from intervenable.training_loop import prepared
 from intervenable.training_measures import Measure, read_loss
-from intervenable.training_schedules import OPTIMIZERS
+from intervenable.training_schedules import BOUNDLESS, OPTIMIZERS
 from interventions import (
     BoundlessRotatedSpaceIntervention,
     CollectIntervention,
@@ -32,6 +32,8 @@ from interventions.subspaces import Subspaces
 
 SHARES_FASTER = 10
 """How many times the learning rate of a rotation masks and boundaries have, as in pyvene's boundless tutorials."""
+FASTEST_BOUNDARY = 0.01
+"""The highest learning rate of a boundary, which is there too; it is a share, and 1 is everything."""
 HARD = 1e-3
 """A temperature at which shares that are far from a half are 0 or 1."""
 AT_ONCE = 64
@@ -180,6 +182,15 @@ def _options(study: Study, model: IntervenableModel, sparsity: float) -> dict[st
         return answers(logits, labels) + sparsity * _share(intervention).to(logits.device)
 
     options: dict[str, Any] = {"loss": loss}
+    fastest = float("inf")
+    if isinstance(intervention, BoundlessRotatedSpaceIntervention):
+        fastest = FASTEST_BOUNDARY
+        width = intervention.rotation.weight.shape[0]
+        # At 50, where narrow vectors would begin otherwise, all their coordinates have the same share.
+        options["temperature"] = study.options.get("temperature") or (
+            min(BOUNDLESS[0], width / 8),
+            BOUNDLESS[1],
+        )
     given = study.options.get("optimizer", "adam")
     kind = OPTIMIZERS.get(given, given) if isinstance(given, str) else given
     if isinstance(kind, type) and issubclass(kind, Optimizer):
@@ -191,7 +202,7 @@ def _options(study: Study, model: IntervenableModel, sparsity: float) -> dict[st
             groups: list[dict[str, Any]] = (
                 [{"params": rest, "weight_decay": decay}] if decay else [{"params": rest}]
             )
-            groups.append({"params": shares, "lr": lr * SHARES_FASTER})
+            groups.append({"params": shares, "lr": min(lr * SHARES_FASTER, fastest)})
             return kind([group for group in groups if group["params"]], lr=lr)  # type: ignore[call-arg]
 
         options["optimizer"] = optimizer
@@ -201,7 +212,7 @@ def _options(study: Study, model: IntervenableModel, sparsity: float) -> dict[st
 def _share(intervention: Intervention) -> Tensor:
     """The share of the coordinates that is swapped, from 0 to 1."""
     if isinstance(intervention, BoundlessRotatedSpaceIntervention):
-        return intervention.intervention_boundaries.clamp(1e-3, 1.0).sum()
+        return intervention.intervention_boundaries.sum()  # not clamped, so that it comes back from beyond 1
     return intervention.mask_weights().mean()  # type: ignore[operator, no-any-return]  # a mask
 
 

@@ -21,6 +21,7 @@ from intervenable.training_evaluation import evaluate
 from intervenable.training_loop import order_of, train
 from intervenable.training_measures import read_loss, read_metrics
 from interventions import Intervention
+from interventions.temperature import Tempered
 
 OURS = (
     "model",
@@ -110,6 +111,8 @@ class Study:
             own = seed + RESTART * restart
             model = make(own)
             given = {**self.options, **(options(model) if options else {})}
+            if not any(isinstance(each, Tempered) for each in model.interventions.values()):
+                given.pop("temperature", None)  # for others of a comparison
             metrics = {
                 **read_metrics(given.get("metric", "iia")),
                 ANSWER_LOSS: read_loss(self.options.get("loss", "cross_entropy")),

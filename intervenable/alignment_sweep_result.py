@@ -245,7 +245,9 @@ class AlignmentSweep:
             " the highest:"
         )
         lines += [f"    {cell}" for cell in self.top(MOST_SHOWN)]
-        lines += [f"  {sentence}" for sentence in self.shortcuts]
+        lines += [f"  {sentence}" for sentence in self.shortcuts[:MOST_SHOWN]]
+        if len(self.shortcuts) > MOST_SHOWN:
+            lines.append(f"  and {len(self.shortcuts) - MOST_SHOWN} more shortcuts of some cells.")
         return "\n".join(lines)
 
     # -- files
