@@ -224,7 +224,8 @@ def counterfactual_columns(
 ) -> Columns:
     """The columns of counterfactuals; of several variables a source each, and a mask.
 
-    A variable that is not set has the base as its source: an interchange with it changes nothing.
+    A variable that is not set has the base as its source: an interchange with it changes nothing, unless it lies behind
+    one that is set.
     """
     columns: Columns = {
         "input_ids": [encode(row.base) for row in drawn],

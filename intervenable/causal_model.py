@@ -554,7 +554,7 @@ class CausalModel:
             `source_input_ids`, `source_labels` (the answers to the sources) and `intervention_id` (which of
             `subsets`). With several variables the sources are `[variables, numbers]` and their answers
             `[variables]`, in the order of `variables`; `source_mask` says which of these the example is about,
-            and the others have the base as source, which changes nothing.
+            and the others have the base as source: that changes nothing, unless they lie behind one that is set.
 
         Raises:
             UnknownNameError: a name that is none of the variables.
