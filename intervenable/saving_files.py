@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import time
@@ -98,15 +99,18 @@ def write_folder(
     content = {"format": FORMAT, "schema_version": SCHEMA_VERSION, **description, "files": files}
     text = json.dumps({**content, "checksum": _checksum(content)}, indent=2, allow_nan=False) + "\n"
     with _alone_in(folder):
-        _refuse_foreign(folder)
+        valid = _files_before(folder)
         remove_unfinished(folder)
-        write_tensors(folder / str(files["tensors"]), TENSORS, tensors, notes)
-        if model is not None and not (folder / str(files["model"])).is_dir():
-            with replacing_folder(folder / str(files["model"])) as part:
-                model[1](part)
-        with replacing(folder / CONFIG) as part:
-            part.write_text(text, encoding="utf-8")
-        _sweep(folder, files)
+        try:
+            write_tensors(folder / str(files["tensors"]), TENSORS, tensors, notes)
+            if model is not None and not (folder / str(files["model"])).is_dir():
+                with replacing_folder(folder / str(files["model"])) as part:
+                    model[1](part)
+            with replacing(folder / CONFIG) as part:
+                part.write_text(text, encoding="utf-8")
+            valid = files
+        finally:
+            _sweep(folder, valid)
 
 
 @contextmanager
@@ -127,24 +131,30 @@ def _alone_in(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _refuse_foreign(folder: Path) -> None:
-    """Keep from writing over what is not ours, such as a model of transformers."""
+def _files_before(folder: Path) -> Mapping[str, Any]:
+    """The files of the state that is there.
+
+    Raises:
+        StorageError: what is there is not ours, such as a model of transformers, and would be lost.
+    """
     file = folder / CONFIG
     if not file.exists() and not file.is_symlink():
-        return
+        return {}
     try:
-        ours = read_json(file).get("format") == FORMAT
+        there = read_json(file) if file.is_file() else {}
     except StorageError:
-        ours = False
-    if not ours:
+        there = {}
+    files = there.get("files")
+    if there.get("format") != FORMAT or not isinstance(files, dict):
         raise StorageError(
             f"{file} is there already and was not written by save_pretrained of an IntervenableModel; it would be"
             " lost. Choose another folder, or remove it."
         )
+    return files
 
 
-def _sweep(folder: Path, files: Mapping[str, str | None]) -> None:
-    """Remove what former states have left."""
+def _sweep(folder: Path, files: Mapping[str, Any]) -> None:
+    """Remove what is left of other states."""
     for path in folder.iterdir():
         if path.name in files.values():
             continue
@@ -201,10 +211,10 @@ def read_folder(folder: Path) -> Contents:
 
 
 def _description(folder: Path) -> dict[str, Any]:
-    file = folder / CONFIG
-    if not file.exists() and not file.is_symlink():
+    file = _inside(folder, CONFIG)
+    if not file.is_file():
         raise MissingFileError(f"There is no {CONFIG} in {str(folder)!r}.{_pickles(folder)}")
-    content = read_json(_inside(folder, CONFIG))
+    content = read_json(file)
     if content.get("format") != FORMAT:
         hint = (
             " It looks as if pyvene has written it: IntervenableModel.from_pyvene(folder, model=model) reads that."
@@ -307,9 +317,9 @@ def _inside(folder: Path, name: str) -> Path:
     """A file of the folder; one that is a link must stay there, or in the store of the Hub's cache around it."""
     file = folder / name
     if file.is_symlink():
-        home = folder.resolve()
+        home = Path(os.path.realpath(folder))
         homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
-        target = file.resolve()
+        target = Path(os.path.realpath(file))  # which, unlike `resolve`, does not mind circles
         if not any(target.is_relative_to(place) for place in homes):
             raise StorageError(
                 f"{file} is a link that leads out of the folder, to {str(target)!r}. Put the file itself there."

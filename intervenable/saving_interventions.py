@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,10 +32,13 @@ def taken_apart(intervention: Intervention, types: TypeNames) -> tuple[dict[str,
         )
     try:
         arguments = intervention.to_config()
+        json.dumps(arguments, allow_nan=False)
     except UnknownInterventionError as error:
         raise ConfigError(str(error)) from error
     except InterventionError as error:
         raise ConfigError(f"{cls.__name__} cannot be saved: {error}") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{cls.__name__} has an argument that JSON has no form for: {error}.") from error
     held = intervention.state_dict()
     for key, tensor in held.items():
         if not isinstance(tensor, Tensor):

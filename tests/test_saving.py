@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from built_in_interventions import BUILT_INS, halfway, moved_off_start
 from torch import Tensor, nn
 
 import intervenable as iv
 import interventions
-from built_in_interventions import BUILT_INS, halfway, moved_off_start
 from intervenable.errors import MissingFileError
 from intervenable.model import IntervenableModel
 from interventions import Intervention
@@ -453,7 +453,7 @@ def test_a_registry_comes_before_what_is_registered(model, tmp_path):
     IntervenableModel([entry(iv.ZeroIntervention())], model).save_pretrained(tmp_path)
     again = IntervenableModel.from_pretrained(tmp_path, model, registry={"ZeroIntervention": MyZero})
     assert type(next(iter(again.interventions.values()))) is MyZero
-    with pytest.raises(iv.ConfigError, match="registry gives the name 'ZeroIntervention' to .*MyZero"):
+    with pytest.raises(iv.ConfigError, match=r"registry gives the name 'ZeroIntervention' to .*MyZero"):
         IntervenableModel([entry(iv.ZeroIntervention())], model).save_pretrained(
             tmp_path, registry={"ZeroIntervention": MyZero}
         )
@@ -481,6 +481,10 @@ class Forgetful(Intervention):
         return base
 
 
+class Unnamed(Turned):
+    """A class that nobody knows."""
+
+
 class Chatty(Intervention):
     """A class with state that is no tensor."""
 
@@ -495,7 +499,7 @@ class Chatty(Intervention):
 
 
 WITHOUT_FORM = {
-    "an unregistered class": (lambda: Turned(HIDDEN, 1.0), "The intervention class Turned has no name"),
+    "an unregistered class": (lambda: Unnamed(HIDDEN, 1.0), "The intervention class Unnamed has no name"),
     "a lambda": (lambda: lambda base: base, r"Unknown function '<lambda>'.*\n.*\n.*register_callable"),
     "an unregistered function": (lambda: iv.CallableIntervention(torch.tanh), "Unknown function 'tanh'"),
     "an unregistered activation": (
@@ -508,6 +512,10 @@ WITHOUT_FORM = {
     ),
     "a forgotten argument": (lambda: Forgetful(3), "does not keep its constructor argument 'secret'"),
     "state that is no tensor": (Chatty, "keeps '_extra_state', a str; only tensors can be saved"),
+    "a number that is none": (
+        lambda: Turned(HIDDEN, float("inf")),
+        "Turned has an argument that JSON has no form for: Out of range float values",
+    ),
     "a tensor without values": (
         lambda: iv.LowRankRotatedSpaceIntervention(HIDDEN, 2).to("meta"),
         "on the meta device, without values",
@@ -518,7 +526,7 @@ WITHOUT_FORM = {
 @pytest.mark.parametrize("kind", WITHOUT_FORM)
 def test_what_has_no_form_in_a_file_is_refused_before_anything_is_written(model, tmp_path, kind):
     make, message = WITHOUT_FORM[kind]
-    names = {"Forgetful": Forgetful, "Chatty": Chatty}
+    names = {"Forgetful": Forgetful, "Chatty": Chatty, "Turned": Turned}
     wrapped = IntervenableModel([entry(iv.ZeroIntervention()), entry(make(), layer=2)], model)
     with pytest.raises(iv.ConfigError, match=message) as caught:
         wrapped.save_pretrained(tmp_path / "new", registry=names)
