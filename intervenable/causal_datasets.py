@@ -58,7 +58,10 @@ def factual_settings(
     found: list[dict[str, Any]] = []
     for _ in range(size):
         for _ in range(TRIES):
-            setting = model.run(draw(rng, {}))
+            inputs = draw(rng, {})
+            if inputs is None:
+                continue
+            setting = model.run(inputs)
             if filter is None or filter(setting):
                 found.append(setting)
                 break
@@ -141,20 +144,26 @@ class _Pairs:
 
     def draw(self, rng: random.Random, which: int, answer: Setting) -> Counterfactual | None:
         """A base, its sources and what becomes of it; None where a source is not as it should be."""
-        base = self.model.run(self.input(rng, {}))
-        if not fits(base, answer):
+        base = self._run(rng, {})
+        if base is None or not fits(base, answer):
             return None
         kept = {name: base[name] for name in self.shared}
         sources: dict[str, Setting] = {}
         for name in self.sets[which]:
             goal = {**kept, name: rng.choice(self.goals[name])} if self.goals else kept
-            sources[name] = self.model.run(self.input(rng, goal))
-            alike = any(same(sources[name][other], base[other]) for other in self.another)
-            if alike or not fits(sources[name], goal):
+            source = self._run(rng, goal)
+            if source is None or not fits(source, goal):
                 return None
+            if any(same(source[other], base[other]) for other in self.another):
+                return None
+            sources[name] = source
         forced = {name: source[name] for name, source in sources.items()}
         inputs = {name: base[name] for name in self.model.inputs}
         return Counterfactual(base, sources, self.model.run({**inputs, **forced}), self.names, which)
+
+    def _run(self, rng: random.Random, goal: Setting) -> Setting | None:
+        inputs = self.input(rng, goal)
+        return None if inputs is None else self.model.run(inputs)
 
 
 def _subsets(names: tuple[str, ...], subsets: Sequence[Sequence[str]] | None) -> list[tuple[str, ...]]:
@@ -224,8 +233,8 @@ def counterfactual_columns(
 ) -> Columns:
     """The columns of counterfactuals; of several variables a source each, and a mask.
 
-    A variable that is not set has the base as its source: an interchange with it changes nothing, unless it lies behind
-    one that is set.
+    A variable that is not set has the base as its source: an interchange with it changes nothing, unless it lies
+    behind one that is set.
     """
     columns: Columns = {
         "input_ids": [encode(row.base) for row in drawn],

@@ -13,13 +13,16 @@ from intervenable.errors import InputError, UnknownNameError, raise_all, unknown
 Where = Mapping[str, Any] | Callable[[Mapping[str, Any]], bool] | None
 """What must hold: values by variable, or a function of the values of all variables."""
 
-Draw = Callable[[random.Random, Setting], Setting]
-"""Draws inputs, for whose run certain values by variable are wanted; it may return others, and is asked again."""
+Draw = Callable[[random.Random, Setting], Setting | None]
+"""Draws inputs for whose run certain values are wanted; it may return others or None, and is asked again."""
 
 Sampler = Literal["uniform", "balanced"] | Draw
 
 TRIES = 10_000
 """After so many draws in a row that do not fit it is said that nothing does."""
+
+ATTEMPTS = 50
+"""How often a balanced draw begins anew where the children of a variable want different values of it."""
 
 
 def seeded(seed: int | random.Random) -> random.Random:
@@ -34,9 +37,9 @@ def sample_input(
     rng = seeded(seed)
     goal = model.checked(where) if isinstance(where, Mapping) else {}
     draw = drawing(model, "balanced" if balanced else "uniform")
-    for _ in range(TRIES):
+    for _ in range(TRIES // ATTEMPTS if balanced and goal else TRIES):
         setting = draw(rng, goal)
-        if where is None or fits(model.run(setting), goal, where):
+        if setting is not None and (where is None or fits(model.run(setting), goal, where)):
             return dict(setting)
     raise InputError(f"Of {TRIES} inputs that were drawn, none fits {where!r}. Is there one?")
 
@@ -120,12 +123,13 @@ class _Balanced:
         self.model = model
         self.classes = model.possible_classes
 
-    def __call__(self, rng: random.Random, goal: Setting) -> Setting:
-        for _ in range(TRIES):
-            drawn = self._drawn(rng, dict(goal or self._output(rng)))
+    def __call__(self, rng: random.Random, goal: Setting) -> Setting | None:
+        wanted = goal or self._output(rng)
+        for _ in range(ATTEMPTS):
+            drawn = self._drawn(rng, dict(wanted))
             if drawn is not None:
                 return _uniform(self.model, rng, drawn)
-        raise InputError(f"Nothing that was drawn makes {dict(goal)!r}. Is it possible?")
+        return None  # values that can be made one by one, and not together
 
     def _output(self, rng: random.Random) -> dict[str, Any]:
         name = rng.choice(self.model.outputs)
@@ -149,7 +153,7 @@ class _Balanced:
 
 
 def possible_values(model: CausalModel, name: str) -> list[Any]:
-    """The values that a variable can come to have.
+    """The values that a variable can come to have, and where variables share parents perhaps more.
 
     Raises:
         InputError: it, or what it depends on, was declared without values.
