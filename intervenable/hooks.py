@@ -76,14 +76,16 @@ class _Modes:
         if modes:
             modes.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
-    @contextmanager
-    def set_aside(self) -> Iterator[None]:
-        """Let what the block computes pass unseen: edits inside an attention module multiply matrices too."""
-        awake = [mode for mode in self._on.get(get_ident(), ()) if mode.awake]
+    def unseen(self, acts: Sequence[Callable[[Passage], None]], passage: Passage) -> None:
+        """Act on a passage, and let what is computed there pass unseen: edits inside an attention module multiply
+        matrices too.
+        """
+        awake = [mode for mode in self._on.get(get_ident(), ()) if mode.awake] if self._on else ()
         for mode in awake:
             mode.awake = False
         try:
-            yield
+            for act in acts:
+                act(passage)
         finally:
             for mode in awake:
                 mode.awake = True
@@ -113,8 +115,10 @@ def _register_inside(
     ]
 
 
-def _register(hook: Hook, gate: Gate, modes: _Modes) -> RemovableHandle:
-    """Attach one hook; it acts where the gate is open and is inert elsewhere."""
+def _register(
+    module: nn.Module, side: Side, acts: Sequence[Callable[[Passage], None]], gate: Gate, modes: _Modes
+) -> RemovableHandle:
+    """Attach one hook that does several things in order; it acts where the gate is open and is inert elsewhere."""
 
     # While another thread registers or removes hooks, torch may leave out the keyword inputs: look at the gate
     # first and at the rest after.
@@ -122,22 +126,20 @@ def _register(hook: Hook, gate: Gate, modes: _Modes) -> RemovableHandle:
         if not gate.open():
             return None
         passage = Passage(module, *rest)
-        with modes.set_aside():
-            hook.act(passage)
+        modes.unseen(acts, passage)
         return (passage.args, passage.kwargs) if passage.changed else None
 
     def after(module: nn.Module, *rest: Any) -> Any:
         if not gate.open():
             return None
         passage = Passage(module, *rest)
-        with modes.set_aside():
-            hook.act(passage)
+        modes.unseen(acts, passage)
         return passage.output if passage.changed else None
 
-    if hook.side == "input":
-        return hook.module.register_forward_pre_hook(before, with_kwargs=True)
-    handle = hook.module.register_forward_hook(after, with_kwargs=True)
-    _put_recorders_last(hook.module)
+    if side == "input":
+        return module.register_forward_pre_hook(before, with_kwargs=True)
+    handle = module.register_forward_hook(after, with_kwargs=True)
+    _put_recorders_last(module)
     return handle
 
 
@@ -173,9 +175,8 @@ def hooked(hooks: Sequence[Hook], model: nn.Module, *, recomputed: bool = False)
         return recomputation.handles if module in layers and again[layers[module]] else passing
 
     try:
-        for hook in hooks:
-            if hook.inside is None:
-                kept(hook.module).append(_register(hook, gate, modes))
+        for (module, side), acts in _by_place(hooks).items():
+            kept(module).append(_register(module, side, acts, gate, modes))
         for module, inside in _by_module(hooks).items():
             kept(module).extend(_register_inside(module, inside, gate, modes))
         with _watched(again, gate):
@@ -190,6 +191,15 @@ def hooked(hooks: Sequence[Hook], model: nn.Module, *, recomputed: bool = False)
             handle.remove()
         if not recomputation.waits:
             recomputation.remove()
+
+
+def _by_place(hooks: Sequence[Hook]) -> dict[tuple[nn.Module, Side], list[Callable[[Passage], None]]]:
+    """What to do at each side of each module, in order: one hook of torch's for all of it."""
+    found: dict[tuple[nn.Module, Side], list[Callable[[Passage], None]]] = {}
+    for hook in hooks:
+        if hook.inside is None:
+            found.setdefault((hook.module, hook.side), []).append(hook.act)
+    return found
 
 
 def _by_module(hooks: Sequence[Hook]) -> dict[nn.Module, list[InsideHook]]:
