@@ -37,7 +37,9 @@ class Canvas:
 
     def __init__(self, shape: tuple[int, int, int], like: Tensor) -> None:
         self.tensor = like.new_full(shape, torch.nan)
+        self._blank = True
         self.aim(torch.arange(shape[1]))
+        self._blank = True  # until something is written, or it is aimed at something else
 
     def aim(self, positions: Tensor, tokens: Tensor | None = None) -> None:
         """Make everything NaN, and choose what is written.
@@ -47,14 +49,18 @@ class Canvas:
             tokens: `[T]` tokens; None for all.
         """
         self._known: Tensor | None = None
+        numbers = positions.tolist()
+        self._span = slice(numbers[0], numbers[-1] + 1) if numbers[-1] - numbers[0] < len(numbers) else None
         self._index = positions.to(self.tensor.device)
         self._tokens = None if tokens is None else tokens.to(self.tensor.device)
-        self.tensor.fill_(torch.nan)
+        if not self._blank:
+            self.tensor.fill_(torch.nan)
+        self._blank = False
         self._find()
 
     def write(self, known: Tensor) -> None:
         """Show these logits, `[b, P, T or V]`, where it is written."""
-        self._known = known
+        self._known, self._blank = known, False
         if self._window is not None:
             self._window.copy_(known)
         elif self._flat is not None:
@@ -89,8 +95,8 @@ class Canvas:
         if self._tokens is not None:
             rows = torch.arange(batch, device=self.tensor.device)[:, None] * length + self._index
             self._flat = (rows[..., None] * size + self._tokens).flatten()
-        elif int(self._index[-1] - self._index[0]) == len(self._index) - 1:
-            self._window = self.tensor[:, int(self._index[0]) : int(self._index[-1]) + 1]
+        elif self._span is not None:
+            self._window = self.tensor[:, self._span]
         self._memory = self.tensor.view(-1)
         self._storage: int = self.tensor.untyped_storage()._cdata
         self._holders: int = torch._C._storage_Use_Count(self._storage)

@@ -150,6 +150,15 @@ class UnpatchedRun:
             self.leaving |= {name} if watch.leaves else set()
         return self._settled
 
+    def _told(self, name: str) -> Tensor | None:
+        """What a metric gives for what is on the canvas, where nothing is unknown; None if it fails."""
+        metric, value = self._metrics[name], None
+        with torch.no_grad(), suppress(Exception):
+            value = self.canvas.show(lambda logits: as_value(metric(logits), name))
+        if name in self.leaving:
+            self.canvas.renew()
+        return value
+
     def _ask(self, name: str) -> tuple[Tensor | None, Watch]:
         """What a metric gives for what is on the canvas, and what it looks at; None if it fails."""
         metric, watch = self._metrics[name], Watch()
@@ -179,14 +188,19 @@ class UnpatchedRun:
         """
         large = min(1e30, torch.finfo(self._known.dtype).max / 4)
         hidden, shown = self._places(positions, tokens), self._places(positions, but)
+        rest_is_known = tokens == self._vocabulary and len({*positions, *self._rows}) == self._shape[1]
 
         def differs(name: str, fill: float) -> bool:
             for place, _ in hidden:
                 self.canvas.tensor[place] = fill
             for place, source in shown:
                 self.canvas.tensor[place] = source
-            value, watch = self._ask(name)
-            return value is None or watch.unknown or not torch.equal(value, self.values[name])
+            if rest_is_known and fill == fill:
+                value, unknown = self._told(name), False
+            else:
+                value, watch = self._ask(name)
+                unknown = watch.unknown
+            return value is None or unknown or not torch.equal(value, self.values[name])
 
         fills = (torch.nan, large, -large) if thorough else (torch.nan,)
         changed = any(differs(name, fill) for fill in fills for name in self._metrics)
