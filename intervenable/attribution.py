@@ -200,7 +200,7 @@ def _with_own(
     """What cells put where, with the place and what is there without a patch."""
     found = []
     for one in edits:
-        cell = cells[int(one.cells[0])]
+        cell = cells[one.cells[0]]
         place = (cell.grid.component, one.site.layer)
         found.append((place, one, base.values[place][one.passage]))
     return found

@@ -55,7 +55,7 @@ class Estimates:
                 by_example = _first_order(one, change, gradients[place][one.passage])
                 for entry, examples in part.examples.items():
                     total = (by_example * examples).sum(1)
-                    self._added[name][one.cells, entry] += weight * total.to(self._added[name].dtype)
+                    self._added[name][list(one.cells), entry] += weight * total.to(self._added[name].dtype)
 
     def values(self) -> dict[str, Tensor]:
         """`[cells, *shape of the metric]`: the estimates of each metric."""

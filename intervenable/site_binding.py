@@ -145,10 +145,11 @@ def module_at(model: nn.Module, path: str, component: str) -> nn.Module:
     module = model
     done: list[str] = []
     for name in path.split(".") if path else ():
-        children = dict(module.named_children())
         if name.startswith("-") and name[1:].isdigit() and isinstance(module, nn.ModuleList):
             name = str(len(module) + int(name))
-        if name not in children:
+        child = module._modules.get(name)
+        if child is None:
+            children = dict(module.named_children())
             at = ".".join(done) or type(model).__name__
             near = get_close_matches(name, children, n=1)
             hint = f" Did you mean {near[0]!r}?" if near and not name.isdigit() else ""
@@ -156,7 +157,7 @@ def module_at(model: nn.Module, path: str, component: str) -> nn.Module:
                 f"{component!r} names no module: {at} has no part {name!r}.{hint}"
                 f"\nIt has: {', '.join(children) or 'no parts'}."
             )
-        module = children[name]
+        module = child
         done.append(name)
     return module
 

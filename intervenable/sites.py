@@ -227,6 +227,9 @@ class BoundSite:
     def _head_columns(self, heads: Tensor | None, batch: int, device: torch.device) -> Tensor:
         """The columns of each head, `[b, heads, 1, dh]`."""
         assert self.columns is not None
+        if heads is not None and self.columns.contiguous:
+            start, width = self.columns.start, self.columns.width
+            return (heads[..., None] * width + torch.arange(start, start + width, device=device))[:, :, None]
         firsts = [self.columns.first_column(head) for head in range(self.columns.heads)]
         first = torch.tensor(firsts, device=device)
         first = first[None].expand(batch, -1) if heads is None else first[heads]
@@ -285,6 +288,17 @@ class BoundSite:
             )
         units = stream if stream.dim() != 3 else index.read(stream)
         return units if added is None else units + index.read(added)
+
+    def read_whole(self, passage: Passage, inputs: RunInputs, added: Tensor | None = None) -> Tensor:
+        """All units, as `read` gives them; maybe a view of what the model has."""
+        tensor = passage.take(self.side, self.slot)
+        if self.kind == "stored" and self.by_heads and self.columns is not None and self.columns.contiguous:
+            stream = self._as_stream(tensor, inputs.of(self.stack))
+            if stream.dim() == 3:  # of anything else `read` tells
+                heads, width = self.columns.heads, self.columns.width
+                found = stream.narrow(2, self.columns.start, heads * width)
+                return found.view(*found.shape[:2], heads, width).transpose(1, 2)
+        return self.read(passage, self.index(Whole(), inputs, tensor.device), inputs, added)
 
     def write(self, passage: Passage, index: UnitIndex, inputs: RunInputs, old: Tensor, new: Tensor) -> None:
         """Let the model go on with `new` where it had `old` (as `read` gave it)."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -14,7 +15,10 @@ from intervenable.sweep_grids import Grids
 from intervenable.sweep_pairs import Pair
 from intervenable.sweep_runs import Unpatched
 from intervenable.sweep_sources import Source
-from intervenable.sweep_values import CellUnits, Edits, Place, edits_at
+from intervenable.sweep_values import CellUnits, Edits, Patches, Place, edits_together, patches_at
+
+TOGETHER = 2**18
+"""How many numbers of activations are looked at in one go."""
 
 
 def first_difference(pair: Pair, source: Source, align: Any) -> Tensor | None:
@@ -28,7 +32,7 @@ def first_difference(pair: Pair, source: Source, align: Any) -> Tensor | None:
     same = base.input_ids, feed.input_ids
     if same[0] is None or same[1] is None or base.args or base.kwargs.keys() != feed.kwargs.keys():
         return None
-    first = torch.full((base.batch,), base.length)
+    first = [base.length] * base.batch
     for key, item in base.kwargs.items():
         there = feed.kwargs[key]
         if not isinstance(item, Tensor) or not isinstance(there, Tensor):
@@ -42,9 +46,10 @@ def first_difference(pair: Pair, source: Source, align: Any) -> Tensor | None:
                 return None
             continue
         differs = (item != there).flatten(2).any(-1) if item.dim() > 2 else item != there
-        place = torch.where(differs.cpu(), torch.arange(base.length), base.length).amin(1)
-        first = torch.minimum(first, place)
-    return first
+        for example, row in enumerate(differs.tolist()):
+            if True in row:
+                first[example] = min(first[example], row.index(True))
+    return torch.tensor(first)
 
 
 def edits_of(
@@ -59,7 +64,7 @@ def edits_of(
     for number, cell in enumerate(cells):
         for layer in cell.layers:
             by_place.setdefault((cell.grid.component, layer), []).append((number, cell))
-    found: list[Edits] = []
+    listed: list[Patches] = []
     known: dict[Any, CellUnits] = {}
     for place, here in by_place.items():
         own, put = base.values[place], values[place]
@@ -68,17 +73,26 @@ def edits_of(
                 f"{grids.sites[place].label} is passed {len(own)} times in one run and {len(put)} in the other."
             )
         for passage, (value, there) in enumerate(zip(put, own, strict=True)):
-            found += edits_at(
-                grids.sites[place], passage, here, grids.whole[place], value, there, start, known
-            )
-    return found
+            listed += patches_at(grids.sites[place], passage, here, grids.whole[place], value, there, known)
+    return [
+        edits
+        for _, alike in groupby(listed, key=lambda patches: patches.kind)
+        for together in _parts(list(alike))
+        for edits in edits_together(together, start)
+    ]
+
+
+def _parts(alike: Sequence[Patches]) -> Iterator[Sequence[Patches]]:
+    """As many places at once as are small together: of small ones to call torch costs more than what it does."""
+    size = max(1, TOGETHER // alike[0].own.numel())
+    return (alike[i : i + size] for i in range(0, len(alike), size))
 
 
 def changed_cells(edits: Sequence[Edits]) -> dict[int, int]:
     """For each cell that changes anything the first token that it changes."""
     first: dict[int, int] = {}
     for one in edits:
-        for cell, token in zip(one.cells.tolist(), one.first.tolist(), strict=True):
+        for cell, token in zip(one.cells, one.first, strict=True):
             if token < one.nowhere:
                 first[cell] = min(first.get(cell, token), token)
     return dict(sorted(first.items()))

@@ -37,6 +37,7 @@ from intervenable.sweep_pairs import Pair
 from intervenable.sweep_values import Place
 from intervenable.transformer_lens_names import from_tl_name, get_act_name
 from intervenable.units import Level
+from intervenable.wave_plan import Blocks
 from model_maps import ALIASES, COMPONENTS, Stack
 
 LAYER = "{layer}"
@@ -101,7 +102,7 @@ def block_list(path: str) -> str:
     return path.partition(LAYER)[0].rstrip(".[")
 
 
-def model_blocks(places: Places, components: Sequence[str]) -> list[nn.Module]:
+def model_blocks(places: Places, components: Sequence[str]) -> Blocks:
     """The blocks of a model, list after list; none if it has no lists of blocks."""
     paths = [block_list(name) for name in components if is_path(name) and LAYER in name]
     if places.known:
@@ -109,7 +110,7 @@ def model_blocks(places: Places, components: Sequence[str]) -> list[nn.Module]:
         one = [] if described.blocks is None else [described.blocks]
         paths += [path for path in (*one, *described.stacks.values()) if path]
     found = [module_at(places.model, path, "the list of blocks") for path in dict.fromkeys(paths)]
-    return [block for blocks in found for block in blocks]  # type: ignore[attr-defined]  # lists of modules
+    return Blocks(block for blocks in found for block in blocks)  # type: ignore[attr-defined]  # lists of modules
 
 
 def site_at(places: Places, component: str, layer: int | None) -> BoundSite:
@@ -197,6 +198,7 @@ def make_grids(
         LocationError, LayerRangeError: entries that are not there.
     """
     readers: dict[Stack | None, TokenReader] = {}
+    all_tokens: dict[Stack | None, Tokens] = {}
     named = tokenizer if tokenizer is not None else pair.tokenizer
 
     def reader(stack: Stack | None) -> TokenReader:
@@ -206,6 +208,11 @@ def make_grids(
             other = None if source is None else source.of(stack)
             readers[stack] = TokenReader(run, other, paired(run, other, align, pair.noising), named)
         return readers[stack]
+
+    def whole_of(stack: Stack | None) -> Tokens:
+        if stack not in all_tokens:
+            all_tokens[stack] = reader(stack).whole()
+        return all_tokens[stack]
 
     grids: list[Grid] = []
     sites: dict[Place, BoundSite] = {}
@@ -236,7 +243,7 @@ def make_grids(
         for layer, site in own.items():
             sites[component, layer] = site
             whole[component, layer] = {
-                level: reader(site.key_stack if level == "keys" else site.stack).whole()
+                level: whole_of(site.key_stack if level == "keys" else site.stack)
                 for level in levels_of(site)
                 if level != "heads"
             }

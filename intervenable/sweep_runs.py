@@ -98,7 +98,7 @@ class PlainRuns:
     def __post_init__(self) -> None:
         self._of_cell = {}
         for edits in self.edits:
-            for index, cell in enumerate(edits.cells.tolist()):
+            for index, cell in enumerate(edits.cells):
                 self._of_cell.setdefault(cell, []).append((edits, index))
 
     def logits(self, cell: int) -> Tensor:
@@ -131,9 +131,8 @@ class PlainRuns:
         done: list[bool],
     ) -> Callable[[Passage], None]:
         passages: dict[int, list[tuple[UnitRows, Tensor]]] = {}
-        group = torch.zeros(1, dtype=torch.long)
         for edits, index in parts:
-            units = edits.at(torch.tensor([index]), group, 0)
+            units = edits.at([index], [0], 0)
             assert units is not None
             passages.setdefault(edits.passage, []).append(units)
         inputs = rows_of(self.base.plan.base, 1)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from intervenable.hooks import hooked
 from intervenable.inputs import RunInputs
@@ -24,7 +24,7 @@ from intervenable.wave import TOLERANCES
 from intervenable.wave_caches import recording_cache
 from intervenable.wave_inputs import WaveInputs
 from intervenable.wave_learning import Trace, knowledge_of
-from intervenable.wave_plan import leaves_tokens_out
+from intervenable.wave_plan import Blocks, leaves_tokens_out
 from intervenable.wave_readout import Reading, Readout, furthest, largest, logits_of, reads_head
 
 
@@ -64,9 +64,7 @@ def last_tokens(inputs: RunInputs, length: int) -> list[int]:
     return sorted({row[-1] for row in real_tokens(inputs) if row})
 
 
-def start(
-    pair: Pair, sites: Mapping[Place, BoundSite], from_other: bool, blocks: Sequence[nn.Module]
-) -> Start:
+def start(pair: Pair, sites: Mapping[Place, BoundSite], from_other: bool, blocks: Blocks) -> Start:
     """Run both prompts without patches.
 
     Args:
@@ -92,13 +90,13 @@ def start(
     return Start(base, other, _tracks(pair, sites, blocks))
 
 
-def _records(pair: Pair, blocks: Sequence[nn.Module]) -> bool:
+def _records(pair: Pair, blocks: Blocks) -> bool:
     """Whether it is worth the trouble to record keys and values."""
     counted = pair.base.base.decoder or pair.base.base
     return takes(pair.model, "past_key_values") and leaves_tokens_out(blocks, counted.length)
 
 
-def _tracks(pair: Pair, sites: Mapping[Place, BoundSite], blocks: Sequence[nn.Module]) -> Tracks:
+def _tracks(pair: Pair, sites: Mapping[Place, BoundSite], blocks: Blocks) -> Tracks:
     """What waves need to know, from one more run of the prompt that is patched."""
     inputs = WaveInputs(pair.base.base, pair.model)
 
@@ -116,9 +114,7 @@ def _tracks(pair: Pair, sites: Mapping[Place, BoundSite], blocks: Sequence[nn.Mo
     return run(None)
 
 
-def _together(
-    pair: Pair, sites: Mapping[Place, BoundSite], from_other: bool, blocks: Sequence[nn.Module]
-) -> Start | None:
+def _together(pair: Pair, sites: Mapping[Place, BoundSite], from_other: bool, blocks: Blocks) -> Start | None:
     """Both runs as one of two groups of rows; None if they do not go together."""
     inputs = WaveInputs(pair.base.base, pair.model)
     other = None if pair.other is None else WaveInputs(pair.other.base, pair.model)

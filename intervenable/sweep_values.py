@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from intervenable.runs import gather_added
 from intervenable.sites import BoundSite, hook_at
 from intervenable.sweep_axes import Tokens
 from intervenable.sweep_cells import Cell, levels_of
-from intervenable.unit_index import broadcasts
-from intervenable.units import Level, UnitRows, Whole
+from intervenable.unit_index import UnitIndex, broadcasts
+from intervenable.units import Level, UnitRows
 
 Place = tuple[str, int | None]
 """A component and its layer."""
@@ -50,9 +50,7 @@ class Reader:
 
     def _keep(self, place: Place, site: BoundSite) -> Callable[[Passage], None]:
         def act(passage: Passage) -> None:
-            device = passage.take(site.side, site.slot).device
-            index = site.index(Whole(), self._inputs, device)
-            value = site.read(passage, index, self._inputs, self._added.get(id(site)))
+            value = site.read_whole(passage, self._inputs, self._added.get(id(site)))
             if value.dim() < 3:
                 raise UnsupportedModelError(
                     f"{site.label} has shape {tuple(value.shape)} in {type(passage.module).__name__}, without an axis"
@@ -130,138 +128,12 @@ def mean_of(value: Tensor, site: BoundSite, inputs: RunInputs) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Edits:
-    """What cells put at one place in one passage: those that patch equally many units there."""
-
-    site: BoundSite
-    passage: int
-    """Which passage, where the model runs the module several times."""
-
-    cells: Tensor
-    """`[c]` numbers of the cells."""
-
-    base: Mapping[Level, Tensor]
-    """For each level over tokens `[c, b, n]` indices in the run that is patched; `heads` are `[c, n]`."""
-
-    real: Tensor | None
-    """`[c, b, n, ...]` with an axis for each level: which of them are meant; None if all are."""
-
-    values: Tensor
-    """`[c, b, n, d]`, by heads `[c, b, heads, n, dh]`, of matrices `[c, b, heads, queries, keys]`."""
-
-    first: Tensor
-    """`[c]` the first token that a cell changes, a tensor index; `nowhere` if it changes none."""
-
-    nowhere: int
-    """The number of tokens."""
-
-    def at(
-        self, which: Tensor, groups: Tensor, start: int, shift: int | None = None
-    ) -> tuple[UnitRows, Tensor] | None:
-        """Units and values of some of the cells in a run that begins at a token, each in rows of its own.
-
-        Args:
-            which: `[k]` which cells, as indices into `cells`.
-            groups: `[k]` for each of them its group of rows.
-            start: The first token of the run.
-            shift: The first token of the stream there; None for that of the run.
-
-        Returns:
-            None if the run has none of these units.
-        """
-        level: Level = "queries" if self.site.matrix else "positions"
-        tokens = self.base[level][which]
-        batch = tokens.shape[1]
-        real = None if self.real is None else self.real[which]
-        values = self.values[which]
-        if start:
-            column = (tokens >= start).flatten(0, 1).any(0)
-            if not bool(column.any()):
-                return None
-            if not bool(column.all()):
-                keep = column.nonzero().flatten()
-                tokens = tokens[..., keep]
-                values = values.index_select(values.dim() - 2, keep)
-                axis = -2 if self.site.matrix else -1
-                real = None if real is None else real.index_select(real.dim() + axis, keep)
-            inside = tokens >= start
-            if not bool(inside.all()):
-                real = self._with(real, inside, values)
-            tokens = (tokens - (start if shift is None else shift)).clamp(min=0)
-        rows = (groups[:, None] * batch + torch.arange(batch)).flatten()
-        filled: dict[Level, Tensor] = {}
-        for name, indices in self.base.items():
-            if name == "heads":
-                filled[name] = indices[which][:, None].expand(-1, batch, -1).flatten(0, 1)
-            else:
-                filled[name] = (tokens if name == level else indices[which]).flatten(0, 1)
-        return UnitRows(rows, filled, None if real is None else real.flatten(0, 1)), values.flatten(0, 1)
-
-    def _with(self, real: Tensor | None, inside: Tensor, values: Tensor) -> Tensor:
-        """Which units are meant, those that lie before the run left out."""
-        shape = values.shape if self.site.matrix else values.shape[:-1]
-        by_token = inside
-        if "heads" in self.base:
-            by_token = by_token[:, :, None]
-        if self.site.matrix:
-            by_token = by_token[..., None]
-        mask = by_token.expand(shape)
-        return mask if real is None else mask & real
-
-
-def edits_at(
-    site: BoundSite,
-    passage: int,
-    cells: Sequence[tuple[int, Cell]],
-    whole: Mapping[Level, Tokens],
-    values: Tensor,
-    own: Tensor,
-    start: Tensor | None,
-    known: dict[Any, CellUnits],
-) -> list[Edits]:
-    """What cells put at one place.
-
-    Args:
-        site: The place.
-        passage: Which passage.
-        cells: The cells that patch there, with their numbers.
-        whole: All tokens along each level, for cells that patch them all.
-        values: What is put there, as a whole: `[b or 1, s, d]`, by heads `[b or 1, heads, s, dh]`.
-        own: What is there in the run that is patched.
-        start: `[b]` the first token whose inputs differ between the runs; None if that says nothing.
-        known: Those of the cells of other places, which are often the same.
-    """
-    levels = levels_of(site)
-    by_shape: dict[tuple[int, ...], list[tuple[int, Cell]]] = {}
-    for number, cell in cells:
-        count = len(cell.heads) if cell.heads is not None else site.heads or 0
-        widths = [cell.tokens(level, whole[level]).base.shape[1] for level in levels if level != "heads"]
-        by_shape.setdefault((count, *widths), []).append((number, cell))
-    found = []
-    for group in by_shape.values():
-        tokens: dict[Level, list[Tokens]] = {
-            level: [cell.tokens(level, whole[level]) for _, cell in group]
-            for level in levels
-            if level != "heads"
-        }
-        heads = (
-            [cell.heads or tuple(range(site.heads or 0)) for _, cell in group] if "heads" in levels else []
-        )
-        key = (levels, own.shape[0], tuple(heads), *(id(one) for listed in tokens.values() for one in listed))
-        if key not in known:
-            known[key] = CellUnits.of(levels, heads, tokens, own.shape[0])
-        numbers = torch.tensor([number for number, _ in group])
-        found.append(_edits(site, passage, numbers, known[key], values, own, start))
-    return found
-
-
-@dataclass(frozen=True, eq=False)
 class CellUnits:
     """The units of several cells, of as many each."""
 
     levels: tuple[Level, ...]
     base: Mapping[Level, Tensor]
-    """Indices in the run that is patched, as in `Edits`."""
+    """For each level over tokens `[c, b, n]` indices in the run that is patched; `heads` are `[c, n]`."""
 
     source: Mapping[Level, Tensor]
     """Those over tokens in the run that gives the values."""
@@ -273,6 +145,7 @@ class CellUnits:
     """Of the same shape: the first token that a unit matters to, a tensor index."""
 
     all_real: bool
+    _located: dict[tuple[tuple[int, ...], int, int], Located | None] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -300,43 +173,265 @@ class CellUnits:
             base["heads"] = torch.tensor(heads)
         return cls(levels, base, source, real, position, bool(real.all()))
 
+    def located(self, which: tuple[int, ...], start: int, shift: int) -> Located | None:
+        """Those of some cells in a run that begins at a token; the same object each time.
 
-def _edits(
+        Args:
+            which: Which cells.
+            start: The first token of the run.
+            shift: The first token of the stream.
+
+        Returns:
+            None if the run has none of them.
+        """
+        key = (which, start, shift)
+        if key not in self._located:
+            self._located[key] = self._locate(*key)
+        return self._located[key]
+
+    def _locate(self, which: tuple[int, ...], start: int, shift: int) -> Located | None:
+        batch = self.real.shape[1]
+        base: dict[Level, Tensor] = dict(self.base)
+        real = None if self.all_real else self.real
+        index = kept = None
+        if which != tuple(range(len(self.real))):
+            index = torch.tensor(which)
+            base = {level: indices[index] for level, indices in base.items()}
+            real = None if real is None else real[index]
+        if start:
+            along: Level = "queries" if "queries" in self.levels else "positions"
+            axis = 2 + self.levels.index(along)
+            tokens = base[along]
+            column = (tokens >= start).flatten(0, 1).any(0)
+            if not bool(column.any()):
+                return None
+            if not bool(column.all()):
+                kept = column.nonzero().flatten()
+                tokens = tokens[..., kept]
+                real = None if real is None else real.index_select(axis, kept)
+            inside = tokens >= start
+            if not bool(inside.all()):
+                shape = list(self.real.shape)
+                shape[0], shape[axis] = inside.shape[0], inside.shape[2]
+                mask = _spread(inside, self.levels, along).expand(shape)
+                real = mask if real is None else mask & real
+            base[along] = (tokens - shift).clamp(min=0)
+        filled = {level: _by_row(level, indices, batch) for level, indices in base.items()}
+        return Located(index, kept, filled, None if real is None else real.flatten(0, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Located:
+    """Units of some cells in a run that begins at a token."""
+
+    which: Tensor | None
+    """The cells, as indices; None for all."""
+
+    kept: Tensor | None
+    """Which units of theirs along the tokens are in the run; None if all are."""
+
+    filled: Mapping[Level, Tensor]
+    """For each level `[c * b, n]` indices in the run."""
+
+    real: Tensor | None
+    """`[c * b, n, ...]` which of them are meant; None if all are."""
+
+    indices: dict[Hashable, UnitIndex] = field(default_factory=dict)
+    """What is known of them as indices into streams."""
+
+
+def _by_row(level: Level, indices: Tensor, batch: int) -> Tensor:
+    if level == "heads":  # they are the same for all examples
+        indices = indices[:, None].expand(-1, batch, -1)
+    return indices.flatten(0, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Edits:
+    """What cells put at one place in one passage: those that patch equally many units there."""
+
+    site: BoundSite
+    passage: int
+    """Which passage, where the model runs the module several times."""
+
+    cells: tuple[int, ...]
+    """Numbers of the cells."""
+
+    units: CellUnits
+    """Which units they patch."""
+
+    values: Tensor
+    """`[c, b, n, d]`, by heads `[c, b, heads, n, dh]`, of matrices `[c, b, heads, queries, keys]`."""
+
+    first: tuple[int, ...]
+    """The first token that each cell changes, a tensor index; `nowhere` if it changes none."""
+
+    nowhere: int
+    """The number of tokens."""
+
+    @property
+    def base(self) -> Mapping[Level, Tensor]:
+        """For each level over tokens `[c, b, n]` indices in the run that is patched; `heads` are `[c, n]`."""
+        return self.units.base
+
+    @property
+    def real(self) -> Tensor | None:
+        """`[c, b, n, ...]` with an axis for each level: which of them are meant; None if all are."""
+        return None if self.units.all_real else self.units.real
+
+    def at(
+        self, which: Sequence[int], groups: Sequence[int], start: int, shift: int | None = None
+    ) -> tuple[UnitRows, Tensor] | None:
+        """Units and values of some of the cells in a run that begins at a token, each in rows of its own.
+
+        Args:
+            which: Which cells, as indices into `cells`.
+            groups: For each of them its group of rows.
+            start: The first token of the run.
+            shift: The first token of the stream there; None for that of the run.
+
+        Returns:
+            None if the run has none of these units.
+        """
+        located = self.units.located(tuple(which), start, start if shift is None else shift)
+        if located is None:
+            return None
+        values, batch = self.values, self.values.shape[1]
+        if located.which is not None:
+            values = values[located.which.to(values.device)]
+        if located.kept is not None:
+            values = values.index_select(values.dim() - 2, located.kept.to(values.device))
+        rows = groups if batch == 1 else [group * batch + i for group in groups for i in range(batch)]
+        units = UnitRows(torch.tensor(rows), located.filled, located.real, located.indices)
+        return units, values.flatten(0, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Patches:
+    """What cells are to put at one place in one passage, before it is looked at."""
+
+    site: BoundSite
+    passage: int
+    cells: tuple[int, ...]
+    units: CellUnits
+
+    values: Tensor
+    """What is put there, as a whole: `[b or 1, s, d]`, by heads `[b or 1, heads, s, dh]`."""
+
+    own: Tensor
+    """What is there in the run that is patched."""
+
+    @property
+    def kind(self) -> Hashable:
+        """The same for those that can be looked at together."""
+        values, own = self.values, self.own
+        return (
+            id(self.units),
+            self.site.matrix,
+            values.shape,
+            values.dtype,
+            values.device,
+            own.shape,
+            own.dtype,
+            own.device,
+        )
+
+
+def patches_at(
     site: BoundSite,
     passage: int,
-    numbers: Tensor,
-    units: CellUnits,
+    cells: Sequence[tuple[int, Cell]],
+    whole: Mapping[Level, Tokens],
     values: Tensor,
     own: Tensor,
-    start: Tensor | None,
-) -> Edits:
+    known: dict[Any, CellUnits],
+) -> list[Patches]:
+    """What cells put at one place.
+
+    Args:
+        site: The place.
+        passage: Which passage.
+        cells: The cells that patch there, with their numbers.
+        whole: All tokens along each level, for cells that patch them all.
+        values: What is put there, as a whole: `[b or 1, s, d]`, by heads `[b or 1, heads, s, dh]`.
+        own: What is there in the run that is patched.
+        known: The units of the cells of other places, which are often the same.
+    """
+    levels = levels_of(site)
+    over_tokens: list[Level] = [level for level in levels if level != "heads"]
+    by_shape: dict[tuple[int, ...], list[tuple[int, Cell, list[Tokens]]]] = {}
+    for number, cell in cells:
+        count = len(cell.heads) if cell.heads is not None else site.heads or 0
+        tokens = [cell.tokens(level, whole[level]) for level in over_tokens]
+        shape = (count, *(one.base.shape[1] for one in tokens))
+        by_shape.setdefault(shape, []).append((number, cell, tokens))
+    found = []
+    for group in by_shape.values():
+        heads = (
+            [cell.heads or tuple(range(site.heads or 0)) for _, cell, _ in group] if "heads" in levels else []
+        )
+        key = (levels, own.shape[0], tuple(heads), *(id(one) for _, _, tokens in group for one in tokens))
+        if key not in known:
+            listed = zip(*(tokens for _, _, tokens in group), strict=True)
+            by_level = {level: list(column) for level, column in zip(over_tokens, listed, strict=True)}
+            known[key] = CellUnits.of(levels, heads, by_level, own.shape[0])
+        numbers = tuple(number for number, _, _ in group)
+        found.append(Patches(site, passage, numbers, known[key], values, own))
+    return found
+
+
+def edits_together(patches: Sequence[Patches], start: Tensor | None) -> list[Edits]:
+    """What cells put at several places of one kind.
+
+    Args:
+        patches: All of one kind.
+        start: `[b]` the first token whose inputs differ between the runs; None if that says nothing.
+    """
+    one = patches[0]
+    units, batch = one.units, one.own.shape[0]
     heads = units.base.get("heads")
-    put = gathered(values.expand(own.shape[0], *values.shape[1:]), units.levels, heads, units.source)
-    there = gathered(own, units.levels, heads, units.base)
+    wide = [patch.values.expand(batch, *patch.values.shape[1:]) for patch in patches]
+    put = gathered(_stacked(wide), units.levels, heads, units.source, several=True)
+    there = gathered(
+        _stacked([patch.own for patch in patches]), units.levels, heads, units.base, several=True
+    )
     differs = put != there
-    if not site.matrix:
+    if not one.site.matrix:
         differs = differs.any(-1)
     if start is not None:
         # Before the first token that differs there is nothing but rounding, if the model looks back only.
-        before = units.position < start[: own.shape[0]].view(1, -1, *[1] * (differs.dim() - 2))
+        before = units.position < start[:batch].view(1, -1, *[1] * (differs.dim() - 3))
         if bool((before & units.real & differs.cpu()).any()):
             close = (put - there).abs() <= ROUNDING * there.abs().amax(-1, keepdim=True)
-            differs = differs & ~(before.to(differs.device) & (close if site.matrix else close.all(-1)))
-    nowhere = int(own.shape[-2])
-    first = torch.where(differs.cpu() & units.real, units.position, nowhere).flatten(1).amin(1)
-    return Edits(
-        site, passage, numbers, units.base, None if units.all_real else units.real, put, first, nowhere
-    )
+            differs = differs & ~(before.to(differs.device) & (close if one.site.matrix else close.all(-1)))
+    nowhere = int(one.own.shape[-2])
+    first = torch.where(differs.cpu() & units.real, units.position, nowhere).flatten(2).amin(2).tolist()
+    return [
+        Edits(patch.site, patch.passage, patch.cells, units, values, tuple(tokens), nowhere)
+        for patch, values, tokens in zip(patches, put.unbind(), first, strict=True)
+    ]
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tuple(tensors))
 
 
 def gathered(
-    whole: Tensor, levels: Sequence[Level], heads: Tensor | None, tokens: Mapping[Level, Tensor]
+    whole: Tensor,
+    levels: Sequence[Level],
+    heads: Tensor | None,
+    tokens: Mapping[Level, Tensor],
+    *,
+    several: bool = False,
 ) -> Tensor:
-    """The units of cells out of a whole activation: `[c, b, n, d]`, by heads `[c, b, heads, n, dh]` and so on."""
+    """The units of cells out of a whole activation: `[c, b, n, d]`, by heads `[c, b, heads, n, dh]` and so on.
+
+    Of `several` activations one behind the other, with an axis for them before the rest.
+    """
     device = whole.device
-    examples = torch.arange(whole.shape[0], device=device)
     width = len(levels)
-    index: list[Tensor] = [examples.view(1, -1, *[1] * width)]
+    examples = torch.arange(whole.shape[1 if several else 0], device=device)
+    index: list[Any] = [examples.view(1, -1, *[1] * width)]
     for number, level in enumerate(levels):
         shape = [1] * width
         if level == "heads":
@@ -347,7 +442,7 @@ def gathered(
             one = tokens[level].to(device)
             shape[number] = one.shape[2]
             index.append(one.view(*one.shape[:2], *shape))
-    return whole[tuple(index)]
+    return whole[(slice(None), *index) if several else tuple(index)]
 
 
 def _spread(tokens: Tensor, levels: Sequence[Level], level: Level) -> Tensor:
@@ -378,9 +473,21 @@ def write_at(
     """
     device = passage.take(site.side, site.slot).device
     for units, values in parts:
-        index = site.index(units, inputs, device)
+        index = _index_of(site, units, inputs, device)
         old = values if site.kind == "stored" else site.read(passage, index, inputs, added)
         site.write(passage, index, inputs, old, site.protected(old, values.to(old)))
+
+
+def _index_of(site: BoundSite, units: UnitRows, inputs: RunInputs, device: torch.device) -> UnitIndex:
+    """Units as an index into the stream at a place: that of the layer before, in other rows, where it is alike."""
+    lengths = (inputs.of(site.stack).length, inputs.of(site.key_stack).length)
+    key = (site.component, site.columns, site.stack, site.key_stack, lengths, device)
+    known: UnitIndex | None = units.indices.get(key)
+    if known is not None:
+        return known.in_rows(units.rows.to(device))
+    index = site.index(units, inputs, device)
+    units.indices[key] = index
+    return index
 
 
 def rows_of(inputs: RunInputs, groups: int, start: int = 0) -> RunInputs:

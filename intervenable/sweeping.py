@@ -30,6 +30,7 @@ from intervenable.sweep_values import Edits
 from intervenable.wave import Recorded, Waves
 from intervenable.wave_budget import bytes_of
 from intervenable.wave_learning import knowledge_of
+from intervenable.wave_plan import Blocks
 from intervenable.wave_readout import Reading, largest
 
 
@@ -199,7 +200,7 @@ def _kept(
 
 def _engine(
     begun: Start,
-    blocks: Sequence[nn.Module],
+    blocks: Blocks,
     edits: Sequence[Edits],
     reading: Reading,
     plain: PlainRuns,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,11 @@ class UnitIndex:
 
     view: bool = False
     """Whether located units are reached by slices alone, which do not copy."""
+
+    def in_rows(self, rows: Tensor) -> UnitIndex:
+        """The same units in other rows: `[n]`, one for each of those it has."""
+        first = self.index[0]
+        return replace(self, index=(rows.view(-1, *[1] * (first.dim() - 1)), *self.index[1:]))
 
     def read(self, stream: Tensor) -> Tensor:
         """The units; a copy, unless every position is meant."""

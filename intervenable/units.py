@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -135,6 +135,9 @@ class UnitRows:
 
     real: Tensor | None = None
     """Which of them are meant, with an axis for each level; None if all are."""
+
+    indices: dict[Hashable, Any] = field(default_factory=dict)
+    """Such units as indices into streams, once they are known; shared by those that are the same in other rows."""
 
     spans: None = None
 

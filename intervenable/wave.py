@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from intervenable.hooks import Hook, hooked
+from intervenable.inputs import RunInputs
 from intervenable.passage import Passage
 from intervenable.runs import gather_added
 from intervenable.sites import BoundSite, hook_at
@@ -30,8 +31,8 @@ from intervenable.sweep_values import Edits, rows_of, write_at
 from intervenable.units import UnitRows
 from intervenable.wave_caches import copied, cut, give_rows, is_croppable, layers_of, release
 from intervenable.wave_inputs import WaveInputs
-from intervenable.wave_learning import ROUTES, CallRows, Learnt, Route, learn_calls, prefix_cache
-from intervenable.wave_plan import Costs, Wave, grows_by_layer, leaves_tokens_out, plan_waves
+from intervenable.wave_learning import ROUTES, WHOLE_FIRST, CallRows, Learnt, Route, learn_calls, prefix_cache
+from intervenable.wave_plan import Blocks, Costs, Wave, grows_by_layer, leaves_tokens_out, plan_waves
 from intervenable.wave_readout import Reading, Readout, furthest, reads_head
 from intervenable.wave_rows import NoShortcutError, Path, Rows, UnknownTensorError, mapped, with_groups
 
@@ -81,7 +82,7 @@ class Waves:
     """
 
     model: nn.Module
-    blocks: Sequence[nn.Module]
+    blocks: Blocks
     recorded: Recorded
     edits: Sequence[Edits]
     first: Mapping[Cell, int]
@@ -97,7 +98,7 @@ class Waves:
     def __post_init__(self) -> None:
         self._of_cell: dict[Cell, list[tuple[Edits, int]]] = {}
         for one in self.edits:
-            for index, cell in enumerate(one.cells.tolist()):
+            for index, cell in enumerate(one.cells):
                 if cell in self.first:
                     self._of_cell.setdefault(cell, []).append((one, index))
         self._joins = {
@@ -145,11 +146,15 @@ class Waves:
 
     def _routes(self, start: int) -> Iterator[Route]:
         """The exact routes for waves that begin at a token, the one that leaves out most first."""
-        tokens = len(self.first) * self.recorded.inputs.batch * self.reading.length
-        whole = not grows_by_layer(self.blocks, tokens)
-        for route in sorted(ROUTES, key=lambda route: route.growth != "whole") if whole else ROUTES:
+        for route in ROUTES if self._grows else WHOLE_FIRST:
             if (route.cache == "none" or (start > 0 and self._suffixes)) and self._is_exact(route):
                 yield route
+
+    @cached_property
+    def _grows(self) -> bool:
+        """Whether it is worth the trouble to let rows come layer by layer."""
+        tokens = len(self.first) * self.recorded.inputs.batch * self.reading.length
+        return grows_by_layer(self.blocks, tokens)
 
     @cached_property
     def _suffixes(self) -> bool:
@@ -301,6 +306,12 @@ class Waves:
                 picked[id(one)][1].append(group[cell])
         base = self.plain.base.plan.base
         added, gathering = gather_added(tuple(sites.values()), base)
+        runs: dict[int, RunInputs] = {}
+
+        def run_of(groups: int) -> RunInputs:
+            if groups not in runs:
+                runs[groups] = rows_of(base, groups, start)
+            return runs[groups]
 
         def writing(key: int, site: BoundSite) -> Callable[[Passage], None]:
             def act(passage: Passage) -> None:
@@ -310,11 +321,10 @@ class Waves:
                 shift = _shift(site, passage, self.reading.length, start)
                 parts: list[tuple[UnitRows, Tensor]] = []
                 for one in here:
-                    which, its_groups = (torch.tensor(numbers) for numbers in picked[id(one)])
-                    units = one.at(which, its_groups, start, shift)
+                    units = one.at(*picked[id(one)], start, shift)
                     if units is not None:
                         parts.append(units)
-                write_at(site, parts, passage, rows_of(base, groups, start), added.get(key))
+                write_at(site, parts, passage, run_of(groups), added.get(key))
 
             return act
 

@@ -53,6 +53,9 @@ ROUTES: tuple[Route, ...] = (
 )
 """From the one that leaves out most to the one that leaves out least."""
 
+WHOLE_FIRST: tuple[Route, ...] = (ROUTES[-1], *ROUTES[:-1])
+"""The same for tiny models, where it costs more than it saves to let rows come layer by layer."""
+
 
 class CallRows(NamedTuple):
     """The row axes at one call of a block."""
@@ -130,8 +133,11 @@ def knowledge_of(model: nn.Module, inputs: WaveInputs) -> Learnt:
         None if first is None else (first.dtype, str(first.device)),
     )
     with _lock:
-        # Two examples are told from one, and from more in nothing.
-        return _known.setdefault(model, {}).setdefault(key, Learnt(examples=min(inputs.batch, 2)))
+        known = _known.setdefault(model, {})
+        if key not in known:
+            # Two examples are told from one, and from more in nothing.
+            known[key] = Learnt(examples=min(inputs.batch, 2))
+        return known[key]
 
 
 def forget(model: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from torch import nn
@@ -24,21 +25,45 @@ OVERHEAD = 5e6
 """What calling a block costs besides, in weights times tokens: what matters for tiny models alone."""
 
 
-def leaves_tokens_out(blocks: Sequence[nn.Module], length: int) -> bool:
+COUNTED = 4
+"""So many blocks, evenly spread, tell how large blocks are: to count all weights takes a tiny model a while."""
+
+
+class Blocks(tuple[nn.Module, ...]):
+    """The blocks of a model as they are in one sweep."""
+
+    @cached_property
+    def mean_weights(self) -> float:
+        """How many weights a block has; 0 if there is none."""
+        some = self[:: max(1, len(self) // COUNTED)]
+        return sum(map(_weights, some)) / len(some) if some else 0.0
+
+
+def _weights(block: nn.Module) -> int:
+    # What `parameters()` does besides, to tell shared ones, takes longer than to count.
+    count, modules = 0, [block]
+    while modules:
+        module = modules.pop()
+        for weight in module._parameters.values():
+            if weight is not None:
+                count += weight.numel()
+        modules += [part for part in module._modules.values() if part is not None]
+    return count
+
+
+def leaves_tokens_out(blocks: Blocks, length: int) -> bool:
     """Whether waves begin at the first token they change: not in tiny models, where caches cost more than tokens."""
-    weights = sum(weight.numel() for block in blocks for weight in block.parameters())
-    return len(blocks) > 0 and weights * length >= WORTH * len(blocks)
+    return len(blocks) > 0 and blocks.mean_weights * length >= WORTH
 
 
-def grows_by_layer(blocks: Sequence[nn.Module], tokens: int) -> bool:
+def grows_by_layer(blocks: Blocks, tokens: int) -> bool:
     """Whether rows come layer by layer: not where hooks cost more than what the rows would compute before they come.
 
     Args:
         blocks: The blocks.
         tokens: Tokens of all rows.
     """
-    weights = sum(weight.numel() for block in blocks for weight in block.parameters())
-    return weights * tokens / 2 >= GROWTH * WORTH
+    return len(blocks) * blocks.mean_weights * tokens / 2 >= GROWTH * WORTH
 
 
 @dataclass(frozen=True)
@@ -69,7 +94,7 @@ class Costs:
     """Bytes for the logits of one row."""
 
     @classmethod
-    def of(cls, blocks: Sequence[nn.Module], length: int, read_logits: int) -> Costs:
+    def of(cls, blocks: Blocks, length: int, read_logits: int) -> Costs:
         """Costs of a model, from the sizes of its blocks.
 
         Args:
@@ -77,8 +102,6 @@ class Costs:
             length: Tokens of an example.
             read_logits: Logits of one row that are read.
         """
-        weights = [sum(weight.numel() for weight in block.parameters()) for block in blocks]
-        mean = sum(weights) / len(weights) if weights else 1.0
         size = next((weight.element_size() for block in blocks for weight in block.parameters()), 4)
         widths = [
             (part.in_features, part.out_features)
@@ -90,7 +113,9 @@ class Costs:
         widest = max((max(pair) for pair in widths), default=4 * hidden)
         # The hidden state and its neighbours, the MLP's products, and scores of every head with every token.
         per_token = size * (12 * hidden + 4 * widest) + 4 * 3 * length * max(1, hidden // 64)
-        return cls(max(1, len(blocks)), READ + OVERHEAD / max(mean, 1.0), per_token, 4.0 * read_logits)
+        return cls(
+            max(1, len(blocks)), READ + OVERHEAD / max(blocks.mean_weights, 1.0), per_token, 4.0 * read_logits
+        )
 
     def rows(self, memory: int, tokens: int) -> int:
         """How many rows of so many tokens fit into a budget."""
@@ -135,6 +160,33 @@ def plan_waves(
     by_start: dict[int, list[int]] = {start: [] for start in starts}
     for cell in order:
         by_start[first[cell] if suffix else 0].append(cell)
+    ends = _cheapest(starts, by_start, joins, length, batch, costs, memory) if len(starts) > 1 else [1]
+    waves_found: list[Wave] = []
+    begin = 0
+    while begin < len(starts):
+        end = ends[begin]
+        together = [cell for start in starts[begin:end] for cell in by_start[start]]
+        together.sort(key=lambda cell: (joins[cell], cell))
+        room = max(1, costs.rows(memory, length - starts[begin]) // batch)
+        count = -(-len(together) // room)
+        size = -(-len(together) // count)
+        for i in range(0, len(together), size):
+            part = tuple(together[i : i + size])
+            waves_found.append(Wave(part, min(first[cell] for cell in part) if suffix else 0))
+        begin = end
+    return waves_found
+
+
+def _cheapest(
+    starts: Sequence[int],
+    by_start: Mapping[int, Sequence[int]],
+    joins: Mapping[int, int],
+    length: int,
+    batch: int,
+    costs: Costs,
+    memory: int,
+) -> list[int]:
+    """For each start that waves may begin with, up to which other one those from there on cost least together."""
     counts = np.array([len(by_start[start]) for start in starts])
     work = np.array([sum(costs.calls - max(0, joins[cell]) for cell in by_start[start]) for start in starts])
     cells_before, work_before = np.r_[0, counts.cumsum()], np.r_[0, work.cumsum()]
@@ -152,17 +204,4 @@ def plan_waves(
         total = total + best[ends]
         chosen = int(total.argmin())
         best[begin], upto[begin] = total[chosen], ends[chosen]
-    waves_found: list[Wave] = []
-    begin = 0
-    while begin < len(starts):
-        end = int(upto[begin])
-        together = [cell for start in starts[begin:end] for cell in by_start[start]]
-        together.sort(key=lambda cell: (joins[cell], cell))
-        room = max(1, costs.rows(memory, length - starts[begin]) // batch)
-        count = -(-len(together) // room)
-        size = -(-len(together) // count)
-        for i in range(0, len(together), size):
-            part = tuple(together[i : i + size])
-            waves_found.append(Wave(part, min(first[cell] for cell in part) if suffix else 0))
-        begin = end
-    return waves_found
+    return upto.tolist()

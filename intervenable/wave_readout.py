@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -85,7 +86,8 @@ def output_embedding(model: nn.Module) -> nn.Module | None:
 
 def reads_head(model: nn.Module, sites: Iterable[BoundSite]) -> bool:
     """Whether a place is at the output embedding, which then has to compute all logits, or is the model itself."""
-    return any(site.module in (output_embedding(model), model) for site in sites)
+    head = output_embedding(model)
+    return any(site.module is head or site.module is model for site in sites)
 
 
 class Readout:
@@ -157,6 +159,11 @@ class Readout:
 
 def largest(logits: Tensor) -> float:
     """The largest finite logit, by amount."""
+    if not logits.numel():
+        return 0.0
+    most = float(logits.abs().max())
+    if math.isfinite(most):
+        return most
     finite = logits[logits.isfinite()]
     return float(finite.abs().max()) if finite.numel() else 0.0
 

@@ -13,7 +13,7 @@ from torch import nn
 from intervenable import ConfigError, UnsupportedModelError, wave_plan
 from intervenable.hooks import hooked
 from intervenable.wave_budget import bytes_of
-from intervenable.wave_plan import Costs, leaves_tokens_out, plan_waves
+from intervenable.wave_plan import Blocks, Costs, leaves_tokens_out, plan_waves
 from intervenable.wave_readout import Reading, Readout, furthest, largest, logits_of
 from intervenable.wave_rows import (
     NoShortcutError,
@@ -236,21 +236,23 @@ def test_a_budget_for_less_than_a_cell_names_one_that_will_do():
 def test_waves_leave_tokens_out_of_large_models_alone(monkeypatch):
     monkeypatch.setattr(wave_plan, "WORTH", 1e6)
     small, large = nn.Linear(10, 10), nn.Linear(1000, 1000)
-    assert leaves_tokens_out([large, large], 5)
-    assert not leaves_tokens_out([small, small], 5)
-    assert leaves_tokens_out([small, small], 10_000)
+    assert leaves_tokens_out(Blocks([large, large]), 5)
+    assert not leaves_tokens_out(Blocks([small, small]), 5)
+    assert leaves_tokens_out(Blocks([small, small]), 10_000)
     monkeypatch.setattr(wave_plan, "WORTH", 0.0)
-    assert leaves_tokens_out([small], 5)
-    assert not leaves_tokens_out([], 5)
+    assert leaves_tokens_out(Blocks([small]), 5)
+    assert not leaves_tokens_out(Blocks([]), 5)
 
 
 def test_costs_are_those_of_the_blocks():
     block = nn.Sequential(nn.Linear(64, 256), nn.Linear(256, 64))
-    few, many = (Costs.of([block] * count, 10, 100) for count in (2, 12))
+    few, many = (Costs.of(Blocks([block] * count), 10, 100) for count in (2, 12))
     assert (few.calls, many.calls) == (2, 12)
     assert few.logit_bytes == 400
-    assert Costs.of([block], 1000, 1).row_bytes > Costs.of([block], 10, 1).row_bytes > 64 * 4
-    assert Costs.of([nn.Linear(2, 2)], 10, 1).call > Costs.of([nn.Linear(900, 900)], 10, 1).call
+    assert Costs.of(Blocks([block]), 1000, 1).row_bytes > Costs.of(Blocks([block]), 10, 1).row_bytes > 64 * 4
+    assert (
+        Costs.of(Blocks([nn.Linear(2, 2)]), 10, 1).call > Costs.of(Blocks([nn.Linear(900, 900)]), 10, 1).call
+    )
     assert few.rows(10**6, 10) == int(10**6 // (few.row_bytes * 10 + 400))
 
 
