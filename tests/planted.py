@@ -12,7 +12,7 @@ WIDTH = 8
 class Planted(nn.Module):
     """Answers with three bits, each the sign of one coordinate of the hidden vector, in a rotated basis.
 
-    Bits A and B are the coordinates 0 and 1 of that basis, C is coordinate 2; the other five are noise.
+    Bits A and B are the coordinates 0 and 1 of that basis, C is coordinate 2; the other five are noise, which varies most.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class Planted(nn.Module):
         self.score = nn.Linear(WIDTH, len(bits), bias=False)
         with torch.no_grad():
             self.hidden.weight.copy_(torch.eye(WIDTH))
-            self.score.weight.copy_(4 * bits @ basis[:, :3].T)
+            self.score.weight.copy_(2 * bits @ basis[:, :3].T)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.score(self.hidden(inputs))
@@ -38,7 +38,7 @@ def planted_pairs(model: Planted, count: int, seed: int) -> dict[str, Tensor]:
     def drawn() -> tuple[Tensor, Tensor]:
         bits = torch.randint(0, 2, (count, 3), generator=generator)
         size = 1 + torch.rand(count, 3, generator=generator)
-        noise = torch.randn(count, WIDTH - 3, generator=generator)
+        noise = 1.5 * torch.randn(count, WIDTH - 3, generator=generator)
         return bits, torch.cat([(2 * bits - 1) * size, noise], 1) @ model.basis.T
 
     (own, base), (other, source) = drawn(), drawn()

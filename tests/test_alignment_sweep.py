@@ -84,7 +84,7 @@ def same(one: AlignmentSweep, other: AlignmentSweep) -> bool:
 
 
 def test_a_planted_plane_is_found_at_its_rank_and_not_below(planted):
-    train_rows, test_rows = planted_pairs(planted, 256, 0), planted_pairs(planted, 100, 1)
+    train_rows, test_rows = planted_pairs(planted, 128, 0), planted_pairs(planted, 100, 1)
 
     sweep = sweep_alignments(
         planted,
@@ -94,8 +94,8 @@ def test_a_planted_plane_is_found_at_its_rank_and_not_below(planted):
         positions=0,
         ranks=(1, 2, "full"),
         seeds=(0, 1),
-        epochs=8,
-        lr=0.03,
+        epochs=12,
+        lr=0.06,
     )
 
     one, two, full = sweep.iia.flatten().tolist()
