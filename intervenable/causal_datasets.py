@@ -202,11 +202,11 @@ def _key(model: CausalModel, drawn: Counterfactual) -> Any:
 def _nothing(row: int, before: Setting, after: Setting, distinct: bool, names: tuple[str, ...]) -> str:
     about = " and ".join(map(repr, names))
     changes = [f"{name} from {before[name]!r} to {after[name]!r}" for name in after]
-    wanted = f" that takes {changes[0]}" if changes else ""
-    new = " and is not there yet" if distinct else ""
+    conditions = [*(f"takes {change}" for change in changes), *["is not there yet"] * distinct]
+    wanted = f" that {' and '.join(conditions)}" if conditions else ""
     hint = ", without balance=True" if changes else ""
     return (
-        f"After {row} counterfactuals, {TRIES} draws in a row gave no other one about {about}{wanted}{new}. Ask for"
+        f"After {row} counterfactuals, {TRIES} draws in a row gave no other one about {about}{wanted}. Ask for"
         f" fewer, or for less{hint}."
     )
 
