@@ -23,7 +23,7 @@ from scripts.fetch_smollm2 import smollm2_folder
 
 MODELS = {"tiny-llama": tiny_llama, "smollm2": smollm2}
 BATCH = 32
-LEARNING_RATE = 4e-3
+LEARNING_RATE = 1e-2
 WARMUP = 0.1
 """The share of the steps over which the learning rate rises."""
 
