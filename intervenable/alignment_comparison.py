@@ -20,6 +20,7 @@ from intervenable.alignment_study import Study, make_study, metric_name, read_se
 from intervenable.alignment_sweep import told
 from intervenable.errors import ConfigError, UnknownNameError, unknown_name
 from intervenable.progress import Progress, Show
+from intervenable.training_suffix import shared_records
 
 
 def compare_methods(
@@ -141,7 +142,7 @@ def compare_methods(
         "version": __version__,
     }
     comparison = _Comparison(study, given, names, wanted, seeds, untrained_model, confidence)
-    with Progress(comparison.total, progress, "methods", " alignments") as shown:
+    with shared_records(), Progress(comparison.total, progress, "methods", " alignments") as shown:
         return comparison.run(settings, shown.advance)
 
 

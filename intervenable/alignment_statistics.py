@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import lru_cache
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -190,17 +192,27 @@ def _resampled_means(values: Tensor, seed: int, samples: int) -> Tensor:
     if samples < 1:
         raise ConfigError(f"samples={samples!r}: give a whole number from 1 on, such as {SAMPLES}.")
     seeds, examples = values.shape
-    generator = torch.Generator().manual_seed(seed)
     if seeds == 1:
         values = values.sort(dim=1).values  # in whatever order the examples came
-    means = []
+    drawing = (seed, samples, seeds, examples)
+    draws = _few_draws(*drawing) if samples * examples <= AT_ONCE else _draws(*drawing)
+    return torch.cat([(rows @ values * drawn).sum(1) for rows, drawn in draws]) / (seeds * examples)
+
+
+def _draws(seed: int, samples: int, seeds: int, examples: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """How often each seed `[n, seeds]` and each example `[n, examples]` was drawn, for `n` samples at a time."""
+    generator = torch.Generator().manual_seed(seed)
     step = max(1, AT_ONCE // examples)
     for start in range(0, samples, step):
         size = min(step, samples - start)
         drawn = _counts(size, examples, generator)
-        rows = _counts(size, seeds, generator) if seeds > 1 else torch.ones(size, 1, dtype=torch.float64)
-        means.append((rows @ values * drawn).sum(1) / (seeds * examples))
-    return torch.cat(means)
+        yield _counts(size, seeds, generator) if seeds > 1 else torch.ones_like(drawn[:, :1]), drawn
+
+
+@lru_cache(maxsize=4)
+def _few_draws(*drawing: int) -> list[tuple[Tensor, Tensor]]:
+    """The same, kept for the next of many cells."""
+    return list(_draws(*drawing))
 
 
 def _counts(samples: int, among: int, generator: torch.Generator) -> Tensor:

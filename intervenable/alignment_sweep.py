@@ -25,6 +25,7 @@ from intervenable.config_fields import is_module_path
 from intervenable.errors import ConfigError
 from intervenable.progress import Progress, Show
 from intervenable.sweep_checkpoints import Checkpoints
+from intervenable.training_suffix import shared_records
 from interventions import Intervention, LowRankRotatedSpaceIntervention, VanillaIntervention
 from model_maps import ALIASES, COMPONENTS
 
@@ -69,11 +70,12 @@ class Work:
     def __call__(self, job: Job, done: Sequence[tuple[int, int]] = ()) -> Iterator[Cell]:
         """The cells of a layer and a position, but for those that are done."""
         study = replace(self.study, layer=self.layers[job.layer], place=self.places[job.position])
-        for number, rank in enumerate(self.ranks):
-            for index, seed in enumerate(self.seeds):
-                if (number, index) in done or (rank == "full" and index > 0):
-                    continue
-                yield self._cell(study, number, index, rank, seed)
+        with shared_records():
+            for number, rank in enumerate(self.ranks):
+                for index, seed in enumerate(self.seeds):
+                    if (number, index) in done or (rank == "full" and index > 0):
+                        continue
+                    yield self._cell(study, number, index, rank, seed)
 
     def _cell(self, study: Study, number: int, index: int, rank: Rank, seed: int) -> Cell:
         if rank == "full":

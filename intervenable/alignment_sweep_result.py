@@ -123,12 +123,12 @@ class AlignmentSweep:
     @property
     def iia(self) -> Tensor:
         """`[layers, positions, ranks]` mean over seeds and examples: the interchange intervention accuracy."""
-        return self.per_example.double().mean((-1, -2)).float()
+        return self.per_example.double().mean((-1, -2))
 
     @property
     def by_seed(self) -> Tensor:
         """`[layers, positions, ranks, seeds]` the same for each seed."""
-        return self.per_example.double().mean(-1).float()
+        return self.per_example.double().mean(-1)
 
     @property
     def low(self) -> Tensor:
@@ -162,7 +162,7 @@ class AlignmentSweep:
 
     @cached_property
     def _intervals(self) -> Tensor:
-        ends = torch.tensor([[cell.iia.low, cell.iia.high] for cell in self._cells])
+        ends = torch.tensor([[cell.iia.low, cell.iia.high] for cell in self._cells], dtype=torch.float64)
         return ends.T.reshape(2, len(self.layers), len(self.positions), len(self.ranks))
 
     def cell(self, *, layer: int | None = None, pos: str | None = None, rank: Rank = None) -> AlignmentCell:

@@ -144,6 +144,14 @@ def test_examples_of_many_thousands_are_drawn_in_parts(monkeypatch):
     assert bootstrap_interval(values) == pytest.approx(whole, abs=1e-12)
 
 
+def test_many_intervals_draw_the_same_examples():
+    first, second = torch.rand(2, 30, generator=torch.Generator().manual_seed(0))
+    alone = bootstrap_interval(second)
+    bootstrap_interval(first)
+    bootstrap_interval(torch.ones(3, 30))
+    assert bootstrap_interval(second) == alone
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
