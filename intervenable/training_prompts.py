@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from intervenable.inputs import RunInputs
 from intervenable.units import UnitRows, Units, Whole
@@ -63,6 +64,15 @@ def numbered(keys: Sequence[bytes]) -> Tensor:
     return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
 
 
+def digest(keys: Sequence[bytes]) -> bytes:
+    """What tells these keys, in their order, from others."""
+    found = hashlib.sha256()
+    for key in keys:
+        found.update(len(key).to_bytes(8, "little"))
+        found.update(key)
+    return found.digest()
+
+
 class EditRows:
     """Where an edit is in each example, as tensors, to be had for some of the examples.
 
@@ -114,8 +124,3 @@ def picked_values(value: Any, rows: Tensor, batch: int) -> Any:
     if isinstance(value, (list, tuple)) and len(value) == batch and not isinstance(value[0], int):
         return [value[row] for row in rows.tolist()]
     return value
-
-
-def blocks_in_order(blocks: Sequence[nn.Module]) -> list[nn.Module]:
-    """Each block once."""
-    return list(dict.fromkeys(blocks))

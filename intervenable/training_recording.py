@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -121,6 +121,28 @@ def _of_one(cache: Any) -> Any:
     return new
 
 
+@dataclass(eq=False)
+class SourceRecords:
+    """The units that source runs captured for one place."""
+
+    known: set[int] = field(default_factory=set)
+    """The sources that were run."""
+
+    _store: RowStore | None = None
+
+    def put(self, sources: Sequence[int], values: Tensor, count: int, budget: Budget) -> None:
+        """Keep the units of some of so many sources."""
+        if self._store is None:
+            self._store = RowStore(count, values, budget)
+        self._store.put(sources, values)
+        self.known.update(sources)
+
+    def at(self, sources: Tensor) -> Tensor:
+        """`[n, ...]` the units of some sources."""
+        assert self._store is not None
+        return self._store.at(sources)
+
+
 class BaseRecords:
     """The runs of the base prompts below the first edit: hidden states, and keys and values of the tokens before it.
 
@@ -138,6 +160,8 @@ class BaseRecords:
     ) -> None:
         self.model, self.trunk, self.span, self.cached = model, trunk, span, cached
         self._prompts, self._budget = prompts, budget
+        self.known: set[int] = set()
+        """The prompts that were run."""
         self._hidden: RowStore | None = None
         self._states: dict[tuple[int, str], RowStore] = {}
         self._template: Any = None
@@ -180,6 +204,7 @@ class BaseRecords:
             self._keep_hidden(prompts, found["hidden"])
         if cache is not None:
             self._keep_states(prompts, cache)
+        self.known.update(prompts)
 
     def _keep_hidden(self, prompts: Sequence[int], hidden: Tensor) -> None:
         if hidden.shape[0] != len(prompts):

@@ -10,10 +10,12 @@ path first, and what is not exact on the model at hand is not left out.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,7 @@ from intervenable.training_data import IGNORED, Examples
 from intervenable.training_engine import Engine, PlainEngine, Read, logits_in, predicts_next
 from intervenable.training_prompts import (
     EditRows,
+    digest,
     numbered,
     picked_inputs,
     picked_units,
@@ -40,13 +43,15 @@ from intervenable.training_prompts import (
     row_keys,
     row_tensors,
 )
-from intervenable.training_recording import BaseRecords, Trunk, find_trunk, like_output
-from intervenable.training_store import Budget, RowStore
+from intervenable.training_recording import BaseRecords, SourceRecords, Trunk, find_trunk, like_output
+from intervenable.training_store import Budget
 from intervenable.units import Units
 from intervenable.wave_budget import bytes_of
 from intervenable.wave_inputs import MASK, POSITIONS
 from intervenable.wave_readout import output_embedding, reads_head
 from intervenable.wave_rows import NoShortcutError
+
+T = TypeVar("T")
 
 
 class Shortcuts(NamedTuple):
@@ -109,6 +114,46 @@ def make_engine(
     return plain
 
 
+# --- what several trainings share -------------------------------------------------------------------------
+
+_Key = tuple[Any, ...]
+_shared: ContextVar[OrderedDict[_Key, Any] | None] = ContextVar("shared_records", default=None)
+MOST_SHARED = 6
+"""How many recordings are kept for other trainings: bases and sources of data and evaluation, and some more."""
+
+
+@contextmanager
+def shared_records() -> Iterator[None]:
+    """Let the trainings and evaluations in the block share what they record of models that stay as they are.
+
+    Trainings at one place on one data set run its prompts once for all of them.
+    """
+    token = _shared.set(OrderedDict()) if _shared.get() is None else None
+    try:
+        yield
+    finally:
+        if token is not None:
+            _shared.reset(token)
+
+
+def _kept(model: nn.Module, key: _Key, make: Callable[[], T]) -> T:
+    """What was made for this key on this model before, or is made now."""
+    shared = _shared.get()
+    if shared is None:
+        return make()
+    device = next((str(weight.device) for weight in model.parameters()), "cpu")
+    kind = device.partition(":")[0]
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    key = (id(model), device, autocast, *key)
+    if key not in shared:
+        shared[key] = (model, make())  # the model, so that its identity is not given to another
+        while len(shared) > MOST_SHARED:
+            shared.popitem(last=False)
+    shared.move_to_end(key)
+    made: T = shared[key][1]
+    return made
+
+
 @dataclass(frozen=True, eq=False)
 class _Feed:
     """What source runs keep for one edit."""
@@ -118,10 +163,19 @@ class _Feed:
     numbers: Tensor
     """`[N]` the number of each example's source among those that differ."""
 
+    digest: bytes
+    """Tells the sources of one data set, and where they are read, from those of another."""
+
     @property
     def count(self) -> int:
         """How many differ."""
         return 1 + int(self.numbers.max())
+
+    @property
+    def key(self) -> _Key:
+        """What else tells one recording from another."""
+        site = self.capture.bound.source_site
+        return ("source", site.component, site.layer, site.path, site.side, site.by_heads, self.digest)
 
 
 class SuffixEngine:
@@ -155,11 +209,12 @@ class SuffixEngine:
             for run in plan.source_runs
             for capture in run.captures
         }
-        self._sources: dict[int, RowStore] = {}
-        self._known_sources: dict[int, set[int]] = {index: set() for index in self._feeds}
-        self._prompts = numbered(row_keys(row_tensors(self._base)))
+        self._sources = {
+            index: _kept(model.model, feed.key, SourceRecords) for index, feed in self._feeds.items()
+        }
+        keys = row_keys(row_tensors(self._base))
+        self._prompts, self._digest = numbered(keys), digest(keys)
         self._distinct = 1 + int(self._prompts.max())
-        self._known_prompts: set[int] = set()
         sites = [edit.bound.site for edit in self._edits]
         self._head = (
             output_embedding(model.model) if way.logits and not reads_head(model.model, sites) else None
@@ -226,7 +281,14 @@ class SuffixEngine:
             assert self._first is not None
             span = (int(self._first.min()), self._read.last + 1)
             cached = int(self._first.max())
-        return BaseRecords(self.model.model, self._trunk, self._distinct, span, cached, self._budget)
+        trunk, distinct = self._trunk, self._distinct
+        last = None if trunk.last is None else trunk.paths[trunk.last]
+        key = ("base", last, trunk.cache_layers, span, cached, self._digest)
+        return _kept(
+            self.model.model,
+            key,
+            lambda: BaseRecords(self.model.model, trunk, distinct, span, cached, self._budget),
+        )
 
     # -- a step
 
@@ -312,13 +374,11 @@ class SuffixEngine:
     def _record(self, index: Tensor) -> None:
         """Run what is needed of these examples and was not run yet."""
         for number, feed in self._feeds.items():
-            for sources in _chunks(feed.numbers[index], self._known_sources[number], feed.count):
+            for sources in _chunks(feed.numbers[index], self._sources[number].known, feed.count):
                 self._record_sources(number, feed, sources)
         if self._records is not None:
-            for prompts in _chunks(self._prompts[index], self._known_prompts, self._distinct):
-                inputs = picked_inputs(self._base, _first_of(self._prompts, prompts))
-                self._records.record(prompts, inputs)
-                self._known_prompts.update(prompts)
+            for prompts in _chunks(self._prompts[index], self._records.known, self._distinct):
+                self._records.record(prompts, picked_inputs(self._base, _first_of(self._prompts, prompts)))
 
     def _record_sources(self, number: int, feed: _Feed, sources: list[int]) -> None:
         rows = _first_of(feed.numbers, sources)
@@ -327,10 +387,7 @@ class SuffixEngine:
             values = run_source(self.model.model, picked_inputs(feed.inputs, rows), [capture])[number]
         if values.shape[0] != len(rows):
             raise NoShortcutError("the first axis of source values does not count examples")
-        if number not in self._sources:
-            self._sources[number] = RowStore(feed.count, values, self._budget)
-        self._sources[number].put(sources, values)
-        self._known_sources[number].update(sources)
+        self._sources[number].put(sources, values, feed.count, self._budget)
 
     # -- whether it is right
 
@@ -426,7 +483,8 @@ def _feed(capture: Capture, inputs: RunInputs) -> _Feed:
     content = row_tensors(inputs)
     if isinstance(capture.units, Units):
         content = [*content, *EditRows(capture.units, inputs.batch).content]
-    return _Feed(capture, inputs, numbered(row_keys(content)))
+    keys = row_keys(content)
+    return _Feed(capture, inputs, numbered(keys), digest(keys))
 
 
 def _named(inputs: RunInputs, model: nn.Module) -> dict[str, Any]:

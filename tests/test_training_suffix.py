@@ -14,7 +14,7 @@ import intervenable as iv
 from intervenable.training_data import read_examples
 from intervenable.training_engine import PlainEngine, Read
 from intervenable.training_store import Budget, RowStore
-from intervenable.training_suffix import WAYS, Shortcuts, SuffixEngine, make_engine
+from intervenable.training_suffix import WAYS, Shortcuts, SuffixEngine, make_engine, shared_records
 from intervenable.wave_rows import NoShortcutError
 from interventions import InterventionShapeError
 from interventions.rotation import held_bases
@@ -396,3 +396,27 @@ def test_a_basis_is_let_go_when_a_step_fails() -> None:
     swap.rotation.weight.data.neg_()
     swap(torch.ones(1, 6), torch.zeros(1, 6)).sum().backward()
     assert swap.rotation.weight.grad is not None
+
+
+# --- several trainings ------------------------------------------------------------------------------------
+
+
+def test_engines_in_one_block_share_what_they_record_of_the_same_prompts_at_the_same_place() -> None:
+    lm = frozen("llama")
+    columns = rows("right")
+    inside = lm.model.layers[0].mlp
+
+    def ran(declared: Any, given: dict[str, list[Any]], where: Any = "last") -> list[tuple[int, ...]]:
+        fast, plain = engines(lm, declared, given, where)
+        found = counted(inside, lambda: fast.step(range(COUNT)))
+        assert_same(fast, plain, [2, 0, 5])
+        return found
+
+    with shared_records():
+        assert len(ran(das(1), columns)) == 2  # bases, and sources
+        assert ran(das(1, rank=3), columns) == []
+        assert len(ran(das(2), columns)) == 2
+        assert len(ran(das(1), columns, 1)) == 2
+        assert len(ran(das(1), rows("right", seed=1))) == 2
+        assert len(ran(das(1, "mlp_output"), columns)) == 2
+    assert len(ran(das(1), columns)) == 2
