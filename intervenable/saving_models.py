@@ -37,10 +37,10 @@ def loader_of(model: nn.Module) -> str:
     Raises:
         ConfigError: none does.
     """
-    import transformers
-
     if type(model) is MLPClassifier:
         return PERCEPTRON
+    import transformers
+
     for name in LOADERS if isinstance(model, transformers.PreTrainedModel) else ():
         mapping = getattr(transformers, name)._model_mapping
         if type(model.config) in mapping and type(model) in _classes(mapping[type(model.config)]):
@@ -63,8 +63,6 @@ def load_model(folder: Path | None, loader: str | None, class_name: str, around:
         ConfigError: no model was saved.
         StorageError: it cannot be loaded, or is another than it should be.
     """
-    import transformers
-
     if folder is None or loader is None:
         raise ConfigError(
             f"No model was saved in {around}: give the {class_name} that the interventions are for, as model=..."
@@ -77,6 +75,8 @@ def load_model(folder: Path | None, loader: str | None, class_name: str, around:
         if loader == PERCEPTRON:
             model: Any = _perceptron(folder)
         else:
+            import transformers
+
             model = getattr(transformers, loader).from_pretrained(
                 folder, dtype="auto", trust_remote_code=False, use_safetensors=True, local_files_only=True
             )
