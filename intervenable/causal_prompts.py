@@ -288,6 +288,10 @@ def _prices(rng: random.Random, held_out: bool | None) -> dict[str, int]:
 # --- indirect objects -----------------------------------------------------------------------------------------
 
 
+ALSO_KNOWN = {"first": "first_person", "second": "second_person"}
+"""Places whose names differ from the words in the phrasing."""
+
+
 def indirect_objects(
     phrasings: Sequence[str] | str = INDIRECT_OBJECT_PHRASINGS, *, held_out: bool | None = None
 ) -> TextTask:
@@ -296,8 +300,8 @@ def indirect_objects(
     Of two people one is named again, and gives; the other one receives. `receiver` is "first" or "second", and the
     `answer` is the name in that place: with `receiver` from a source that names other people, the answer is a
     person of the base. With `answer` from a source it is a person of the source. A source has the phrasing of
-    its base. The places are `first`, `second`, `giver`, `place` and `object`. Both the shipped model and
-    SmolLM2 have each name as one token.
+    its base. The places are `first_person`, `second_person`, `giver`, `place` and `object`. Both the shipped
+    model and SmolLM2 have each name as one token.
 
     Wang et al. (2022), "Interpretability in the Wild", https://arxiv.org/abs/2211.00593.
 
@@ -354,7 +358,10 @@ def indirect_objects(
 
     def write(setting: Setting) -> Written:
         words = {name: setting[name] for name in ("first", "second", "place", "object")}
-        return filled(asked[setting["phrasing"]], {**words, "giver": setting[setting["named_again"]]})
+        written = filled(asked[setting["phrasing"]], {**words, "giver": setting[setting["named_again"]]})
+        # "first" alone is a position that everyone knows.
+        places = {ALSO_KNOWN.get(name, name): span for name, span in written.places.items()}
+        return Written(written.text, places)
 
     return TextTask(
         model,

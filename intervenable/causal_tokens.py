@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from intervenable.errors import InputError, LocationError
 from intervenable.position_entries import Entry
-from intervenable.position_reading import resolve
+from intervenable.position_reading import is_name, resolve
 from intervenable.position_resolver import PositionResolver
 from intervenable.token_text import TokenView
 
@@ -36,7 +37,7 @@ def tokenized(
             `base_label`, `source_label`, as the tasks in words make them.
         tokenizer: Of the model; a `PositionResolver` brings names for positions.
         positions: Where: the name of a place of the task (`"country"`), or whatever `iv.positions` takes (`"last"`,
-            `Words("of")`, -2, a list of them), looked up in each text. None adds no positions.
+            `Words("of")`, -2, a list of these), looked up in each text. None adds no positions.
         take: Which tokens of a place: the `"last"` one, where it ends; the `"first"` one, or `"all"`.
         labels: An answer of several tokens is an error (`"single"`), or stands for its `"first"` token.
         padding: True pads to the longest text of the data set, a number to so many tokens, on the side that the
@@ -44,8 +45,8 @@ def tokenized(
 
     Returns:
         The data set with `input_ids` and `attention_mask`, `source_input_ids` and `source_attention_mask`, `labels`,
-        `base_labels` and `source_labels` as token ids, `base_position` and `source_position` (counted in real
-        tokens; one is a number, several are a list, and of several sources each has its own list).
+        `base_labels` and `source_labels` as token ids, `base_position` and `source_position` (counting real
+        tokens): a number where each example has one, otherwise a list, and of several sources a list each.
 
     Raises:
         InputError: no column `base`, an answer of several tokens or one that runs into the end of its text, a
@@ -87,6 +88,10 @@ def tokenized(
                 texts.positions(row, given, where, positions, take)
                 for row, (given, where) in enumerate(zip(table[side], places, strict=True))
             ]
+        found = [chosen for side in encoded for chosen in added[f"{side}_position"]]
+        if all(len(chosen) == 1 and isinstance(chosen[0], int) for chosen in found):
+            for side in encoded:
+                added[f"{side}_position"] = [chosen[0] for chosen in added[f"{side}_position"]]
     return _with_columns(dataset, added)
 
 
@@ -163,22 +168,23 @@ class _Texts:
         return _each(given, self._ids.__getitem__)
 
     def positions(self, row: int, given: Any, places: Any, entry: Entry, take: Take) -> Any:
-        """The positions that an entry chooses in a text, or in each of several; one alone as a number."""
+        """The positions that an entry chooses in a text, or in each of several."""
         if isinstance(given, list):
             each = zip(given, places or [None] * len(given), strict=True)
             return [self._chosen(row, text, where, entry, take) for text, where in each]
-        found = self._chosen(row, given, places, entry, take)
-        return found[0] if len(found) == 1 else found
+        return self._chosen(row, given, places, entry, take)
 
     def _chosen(
         self, row: int, text: str, places: Mapping[str, Any] | None, entry: Entry, take: Take
     ) -> list[int]:
-        named = {name: span for name, span in (places or {}).items() if span is not None}
-        if isinstance(entry, str) and entry in named:
-            tokens = self._covering(text, *named[entry])
-            return {"all": tokens, "first": tokens[:1], "last": tokens[-1:]}[take]
+        named = {}
+        for name, span in (places or {}).items():
+            if span is not None and not is_name(name):
+                tokens = self._covering(text, *span)
+                named[name] = {"all": tokens, "first": tokens[:1], "last": tokens[-1:]}[take]
+        table = replace(self.table, names={**self.table.names, **named})
         try:
-            return list(resolve(entry, self._view(text), self.table))
+            return list(resolve(entry, self._view(text), table))
         except LocationError as error:
             known = f" Places of the task: {', '.join(map(repr, named))}." if named else ""
             raise type(error)(f"Row {row}: {error}{known}") from error

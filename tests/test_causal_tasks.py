@@ -404,7 +404,9 @@ def test_the_receiver_is_a_place_and_the_answer_a_person():
         there_first, _, there_giver = people(row["source"])
         assert row["base_label"] == f" {second if giver == first else first}"
         assert row["label"] == f" {second if there_giver == there_first else first}"
-        for name, person in zip(("first", "second", "giver"), (first, second, giver), strict=True):
+        for name, person in zip(
+            ("first_person", "second_person", "giver"), (first, second, giver), strict=True
+        ):
             start, end = row["base_places"][name]
             assert row["base"][start:end] == person
     changed = sum(row["label"] != row["base_label"] for row in rows) / 200
