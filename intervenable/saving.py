@@ -18,7 +18,7 @@ from intervenable.errors import ConfigError, ModelMismatchError
 from intervenable.saving_content import checked, described, restored
 from intervenable.saving_files import read_folder, write_folder
 from intervenable.saving_fingerprint import description_of, differences, weights_of
-from intervenable.saving_models import load_model, loader_of, model_writer
+from intervenable.saving_models import attention_of, load_model, loader_of, model_writer
 from intervenable.saving_types import Registry, TypeNames
 
 CheckModel = bool | Literal["sizes"]
@@ -53,7 +53,7 @@ def save(
     described_model = description_of(model)
     writer = None
     if include_model:
-        described_model["loader"] = loader_of(model)
+        described_model |= {"loader": loader_of(model), "attention": attention_of(model)}
         writer = model_writer(model)
     write_folder(folder, {**description, "model": described_model}, tensors, weights_of(model), writer)
     return folder
@@ -74,7 +74,8 @@ def load(
     contents = read_folder(folder)
     saved, weights = checked(folder, contents)
     if model is None:
-        model = load_model(contents.model_folder, saved.model.loader, saved.model.class_name, folder)
+        kept = saved.model
+        model = load_model(contents.model_folder, kept.loader, kept.class_name, kept.attention, folder)
     if check_model:
         found = differences(
             saved.model.model_dump(),

@@ -88,6 +88,8 @@ class SavedModel(Record):
     parameters: int | None
     loader: str | None = None
     """How to load it, where it was saved too."""
+    attention: str | None = None
+    """How it computes its attention then."""
 
 
 class SavedWeight(Record):

@@ -27,6 +27,7 @@ LOADERS = (
     "AutoModel",
 )
 """Classes of transformers that load models, with code that is installed here and no other."""
+KERNELS = ("eager", "sdpa")
 PERCEPTRON = "MLPClassifier"
 PERCEPTRON_FILE = "model.safetensors"
 
@@ -51,12 +52,20 @@ def loader_of(model: nn.Module) -> str:
     )
 
 
+def attention_of(model: nn.Module) -> str | None:
+    """By which of the kernels that are everywhere a model computes its attention; they round in their own ways."""
+    name = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    return name if name in KERNELS else None
+
+
 def model_writer(model: nn.Module) -> tuple[str, Callable[[Path], None]]:
     """A digest of a model, and what writes it into a folder."""
     return _digest(model), lambda folder: _write(model, folder)
 
 
-def load_model(folder: Path | None, loader: str | None, class_name: str, around: Path) -> nn.Module:
+def load_model(
+    folder: Path | None, loader: str | None, class_name: str, attention: str | None, around: Path
+) -> nn.Module:
     """The model in a folder.
 
     Raises:
@@ -77,8 +86,14 @@ def load_model(folder: Path | None, loader: str | None, class_name: str, around:
         else:
             import transformers
 
+            options = {"attn_implementation": attention} if attention in KERNELS else {}
             model = getattr(transformers, loader).from_pretrained(
-                folder, dtype="auto", trust_remote_code=False, use_safetensors=True, local_files_only=True
+                folder,
+                dtype="auto",
+                trust_remote_code=False,
+                use_safetensors=True,
+                local_files_only=True,
+                **options,
             )
     except Exception as error:  # transformers raises many kinds
         raise StorageError(f"The model in {folder} cannot be loaded: {error} {REMEDY}") from error
