@@ -292,11 +292,14 @@ class BoundSite:
     def read_whole(self, passage: Passage, inputs: RunInputs, added: Tensor | None = None) -> Tensor:
         """All units, as `read` gives them; maybe a view of what the model has."""
         tensor = passage.take(self.side, self.slot)
-        if self.kind == "stored" and self.by_heads and self.columns is not None and self.columns.contiguous:
+        columns = self.columns
+        if self.kind == "stored" and (columns is None or (self.by_heads and columns.contiguous)):
             stream = self._as_stream(tensor, inputs.of(self.stack))
+            if columns is None:
+                return stream
             if stream.dim() == 3:  # of anything else `read` tells
-                heads, width = self.columns.heads, self.columns.width
-                found = stream.narrow(2, self.columns.start, heads * width)
+                heads, width = columns.heads, columns.width
+                found = stream.narrow(2, columns.start, heads * width)
                 return found.view(*found.shape[:2], heads, width).transpose(1, 2)
         return self.read(passage, self.index(Whole(), inputs, tensor.device), inputs, added)
 

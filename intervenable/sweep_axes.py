@@ -46,6 +46,7 @@ SPOKEN: Mapping[str, Axis] = {
 }
 """Other names of the axes, TransformerLens' among them."""
 LEVEL_OF: Mapping[Axis, Level] = {"pos": "positions", "head": "heads", "query": "queries", "key": "keys"}
+AXIS_OF: Mapping[Level, Axis] = {level: axis for axis, level in LEVEL_OF.items()}
 _WHERE: Mapping[Axis, str] = {"pos": POSITION, "query": QUERY, "key": KEY}
 
 Pairs = tuple[dict[int, int], ...]

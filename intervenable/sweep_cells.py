@@ -8,7 +8,7 @@ from itertools import product
 from math import prod
 
 from intervenable.sites import BoundSite
-from intervenable.sweep_axes import LEVEL_OF, Axis, Entry, Tokens
+from intervenable.sweep_axes import AXIS_OF, Axis, Entry, Tokens
 from intervenable.units import Level
 
 
@@ -50,8 +50,9 @@ class Cell:
 
     def entry(self, axis: Axis) -> Entry | None:
         """Its entry of an axis, or of what is no axis; None if all there are."""
-        if axis in self.grid.axes:
-            return self.grid.entries[axis][self.index[self.grid.axes.index(axis)]]
+        along = self.grid.entries.get(axis)
+        if along is not None:
+            return along[self.index[self.grid.axes.index(axis)]]
         return self.grid.fixed.get(axis)
 
     @property
@@ -68,8 +69,7 @@ class Cell:
 
     def tokens(self, level: Level, whole: Tokens) -> Tokens:
         """The tokens it patches along one level."""
-        axis = next(axis for axis, known in LEVEL_OF.items() if known == level)
-        entry = self.entry(axis)
+        entry = self.entry(AXIS_OF[level])
         return whole if entry is None or entry.tokens is None else entry.tokens
 
     @property

@@ -145,6 +145,8 @@ class CellUnits:
     """Of the same shape: the first token that a unit matters to, a tensor index."""
 
     all_real: bool
+    aligned: bool
+    """Whether the units have the same indices in both runs."""
     _located: dict[tuple[tuple[int, ...], int, int], Located | None] = field(default_factory=dict)
 
     @classmethod
@@ -169,9 +171,10 @@ class CellUnits:
             real &= _spread(mask, levels, level)
         along: Level = "queries" if "queries" in levels else "positions"
         position = _spread(base[along], levels, along).expand(real.shape)
+        aligned = all(torch.equal(base[level], indices) for level, indices in source.items())
         if heads:
             base["heads"] = torch.tensor(heads)
-        return cls(levels, base, source, real, position, bool(real.all()))
+        return cls(levels, base, source, real, position, bool(real.all()), aligned)
 
     def located(self, which: tuple[int, ...], start: int, shift: int) -> Located | None:
         """Those of some cells in a run that begins at a token; the same object each time.
@@ -359,22 +362,21 @@ def patches_at(
     """
     levels = levels_of(site)
     over_tokens: list[Level] = [level for level in levels if level != "heads"]
-    by_shape: dict[tuple[int, ...], list[tuple[int, Cell, list[Tokens]]]] = {}
+    every = tuple(range(site.heads or 0))
+    by_shape: dict[tuple[int, ...], list[tuple[int, tuple[int, ...], list[Tokens]]]] = {}
     for number, cell in cells:
-        count = len(cell.heads) if cell.heads is not None else site.heads or 0
+        heads = cell.heads or every
         tokens = [cell.tokens(level, whole[level]) for level in over_tokens]
-        shape = (count, *(one.base.shape[1] for one in tokens))
-        by_shape.setdefault(shape, []).append((number, cell, tokens))
+        shape = (len(heads), *(one.base.shape[1] for one in tokens))
+        by_shape.setdefault(shape, []).append((number, heads, tokens))
     found = []
     for group in by_shape.values():
-        heads = (
-            [cell.heads or tuple(range(site.heads or 0)) for _, cell, _ in group] if "heads" in levels else []
-        )
-        key = (levels, own.shape[0], tuple(heads), *(id(one) for _, _, tokens in group for one in tokens))
+        by_cell = [heads for _, heads, _ in group] if "heads" in levels else []
+        key = (levels, own.shape[0], tuple(by_cell), *(id(one) for _, _, tokens in group for one in tokens))
         if key not in known:
             listed = zip(*(tokens for _, _, tokens in group), strict=True)
             by_level = {level: list(column) for level, column in zip(over_tokens, listed, strict=True)}
-            known[key] = CellUnits.of(levels, heads, by_level, own.shape[0])
+            known[key] = CellUnits.of(levels, by_cell, by_level, own.shape[0])
         numbers = tuple(number for number, _, _ in group)
         found.append(Patches(site, passage, numbers, known[key], values, own))
     return found
@@ -391,25 +393,38 @@ def edits_together(patches: Sequence[Patches], start: Tensor | None) -> list[Edi
     units, batch = one.units, one.own.shape[0]
     heads = units.base.get("heads")
     wide = [patch.values.expand(batch, *patch.values.shape[1:]) for patch in patches]
-    put = gathered(_stacked(wide), units.levels, heads, units.source, several=True)
-    there = gathered(
-        _stacked([patch.own for patch in patches]), units.levels, heads, units.base, several=True
-    )
+    owns = [patch.own for patch in patches]
+    if len(patches) > 1 and units.aligned and _alike(wide[0], owns[0]):
+        both = gathered(_stacked([*wide, *owns]), units.levels, heads, units.base, several=True)
+        put, there = both[: len(wide)], both[len(wide) :]
+    else:
+        put = gathered(_stacked(wide), units.levels, heads, units.source, several=True)
+        there = gathered(_stacked(owns), units.levels, heads, units.base, several=True)
     differs = put != there
     if not one.site.matrix:
         differs = differs.any(-1)
-    if start is not None:
+    nowhere = int(one.own.shape[-2])
+
+    def first_of(differs: Tensor) -> list[list[int]]:
+        changes = differs.cpu() if units.all_real else differs.cpu() & units.real
+        found: list[list[int]] = torch.where(changes, units.position, nowhere).flatten(2).amin(2).tolist()
+        return found
+
+    first = first_of(differs)
+    if start is not None and min(map(min, first)) < int(start.max()):
         # Before the first token that differs there is nothing but rounding, if the model looks back only.
         before = units.position < start[:batch].view(1, -1, *[1] * (differs.dim() - 3))
-        if bool((before & units.real & differs.cpu()).any()):
-            close = (put - there).abs() <= ROUNDING * there.abs().amax(-1, keepdim=True)
-            differs = differs & ~(before.to(differs.device) & (close if one.site.matrix else close.all(-1)))
-    nowhere = int(one.own.shape[-2])
-    first = torch.where(differs.cpu() & units.real, units.position, nowhere).flatten(2).amin(2).tolist()
+        close = (put - there).abs() <= ROUNDING * there.abs().amax(-1, keepdim=True)
+        rounded = before.to(differs.device) & (close if one.site.matrix else close.all(-1))
+        first = first_of(differs & ~rounded)
     return [
         Edits(patch.site, patch.passage, patch.cells, units, values, tuple(tokens), nowhere)
         for patch, values, tokens in zip(patches, put.unbind(), first, strict=True)
     ]
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:

@@ -242,7 +242,8 @@ class Waves:
         known = self.recorded.logits
         early = known.shape[1] - logits.shape[2]
         drift = furthest(logits[0], known[:, early:])
-        picked = logits[[group[cell] for cell in cells]]
+        in_order = order == list(range(len(cells)))
+        picked = logits[1:] if in_order else logits[[group[cell] for cell in cells]]
         if early:
             before = known[:, :early].expand(len(cells), -1, -1, -1)
             picked = torch.cat([before, picked], 2)

@@ -18,7 +18,7 @@ READ = 25.0
 WORTH = 1e6
 """From how many weights of a block times tokens on it is worth the trouble to leave tokens out."""
 
-GROWTH = 20.0
+GROWTH = 10.0
 """Of what leaving tokens out must be worth, how much layer by layer growth must save, in weights times tokens."""
 
 OVERHEAD = 5e6

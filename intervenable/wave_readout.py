@@ -51,7 +51,7 @@ class Reading:
 
     def after(self, start: int) -> Tensor:
         """The positions that a run from a token on computes, counted from there."""
-        return self.positions[self.positions >= start] - start
+        return self.positions[self.positions >= start] - start if start else self.positions
 
     def kept(self, start: int) -> int:
         """Of how many positions from the end logits are needed."""
