@@ -11,7 +11,7 @@ import copy
 import multiprocessing
 import signal
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from intervenable.errors import ConfigError, TrainingError
+from intervenable.training_columns import Columns
 
 if TYPE_CHECKING:
     from intervenable.alignment_sweep import Cell, Job, Work
@@ -212,7 +213,7 @@ def _tensors_of(model: nn.Module) -> list[Tensor]:
     ]
 
 
-def _arrays(columns: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+def _arrays(columns: Columns) -> Columns:
     """Columns with arrays in the place of tensors, which are handed over by value."""
     return {name: [_array(value) for value in values] for name, values in columns.items()}
 
