@@ -12,7 +12,7 @@ import torch
 from intervenable.causal_model import CausalModel
 from intervenable.causal_tasks import TextTask
 from intervenable.causal_texts import Written, filled
-from intervenable.causal_tokens import answer_token
+from intervenable.causal_tokens import answer_token, answer_tokens
 from intervenable.causal_values import Setting
 from intervenable.errors import InputError, UnknownNameError, raise_all, unknown_name
 from intervenable.padding import evaluating
@@ -32,6 +32,9 @@ from intervenable.small_lm.tasks import (
 if TYPE_CHECKING:
     from torch import nn
 
+
+BATCH = 16
+"""Prompts in a run."""
 
 # --- capitals -------------------------------------------------------------------------------------------------
 
@@ -131,7 +134,7 @@ def capital_facts(
     base; no pair occurs twice. The place `country` is where the country is written.
 
     Capitals are what the model adds, which may be no more than the beginning of a name:
-    `tokenized(data, tokenizer, labels="first")`. SmolLM2-135M-Instruct tells 67 of these capitals when asked by "The
+    `tokenized(data, tokenizer, labels="first")`. SmolLM2-135M-Instruct tells 65 of these capitals when asked by "The
     capital and largest city of {country} is", and 39 by the shortest phrasing.
 
     Args:
@@ -204,16 +207,22 @@ def _told(task: CapitalTask, model: nn.Module, tokenizer: Any) -> list[bool]:
     """For each country whether the model's first token is right in every phrasing."""
     told = [True] * len(task.countries)
     device = next(model.parameters()).device
-    with torch.no_grad(), evaluating(model):
-        for phrasing in task.phrasings:
-            texts = [phrasing.format(country=country) for country in task.countries]
-            answers = [
-                answer_token(tokenizer, text, f" {task.capitals[country]}", "first")
-                for text, country in zip(texts, task.countries, strict=True)
-            ]
-            for row, text in enumerate(texts):
-                logits = model(**tokenizer(text, return_tensors="pt").to(device)).logits[0, -1]
-                told[row] &= int(logits.argmax()) == answers[row]
+    for phrasing in task.phrasings:
+        texts = [phrasing.format(country=country) for country in task.countries]
+        answers = answer_tokens(
+            tokenizer, texts, [f" {task.capitals[country]}" for country in task.countries], "first"
+        )
+        ids = tokenizer(texts)["input_ids"]
+        # Prompts of one length need no padding, which models differ in how they take.
+        for length in sorted({len(row) for row in ids}):
+            rows = [row for row, tokens in enumerate(ids) if len(tokens) == length]
+            for start in range(0, len(rows), BATCH):
+                batch = rows[start : start + BATCH]
+                given = torch.tensor([ids[row] for row in batch], device=device)
+                with torch.no_grad(), evaluating(model):
+                    found = model(input_ids=given).logits[:, -1].argmax(-1).tolist()
+                for row, token in zip(batch, found, strict=True):
+                    told[row] &= token == answers[row]
     return told
 
 
