@@ -15,7 +15,7 @@ def test_the_examples_of_the_page_run_and_print_what_it_speaks_of(capsys: pytest
     for example in re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL):
         exec(example, names)
     shape, early, late, title, head, full, pca, das, nothing, *rest = capsys.readouterr().out.splitlines()
-    assert shape == "(3, 2, 2) ('the country', 'last')"
+    assert shape == "(2, 2, 2) ('the country', 'last')"
     # What the capital is stands at the country first, and at the last token in the end.
     assert early == "layer 0, 'the country', full vector: 1.00 [0.91, 1.00]"
     assert late == "layer 5, 'last', full vector: 1.00 [0.91, 1.00]"
