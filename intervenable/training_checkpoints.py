@@ -138,7 +138,7 @@ def _shared(kept: Kept | None, processes: Processes) -> Kept | None:
         return None
     tensors = load(found)
     content = json.loads(tensors.pop("content").numpy().tobytes())
-    return Kept({name.removeprefix("t."): tensor for name, tensor in tensors.items()}, content)
+    return Kept({name.removeprefix("t."): tensor.clone() for name, tensor in tensors.items()}, content)
 
 
 def _shown(about: Mapping[str, Any], name: str) -> str:

@@ -483,9 +483,11 @@ class Loop:
             self.best = None if content["best"] is None else float(content["best"])
             self.best_epoch = int(content["best_epoch"])
             self.best_weights = _under("best.", tensors) or None
-            torch.set_rng_state(tensors["random"][self.processes.rank])
+            torch.set_rng_state(tensors["random"][self.processes.rank].clone())  # of a view torch reads elsewhere
             if "random_cuda" in tensors:
-                torch.cuda.set_rng_state(tensors["random_cuda"][self.processes.rank], self.processes.device)
+                torch.cuda.set_rng_state(
+                    tensors["random_cuda"][self.processes.rank].clone(), self.processes.device
+                )
             final = content["final"]
             return None if final is None else {name: float(value) for name, value in final.items()}
         except (KeyError, TypeError, ValueError, IndexError) as error:
