@@ -16,7 +16,7 @@ Example:
     python -m benchmarks.das                                # everything, the better part of an hour
     python -m benchmarks.das --quick                        # tiny model: does it all run and agree?
     python -m benchmarks.das --markdown --models smollm2 --parts speed --ranks "rank 4"
-    python -m benchmarks.das --models smollm2 --steps 12    # an epoch and four steps
+    python -m benchmarks.das --models smollm2 --others 12   # the others stop after an epoch and four steps
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from transformers.utils import logging
@@ -35,7 +35,7 @@ from transformers.utils import logging
 from benchmarks.das_contenders import CONTENDERS, HAND, Contender, accuracy
 from benchmarks.das_memory import JOBS, memory
 from benchmarks.das_report import Figures, Result, as_markdown, as_text, results_of
-from benchmarks.das_task import DATA, MODELS, RANKS, Task, task_on
+from benchmarks.das_task import BATCH, DATA, MODELS, PAIRS, RANKS, Task, task_on
 from benchmarks.das_turns import take_turns
 from benchmarks.overhead import installed, versions
 
@@ -57,6 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="PACKAGE", help="leave out the other libraries")
     parser.add_argument("--quick", action="store_true", help="tiny model, one round, few steps")
     parser.add_argument("--steps", type=int, help=f"instead of {STEPS}, which are 5 epochs")
+    parser.add_argument(
+        "--others",
+        type=int,
+        help="let the others take as many steps only, more than an epoch's, and multiply",
+    )
     parser.add_argument("--rounds", type=int, help="trainings of each, instead of 5, or of 1 for SmolLM2")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print everything as JSON")
@@ -64,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.steps is not None and options.steps < 2:
         parser.error(f"--steps {options.steps}: the first step is not like the others; ask for 2 or more")
+    if options.others is not None and options.others <= PAIRS // BATCH:
+        parser.error(f"--others {options.others}: ask for more than the {PAIRS // BATCH} steps of an epoch")
 
     torch.set_num_threads(1)
     logging.disable_progress_bar()
@@ -73,13 +80,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     models = options.models or [name for name in MODELS if not (options.quick and name == "smollm2")]
     load_before = os.getloadavg()[0]
 
-    figures = Figures(options.steps or (QUICK_STEPS if options.quick else STEPS))
+    steps = options.steps or (QUICK_STEPS if options.quick else STEPS)
+    figures = Figures(steps)
     for name in models:
         rounds = options.rounds or (1 if options.quick or name == "smollm2" else 5)
         model = MODELS[name]()
         for data in options.data:
             for rank in options.ranks:
-                task = task_on(name, model, data, rank, steps=figures.steps)
+                task = replace(task_on(name, model, data, rank, steps=steps), taken=options.others)
                 if "speed" in options.parts:
                     say(f"{name}, {data}, {rank}: {rounds} rounds of {len(contenders)} trainings")
                     found = measure(name, rank, task, contenders, rounds)
@@ -93,6 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     figures.memory.extend(memory(name, data, rank, job) for job in jobs)
 
     load = f"load average {load_before:.2f} before, {os.getloadavg()[0]:.2f} after"
+    if options.others:
+        load += (
+            f"; all but intervenable took {options.others} steps, and the seconds of the others are as theirs"
+        )
     if options.json:
         print(json.dumps({"versions": versions(packages), "load": load, **asdict(figures)}, indent=2))
     else:
@@ -111,7 +123,10 @@ def measure(name: str, rank: str, task: Task, contenders: Sequence[Contender], r
     for _ in range(rounds):
         done.append(take_turns({each.label: each.prepare(task) for each in contenders}))
     bases = {label: run.learned.basis for label, run in done[0].items()}
-    right = {label: accuracy(task, basis) for label, basis in bases.items() if basis is not None}
+    ended = {label for label, run in done[0].items() if len(run.learned.losses) == task.steps}
+    right = {
+        label: accuracy(task, basis) for label, basis in bases.items() if basis is not None and label in ended
+    }
     return results_of(name, rank, task, done, right)
 
 

@@ -97,7 +97,13 @@ class Directions(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(start.clone())
         parametrizations.orthogonal(self)
-        self.weight = start
+        begin_at(start, self)
+
+
+def begin_at(start: Tensor, module: nn.Module) -> None:
+    """Assign a basis, which torch completes by chance to one of the whole space."""
+    torch.manual_seed(0)
+    module.weight = start
 
 
 def last_of(model: PreTrainedModel, block: nn.Module, ids: Tensor) -> Tensor:
@@ -147,13 +153,13 @@ def swapped(base: Tensor, source: Tensor, basis: Tensor) -> Tensor:
 # --- by hand ---
 
 
-def by_hand(task: Task) -> Training:
+def by_hand(task: Task, orthonormal: Callable[[Tensor], nn.Module] = Directions) -> Training:
     """The usual loop: source and base run from end to end, the rotation is one of torch's parametrizations."""
     model = task.copy()
 
     def train(pause: Pause) -> Learned:
         block = model.model.layers[task.layer]
-        directions = Directions(task.start)
+        directions = orthonormal(task.start)
         gradient = GradientOfBasis(directions)
         optimizer = Adam(directions.parameters(), pause, gradient.end)
         schedule = schedule_of(optimizer, task.steps)
@@ -251,7 +257,7 @@ def pyvene(task: Task) -> Training:
         model = declared(pv, task, wrapped)
         model.disable_model_gradients()
         (intervention,) = model.interventions.values()
-        intervention.rotate_layer.weight = task.start
+        begin_at(task.start, intervention.rotate_layer)
         gradient = GradientOfBasis(intervention.rotate_layer)
         optimizer = Adam(model.get_trainable_parameters(), pause, gradient.end)
         losses: list[float] = []
@@ -304,7 +310,7 @@ def suffix_alone(task: Task) -> Training:
         batches = task.batches()
         prepared = []
         with torch.no_grad():
-            for pairs in batches[: task.steps_per_epoch]:
+            for pairs in batches[:2]:
                 cache = model(pairs.base[:, :-1], use_cache=True).past_key_values
                 known = [(layer.keys, layer.values) for layer in cache.layers]
                 source, base = (last_of(model, block, ids) for ids in (pairs.source, pairs.base))
@@ -312,7 +318,7 @@ def suffix_alone(task: Task) -> Training:
             place = torch.tensor([[TOKENS - 1]])
             turned = model.model.rotary_emb(prepared[0][1][:, None], position_ids=place)
         losses = []
-        for step in range(task.steps):
+        for step in range(len(batches)):
             known, value, labels = prepared[step % len(prepared)]
             cache = DynamicCache()
             for number in range(task.layer + 1, len(known)):

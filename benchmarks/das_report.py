@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.das_contenders import HAND, LIMIT, OURS
 from benchmarks.das_memory import Memory
 from benchmarks.das_task import Task
-from benchmarks.das_turns import Run, steady
+from benchmarks.das_turns import Run, steady, whole
 from benchmarks.overhead import Spread, aligned
 from benchmarks.sweep_report import Table, markdown
 from benchmarks.sweep_turns import spread
@@ -63,7 +63,10 @@ def results_of(
     """One result a contender, from some rounds of trainings and the held-out pairs that came out right."""
 
     def steps(run: Run) -> list[float]:
-        return steady(run.seconds, task.steps, task.steps_per_epoch)
+        return steady(run.seconds, task.steps_per_epoch)
+
+    def seconds(run: Run) -> float:
+        return whole(run.seconds, task.steps, task.steps_per_epoch)
 
     by_hand = rounds[0][HAND].learned
     found = []
@@ -71,8 +74,8 @@ def results_of(
         runs = [each[label] for each in rounds]
         ours = [each[OURS] for each in rounds if OURS in each and label != OURS]
         pairs = list(zip(runs, ours, strict=False))
-        ratios = [one / own for run, our in pairs for one, own in zip(steps(run), steps(our), strict=True)]
-        whole = [sum(run.seconds) / sum(our.seconds) for run, our in pairs]
+        ratios = [one / own for run, our in pairs for one, own in zip(steps(run), steps(our), strict=False)]
+        totals = [seconds(run) / seconds(our) for run, our in pairs]
         learned = runs[0].learned
         off = None
         if learned.gradient is not None and by_hand.gradient is not None:
@@ -85,8 +88,8 @@ def results_of(
                 contender=label,
                 milliseconds=spread([1000 * second for run in runs for second in steps(run)]),
                 ratio=spread(ratios) if ratios else None,
-                seconds=spread([sum(run.seconds) for run in runs]),
-                whole_ratio=statistics.median(whole) if whole and label != LIMIT else None,
+                seconds=spread([seconds(run) for run in runs]),
+                whole_ratio=statistics.median(totals) if totals and label != LIMIT else None,
                 first_loss=learned.losses[0],
                 last_loss=learned.losses[-1],
                 loss_difference=abs(learned.losses[0] - by_hand.losses[0]) / abs(by_hand.losses[0]),

@@ -65,6 +65,9 @@ class Task:
     start: Tensor  # (width, directions), orthonormal columns
     swapped: int  # how many of the directions, from the first on
     steps: int
+    taken: int | None = None
+    """After how many of the steps the others stop; None for all."""
+
     seed: int = 0
 
     @property
@@ -85,10 +88,12 @@ class Task:
         return self.start.shape[0] == self.start.shape[1]
 
     def batches(self) -> list[Pairs]:
-        """The batches of all steps, in order."""
+        """The batches of the steps that the others take, in order."""
         orders = (order_of(len(self.pairs), self.seed, epoch) for epoch in range(self.epochs))
         rows = list(itertools.chain.from_iterable(orders))
-        return [self.pairs[rows[step * BATCH : (step + 1) * BATCH]] for step in range(self.steps)]
+        return [
+            self.pairs[rows[step * BATCH : (step + 1) * BATCH]] for step in range(self.taken or self.steps)
+        ]
 
     def copy(self) -> PreTrainedModel:
         """The model in modules of its own, over the same weight tensors."""

@@ -8,6 +8,7 @@ is somebody else's can be stopped in the middle.
 from __future__ import annotations
 
 import gc
+import statistics
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -109,7 +110,14 @@ def _known(learned: Learned | None) -> Learned:
     return learned
 
 
-def steady(seconds: Sequence[float], steps: int, steps_per_epoch: int) -> list[float]:
+def steady(seconds: Sequence[float], steps_per_epoch: int) -> list[float]:
     """The seconds of the steps after the first epoch, when nothing is new; without such, of all but the first."""
+    steps = len(seconds) - 1
     begin = steps_per_epoch if steps > steps_per_epoch else 1
     return list(seconds[begin:steps])
+
+
+def whole(seconds: Sequence[float], steps: int, steps_per_epoch: int) -> float:
+    """The seconds of a training of so many steps, of which the last ones may not have been taken."""
+    missing = steps - (len(seconds) - 1)
+    return sum(seconds) + (missing * statistics.mean(steady(seconds, steps_per_epoch)) if missing else 0.0)

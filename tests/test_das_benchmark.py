@@ -8,7 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
 from benchmarks import das, das_contenders, das_memory, das_report, das_turns
@@ -113,6 +115,36 @@ def test_this_library_begins_with_the_loss_and_the_gradient_of_the_hooks(rank, d
     assert (ours.gradient - by_hand.gradient).norm() < 1e-5 * by_hand.gradient.norm()
 
 
+class PositiveQR(nn.Module):
+    """The orthonormal factor of a matrix, as this library makes it, written by hand."""
+
+    def forward(self, weight):
+        columns, upper = torch.linalg.qr(weight)
+        return columns * upper.diagonal().sign()
+
+    def right_inverse(self, columns):
+        return columns
+
+
+def by_qr(start):
+    module = nn.Module()
+    module.weight = nn.Parameter(start.clone())
+    parametrize.register_parametrization(module, "weight", PositiveQR())
+    return module
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("rank", RANKS)
+def test_with_the_same_decomposition_the_hooks_take_the_steps_of_this_library(rank, data):
+    task = tiny_task(rank, data, steps=6)
+    by_hand, ours = das_contenders.by_hand(task, by_qr)(lambda: None), learned(OURS, task)
+
+    assert ours.losses == pytest.approx(by_hand.losses, rel=1e-4)
+    assert_close(ours.basis @ ours.basis.mT, by_hand.basis @ by_hand.basis.mT, atol=1e-3, rtol=0)
+    moved = ours.basis @ ours.basis.mT - task.start[:, : task.swapped] @ task.start[:, : task.swapped].mT
+    assert moved.abs().max() > 0.05
+
+
 @pytest.mark.parametrize("rank", RANKS)
 def test_the_suffix_alone_computes_the_loss_of_the_hooks(rank):
     task = tiny_task(rank, steps=1)
@@ -206,10 +238,22 @@ def test_an_error_in_one_training_is_raised_and_the_others_are_ended():
     assert threading.active_count() == before
 
 
-@pytest.mark.parametrize(("steps", "expected"), [(5, [2, 3, 4]), (2, [1]), (40, [2, 3, 4])])
-def test_steady_steps_are_those_after_the_first_epoch(steps, expected):
-    seconds = [0, 1, 2, 3, 4, 99]
-    assert das_turns.steady(seconds[:5] if steps == 40 else seconds, steps, steps_per_epoch=2) == expected
+def test_steady_steps_are_those_after_the_first_epoch():
+    assert das_turns.steady([9, 8, 2, 3, 4, 99], steps_per_epoch=2) == [2, 3, 4]
+    assert das_turns.steady([9, 8, 99], steps_per_epoch=2) == [8]
+
+
+def test_steps_that_were_not_taken_are_as_long_as_the_steady_ones():
+    assert das_turns.whole([9, 8, 2, 3, 4, 1], steps=5, steps_per_epoch=2) == 27
+    assert das_turns.whole([9, 8, 2, 3, 4, 1], steps=15, steps_per_epoch=2) == 27 + 10 * 3
+
+
+def test_others_that_stop_early_have_the_same_steps_as_those_that_do_not():
+    task = tiny_task(steps=6)
+    short, whole = (learned(HAND, replace(task, taken=taken)) for taken in (3, None))
+
+    assert (len(short.losses), len(whole.losses)) == (3, 6)
+    assert short.losses == whole.losses[:3]
 
 
 # --- the report ---
