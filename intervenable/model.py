@@ -282,7 +282,7 @@ class IntervenableModel(nn.Module):
         config, entries = saving_pyvene.read_pyvene(folder)
         with torch.random.fork_rng(devices=[]):
             made = cls(config, model, tokenizer)
-        saving_pyvene.fill(entries, [entry.intervention for entry in made._bound])
+            saving_pyvene.fill(entries, [entry.intervention for entry in made._bound])
         return made.eval()
 
     def push_to_hub(

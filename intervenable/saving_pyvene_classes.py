@@ -52,16 +52,20 @@ class Counterpart:
 def _columns(state: State) -> State:
     """The orthonormal matrix that torch's parametrisation, in which pyvene keeps a rotation, stands for."""
     own = {name.removeprefix("rotate_layer."): value.double() for name, value in state.items()}
-    if set(own) == {"weight"}:
-        return {"rotation.weight": own["weight"].float()}
-    original = own.get("parametrizations.weight.original")
+    original = own.get("weight" if set(own) == {"weight"} else "parametrizations.weight.original")
     if original is None or original.dim() != 2:
-        raise StorageError(f"no rotation among {', '.join(sorted(state)) or 'no tensors'}")
+        raise StorageError(f"there is no rotation among {', '.join(sorted(state)) or 'no tensors'}.")
     layer = nn.Linear(original.shape[1], original.shape[0], bias=False, dtype=torch.float64)
-    nn.init.eye_(layer.weight)
-    parametrizations.orthogonal(layer)
+    if set(own) != {"weight"}:
+        nn.init.eye_(layer.weight)
+        parametrizations.orthogonal(layer)
     layer.load_state_dict(own)
-    return {"rotation.weight": layer.weight.detach().float()}
+    columns = layer.weight.detach()
+    if not torch.allclose(columns.mT @ columns, torch.eye(columns.shape[1]).double(), atol=1e-3):
+        raise StorageError(
+            "its rotation is not orthonormal any more. (Weight decay does that to torch's parametrisation.)"
+        )
+    return {"rotation.weight": columns.float()}
 
 
 def _rotated(**renamed: str) -> Callable[[State], State]:
