@@ -301,6 +301,7 @@ class _Reader:
             listed = [by_group.get(group, {}) for group in range(groups)]
         for group in fed:
             rows = listed[group]
+            self._check_width(base[main], rows[main], main)
             if masks is not None:
                 rows = {
                     key: [
@@ -311,6 +312,15 @@ class _Reader:
                 }
             found[group] = rows
         return found
+
+    def _check_width(self, base: Sequence[Tensor], source: Sequence[Tensor], main: str) -> None:
+        """That vectors of sources are as wide as those of bases."""
+        for index, (one, other) in enumerate(zip(base, source, strict=True)):
+            if one.dim() != other.dim() or (one.is_floating_point() and one.shape[-1:] != other.shape[-1:]):
+                raise DatasetError(
+                    f"{SOURCE + main} of row {index} of {self.name} has the shape {tuple(other.shape)}, and {main}"
+                    f" {tuple(one.shape)}. Both go to the same model, and are to be equally wide."
+                )
 
     def source_masks(self) -> Tensor | None:
         """`[N, groups]` whether a group's variable is intervened on; None if all are."""
