@@ -8,11 +8,13 @@ inputs that networks take; `tokenized` makes token ids of those in words.
 from __future__ import annotations
 
 from intervenable.causal_arithmetic import ArithmeticTask, arithmetic_carry
+from intervenable.causal_capitals import CapitalTask, capital_facts
 from intervenable.causal_datasets import Counterfactual
 from intervenable.causal_equality import EqualityNetwork, EqualityTask, hierarchical_equality
+from intervenable.causal_indirect_objects import indirect_objects
 from intervenable.causal_logic import boolean_logic
 from intervenable.causal_model import CausalModel
-from intervenable.causal_prompts import CapitalTask, capital_facts, indirect_objects, price_tagging
+from intervenable.causal_prices import price_tagging
 from intervenable.causal_tasks import Task, TextTask, VectorTask
 from intervenable.causal_texts import Written, filled
 from intervenable.causal_tokens import tokenized

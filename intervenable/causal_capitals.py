@@ -1,4 +1,4 @@
-"""Tasks in words: capitals of countries, price tags, indirect objects."""
+"""Capitals of countries as a task: which capital is meant?"""
 
 from __future__ import annotations
 
@@ -11,32 +11,17 @@ import torch
 
 from intervenable.causal_model import CausalModel
 from intervenable.causal_tasks import TextTask
-from intervenable.causal_texts import Written, filled
+from intervenable.causal_texts import filled
 from intervenable.causal_tokens import answer_token, answer_tokens
-from intervenable.causal_values import Setting
 from intervenable.errors import InputError, UnknownNameError, raise_all, unknown_name
 from intervenable.padding import evaluating
-from intervenable.small_lm.tasks import (
-    CAPITAL_PHRASINGS,
-    CAPITALS,
-    INDIRECT_OBJECT_PHRASINGS,
-    NAMES,
-    OBJECTS,
-    PLACES,
-    PRICE_BRACKET,
-    PRICE_QUESTION,
-    dollars,
-    is_held_out,
-)
+from intervenable.small_lm.tasks import CAPITAL_PHRASINGS, CAPITALS
 
 if TYPE_CHECKING:
     from torch import nn
 
-
 BATCH = 16
 """Prompts in a run."""
-
-# --- capitals -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -224,160 +209,3 @@ def _told(task: CapitalTask, model: nn.Module, tokenizer: Any) -> list[bool]:
                 for row, token in zip(batch, found, strict=True):
                     told[row] &= token == answers[row]
     return told
-
-
-# --- prices ---------------------------------------------------------------------------------------------------
-
-CENTS = range(1000)
-"""What things may cost, as for the shipped model."""
-
-
-def price_tagging(*, held_out: bool | None = None) -> TextTask:
-    """Does an amount lie between two others? The variables are whether it is above the lower and below the
-    upper one.
-
-    `answer = left and right`, where `left = (amount >= low)` and `right = (amount <= high)`, in cents. Prompts
-    are those of the shipped model, and of one length for it. Counterfactuals are about `left` if nothing else
-    is said, and each answer occurs equally often. The places are `low`, `high` and `amount`.
-
-    Wu et al. (2023), "Interpretability at Scale: Identifying Causal Mechanisms in Alpaca",
-    https://arxiv.org/abs/2305.08809.
-
-    Args:
-        held_out: True for brackets that the shipped model never saw, False for those it saw, None for both.
-
-    Example:
-        >>> row = price_tagging().counterfactual(1)[0]
-        >>> row["base"]
-        'Please say yes only if it costs between 0.41 and 4.06 dollars, otherwise no. It costs 8.21 dollars. Answer:'
-        >>> sorted(row["base_places"])
-        ['amount', 'high', 'low']
-    """
-    truth = [False, True]
-    model = CausalModel(
-        ["low", "high", "amount", "left", "right", "answer"],
-        {
-            **dict.fromkeys(("low", "high", "amount"), CENTS),
-            **dict.fromkeys(("left", "right", "answer"), truth),
-        },
-        {"left": ["low", "amount"], "right": ["high", "amount"], "answer": ["left", "right"]},
-        {
-            "left": lambda low, amount: amount >= low,
-            "right": lambda high, amount: amount <= high,
-            "answer": lambda left, right: left and right,
-        },
-    )
-
-    def write(setting: Setting) -> Written:
-        words = {name: dollars(setting[name]) for name in ("low", "high", "amount")}
-        return filled(f"{PRICE_BRACKET} {PRICE_QUESTION}", words)
-
-    return TextTask(
-        model,
-        variables=("left",),
-        sampler=lambda rng, goal: _prices(rng, held_out),
-        write=write,
-        answer=lambda setting: " yes" if setting["answer"] else " no",
-    )
-
-
-def _prices(rng: random.Random, held_out: bool | None) -> dict[str, int]:
-    """A bracket, and an amount in it, or to one or the other side of it."""
-    while True:
-        low = rng.randrange(900)
-        high = low + rng.randrange(100, 801)
-        if high not in CENTS or held_out not in (None, is_held_out(dollars(low), dollars(high))):
-            continue
-        sides = [range(low, high + 1), range(low), range(high + 1, len(CENTS))]
-        inside, *outside = (side for side in sides if side)
-        amount = rng.choice(inside if rng.random() < 0.5 or not outside else rng.choice(outside))
-        return {"low": low, "high": high, "amount": amount}
-
-
-# --- indirect objects -----------------------------------------------------------------------------------------
-
-
-ALSO_KNOWN = {"first": "first_person", "second": "second_person"}
-"""Places whose names differ from the words in the phrasing."""
-
-
-def indirect_objects(
-    phrasings: Sequence[str] | str = INDIRECT_OBJECT_PHRASINGS, *, held_out: bool | None = None
-) -> TextTask:
-    """Who is given something? The variable is which of two people, the one named first or the one named second.
-
-    Of two people one is named again, and gives; the other one receives. `receiver` is "first" or "second", and the
-    `answer` is the name in that place: with `receiver` from a source that names other people, the answer is a
-    person of the base. With `answer` from a source it is a person of the source. A source has the phrasing of
-    its base. The places are `first_person`, `second_person`, `giver`, `place` and `object`. Both the shipped
-    model and SmolLM2 have each name as one token.
-
-    Wang et al. (2022), "Interpretability in the Wild", https://arxiv.org/abs/2211.00593.
-
-    Args:
-        phrasings: Prompts with `{first}`, `{second}`, `{giver}`, and, where wanted, `{place}` and `{object}`.
-        held_out: True for pairs of names, and of place and object, that the shipped model never saw, False for those
-            it saw, None for both.
-
-    Raises:
-        InputError: a phrasing without one of the three people.
-
-    Example:
-        >>> row = indirect_objects().counterfactual(1, seed=1)[0]
-        >>> row["base"]
-        'Brian and Jane went to the office, and Jane gave a phone to'
-        >>> row["source"]
-        'Max and Hannah went to the office, and Max gave a phone to'
-        >>> row["base_label"], row["label"]
-        (' Brian', ' Jane')
-    """
-    asked = (phrasings,) if isinstance(phrasings, str) else tuple(phrasings)
-    people = ("{first}", "{second}", "{giver}")
-    if not asked or any(person not in phrasing for phrasing in asked for person in people):
-        raise InputError(f"phrasings={list(asked)!r}: give prompts, each with {', '.join(people)} in it.")
-    model = CausalModel(
-        ["first", "second", "named_again", "phrasing", "place", "object", "receiver", "answer"],
-        {
-            **dict.fromkeys(("first", "second", "answer"), NAMES),
-            **dict.fromkeys(("named_again", "receiver"), ("first", "second")),
-            "phrasing": range(len(asked)),
-            "place": PLACES,
-            "object": OBJECTS,
-        },
-        {
-            "receiver": ["named_again"],
-            "answer": ["first", "second", "receiver", "phrasing", "place", "object"],
-        },
-        {
-            "receiver": lambda named_again: "second" if named_again == "first" else "first",
-            "answer": lambda first, second, receiver, *_: first if receiver == "first" else second,
-        },
-    )
-
-    def draw(rng: random.Random, goal: Setting) -> dict[str, Any]:
-        while True:
-            first, second = rng.sample(NAMES, 2)
-            place, thing = rng.choice(PLACES), rng.choice(OBJECTS)
-            kinds = {is_held_out(*sorted((first, second))), is_held_out(place, thing)}
-            if held_out is None or kinds == {held_out}:
-                break
-        drawn: dict[str, Any] = {"first": first, "second": second, "place": place, "object": thing}
-        drawn |= {"named_again": rng.choice(("first", "second")), "phrasing": rng.randrange(len(asked))}
-        return {**drawn, **{name: value for name, value in goal.items() if name in drawn}}
-
-    def write(setting: Setting) -> Written:
-        words = {name: setting[name] for name in ("first", "second", "place", "object")}
-        written = filled(asked[setting["phrasing"]], {**words, "giver": setting[setting["named_again"]]})
-        # "first" alone is a position that everyone knows.
-        places = {ALSO_KNOWN.get(name, name): span for name, span in written.places.items()}
-        return Written(written.text, places)
-
-    return TextTask(
-        model,
-        variables=("receiver",),
-        sampler=draw,
-        balance=False,
-        shared=("phrasing",),
-        write=write,
-        answer=lambda setting: f" {setting['answer']}",
-    )
