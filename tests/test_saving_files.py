@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import pickle
@@ -573,3 +574,56 @@ def test_a_disk_without_room_leaves_the_old_state(tmp_path):
     assert "interventions-" in lines[0]
     assert "config.json could not be written" in lines[4]
     assert lines[1::2] == ["[] True"] * 3
+
+
+# --- the package itself -----------------------------------------------------------------------------------
+
+RISKY = {"eval", "exec", "__import__", "import_module", "_import_module", "run_path"}
+CARELESS = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "runpy"}
+
+
+def risks_in(source: str) -> list[str]:
+    """Calls that run what is in a text or a file, and imports of what unpickles."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            found += [name for name in names if name.split(".")[0] in CARELESS]
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            named_here = len(node.args) == 1 and isinstance(node.args[0], ast.Constant)
+            if called.removeprefix("importlib.").removeprefix("builtins.") in RISKY and not named_here:
+                found.append(called)
+            if called == "torch.load" and options.get("weights_only") != "True":
+                found.append(called)
+            if options.get("trust_remote_code", "False") != "False":
+                found.append(called)
+    return found
+
+
+def test_nothing_in_the_packages_unpickles_or_imports_by_a_name():
+    files = [
+        file
+        for package in ("intervenable", "interventions", "model_maps")
+        for file in (ROOT / package).rglob("*.py")
+    ]
+    assert len(files) > 100
+    assert {str(file): risks for file in files if (risks := risks_in(file.read_text(encoding="utf-8")))} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "torch.load(file)",
+        "torch.load(file, weights_only=False)",
+        "importlib.import_module(name)",
+        "__import__(name)",
+        "exec(text)",
+        "model.from_pretrained(x, trust_remote_code=flag)",
+    ],
+)
+def test_the_check_sees_what_would_run_code(source):
+    assert risks_in(source)
