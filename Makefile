@@ -15,7 +15,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 REQUIREMENTS := pyproject.toml constraints.txt
 
-.PHONY: help demo test lint format types smollm2 test-smollm2 registry registry-page peers bench bench-attention bench-sweep bench-das bench-easyroutine tutorials clean
+.PHONY: help demo test lint format types smollm2 test-smollm2 capital-map registry registry-page peers bench bench-attention bench-sweep bench-das bench-easyroutine tutorials clean
 
 help:
 	@echo "make demo          run the main job on the language model that ships with the library"
@@ -23,6 +23,7 @@ help:
 	@echo "make lint          ruff check and ruff format --check;  make format repairs"
 	@echo "make types         mypy --strict on the three packages"
 	@echo "make test-smollm2  fetch SmolLM2-135M once, run the tests that need it"
+	@echo "make capital-map   train an alignment for every layer of SmolLM2, draw docs/images/smollm2_das_map.png"
 	@echo "make registry      sweep every architecture of transformers, compared cell by cell (some minutes)"
 	@echo "make registry-page the same, and write docs/sweep-coverage.md"
 	@echo "make peers         install the pinned peers, run the comparisons with them"
@@ -74,6 +75,10 @@ smollm2: $(VENV)/.dev
 
 test-smollm2: smollm2
 	$(VENV)/bin/python -m pytest -m smollm2 tests
+
+# Finished cells stay in out/capital_map: a run that was ended goes on from there.
+capital-map: smollm2
+	$(ONE_THREAD) $(VENV)/bin/python -m scripts.capital_map
 
 registry: $(VENV)/.dev
 	$(ONE_THREAD) $(VENV)/bin/python -m pytest -n 2 -m registry tests/test_sweep_registry.py
