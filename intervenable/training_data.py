@@ -16,6 +16,7 @@ from intervenable.model import IntervenableModel
 from intervenable.signatures import forward_signature, takes
 from intervenable.training_columns import Columns, as_tensors, depth, missing_columns, plain, read_columns
 from intervenable.training_places import Places, given_places, places_of_columns
+from interventions import VanillaIntervention
 
 IGNORED = -100
 """The label of a token that is not asked for, as in transformers."""
@@ -89,6 +90,10 @@ class Examples:
 
     subspaces: Any
     """None, ids for all, or `[representations][N][ids]`."""
+
+    left_out: Tensor | None = None
+    """`[N, groups]` which groups are to be left out of an example's run, where the base as their source would undo
+    what other groups did; None if there are none."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -172,7 +177,19 @@ def read_examples(
         made["labels"] if "labels" in made else torch.stack(labels),
         places,
         _subspaces(columns, model, name) if subspaces is None else subspaces,
+        None if masks is None or _apart(model, subspaces is not None or "subspaces" in columns) else ~masks,
     )
+
+
+def _apart(model: IntervenableModel, by_parts: bool) -> bool:
+    """Whether no group undoes what another did by writing the base's own values: in parts of one basis."""
+    entries = model._bound
+    if len({entry.group for entry in entries}) == 1:
+        return True
+    places = {(entry.config.layer, entry.config.component) for entry in entries}
+    shared = len({id(entry.intervention) for entry in entries}) == 1
+    coordinates = all(type(entry.intervention) is VanillaIntervention for entry in entries)
+    return len(places) == 1 and by_parts and (shared or coordinates)
 
 
 class _Reader:

@@ -8,8 +8,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from intervenable.errors import UnsupportedModelError
+from intervenable.locations import lists_each_intervention
 from intervenable.model import IntervenableModel
 from intervenable.signatures import takes
 from intervenable.training_data import IGNORED, Examples, Inputs, check_labels
@@ -62,17 +64,61 @@ class PlainEngine:
 
     def step(self, rows: Sequence[int]) -> Read:
         """The logits and labels of these rows."""
+        left_out = self.examples.left_out
+        if left_out is None:
+            return self._read(rows, ())
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for place, row in enumerate(rows):
+            alike.setdefault(tuple(left_out[row].nonzero().reshape(-1).tolist()), []).append(place)
+        reads = [self._read([rows[place] for place in places], groups) for groups, places in alike.items()]
+        order = torch.tensor([place for places in alike.values() for place in places]).argsort()
+        return joined(reads, order)
+
+    def _read(self, rows: Sequence[int], without: Sequence[int]) -> Read:
+        """The logits of rows from whose run these groups of representations are left out."""
         wrapped = self.model.model
         batch = self.examples.batch(rows).to(device_of(self.model))
         options: dict[str, Any] = {"use_cache": False} if takes(wrapped, "use_cache") else {}
-        output = self.model(
-            batch.base, batch.sources, batch.unit_locations, subspaces=batch.subspaces, **options
-        ).intervened
+        sources, where = batch.sources, batch.unit_locations
+        if without and sources is not None:
+            sources = [None if group in without else source for group, source in enumerate(sources)]
+            skipped = [entry.group in without for entry in self.model._bound]
+            where = (
+                None if where is None else {key: _skipping(value, skipped) for key, value in where.items()}
+            )
+        output = self.model(batch.base, sources, where, subspaces=batch.subspaces, **options).intervened
         logits = logits_in(output, wrapped)
         if not self._checked:
             check_labels(self.examples, logits.shape[-1])
             self._checked = True
         return read_at(logits, batch.labels, batch.base, wrapped)
+
+
+def _skipping(value: Any, skipped: Sequence[bool]) -> Any:
+    """Locations that skip some representations; short ones, for all of them, stay as they are."""
+    if isinstance(value, tuple):
+        return tuple(_skipping(side, skipped) for side in value)
+    if not lists_each_intervention({"base": value}):
+        return value
+    return [None if skip else slot for slot, skip in zip(value, skipped, strict=True)]
+
+
+def joined(reads: Sequence[Read], order: Tensor) -> Read:
+    """Several reads as one, in another order of its rows."""
+    if len(reads) == 1:
+        return Read(reads[0].logits[order], reads[0].labels[order])
+    if reads[0].labels.dim() == 2:
+        most = max(read.labels.shape[1] for read in reads)
+        reads = [
+            Read(
+                pad(read.logits, (0, 0, 0, most - read.labels.shape[1])),
+                pad(read.labels, (0, most - read.labels.shape[1]), value=IGNORED),
+            )
+            for read in reads
+        ]
+    logits = torch.cat([read.logits for read in reads])
+    labels = torch.cat([read.labels for read in reads])
+    return Read(logits[order.to(logits.device)], labels[order.to(labels.device)])
 
 
 def device_of(model: IntervenableModel) -> torch.device:

@@ -85,7 +85,8 @@ def train(
             answer: a class, or the id of the token after the last one; or a label for each token, -100 where none is
             asked); optional: `attention_mask`, `source_attention_mask`, `base_position`, `source_position`,
             `subspaces`, `source_mask`.
-        evaluation: Another data set, or the share of this one to put aside; measured after each epoch.
+        evaluation: Another data set, or the share of this one to put aside; measured after each epoch. None: the
+            training data are measured at the end. False: nothing is, and `final` is the mean over the last epoch.
         unit_locations: As in a call, the same for all examples; or a function of a batch. None: as the columns
             `base_position` and `source_position` say, or else the declarations.
         subspaces: As in a call; None: as the column says.
@@ -98,7 +99,8 @@ def train(
         lr, weight_decay: For an optimizer that is made here.
         schedule: `"linear"`, `"cosine"`, `"constant"`, or a function of the optimizer and the number of steps that
             gives a schedule of `torch.optim.lr_scheduler`.
-        warmup: Share of the steps, or number of them, over which the learning rate rises.
+        warmup: Share of the steps, or number of them, over which the learning rate rises. The first step has a part
+            of it, and not none as in transformers.
         temperature: `(start, end)`, between which it falls evenly step by step, or a function of the share of the
             training that is done. None: from 50 to 0.1 for learned boundaries and masks in rotated spaces, from 1 to
             0.01 for masks over coordinates.
@@ -182,6 +184,7 @@ def train(
         )
         loop.schedule = make_schedule(schedule, made, loop.total, warmup)
         loop.temperatures = Temperatures(temperature, model)
+        loop.measures_at_end = evaluation is not False
         if checkpoint is None:
             return loop.run(progress, None)
         options = {
@@ -190,6 +193,7 @@ def train(
             "lr": lr,
             "schedule": schedule,
             "warmup": warmup,
+            "measures at the end": evaluation is not False,
             "temperature": temperature,
             "fast": fast,
             "processes": processes.count,
@@ -212,6 +216,7 @@ class Loop:
 
     schedule: torch.optim.lr_scheduler.LRScheduler
     temperatures: Temperatures
+    measures_at_end: bool = True
 
     def __init__(
         self,
@@ -420,6 +425,8 @@ class Loop:
         last = self.history[-1]
         if last["kind"] == "evaluation" and self.best_weights is None:
             return {name: last[name] for name in self.measures}
+        if not self.measures_at_end:
+            return self._epoch_means(self.best_epoch if self.best_weights is not None else last["epoch"])
         return self._measured(self.tester, self.held_out or self.rows)
 
     def _result(self, final: Mapping[str, float]) -> TrainingResult:
@@ -483,7 +490,9 @@ class Loop:
             self.best = None if content["best"] is None else float(content["best"])
             self.best_epoch = int(content["best_epoch"])
             self.best_weights = _under("best.", tensors) or None
-            torch.set_rng_state(tensors["random"][self.processes.rank].clone())  # of a view torch reads elsewhere
+            torch.set_rng_state(
+                tensors["random"][self.processes.rank].clone()
+            )  # of a view torch reads elsewhere
             if "random_cuda" in tensors:
                 torch.cuda.set_rng_state(
                     tensors["random_cuda"][self.processes.rank].clone(), self.processes.device
@@ -523,10 +532,10 @@ def _parts(
 ) -> tuple[list[int], list[int], Examples]:
     """The rows to train on, those to evaluate on, and the examples that the latter are of."""
     everything = list(range(len(examples)))
-    if evaluation is None:
+    if evaluation is None or evaluation is False:
         return everything, [], examples
     if isinstance(evaluation, (int, float)):
-        aside = round(evaluation * len(examples)) if not isinstance(evaluation, bool) else 0
+        aside = 0 if evaluation is True else round(evaluation * len(examples))
         if not 0 < evaluation < 1 or not 0 < aside < len(examples):
             raise ConfigError(
                 f"evaluation={evaluation!r}: give another data set, or a share of the {len(examples)} examples that"

@@ -114,16 +114,19 @@ def _by_intervention(
 ) -> list[list[list[Any]]]:
     """`[representations][examples][positions]`."""
     found: list[list[list[Any]]] = [[] for _ in model._bound]
+    groups = [entry.group for entry in model._bound]
     for index, given in enumerate(column):
         value = plain(given)
         if isinstance(value, (int, str)) and not isinstance(value, bool):
             value = [value]
         nested = isinstance(value, list) and any(isinstance(item, list) for item in value)
         each = value if nested else [value] * len(found)
+        if nested and len(value) == 1 + max(groups) != len(found):  # one for each source
+            each = [value[group] for group in groups]
         if not isinstance(value, list) or not value or len(each) != len(found):
             raise DatasetError(
                 f"{key} of row {index} of {name} is {value!r}. Give a position, a list of them, or a list for each of"
-                f" the {len(found)} representation{'s' * (len(found) > 1)}."
+                f" the {len(found)} representation{'s' * (len(found) > 1)}, or for each group of them."
             )
         for rows, item in zip(found, each, strict=True):
             rows.append(item if isinstance(item, list) else [item])

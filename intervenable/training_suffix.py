@@ -97,6 +97,11 @@ def make_engine(
     trains = torch.is_grad_enabled() and any(weight.requires_grad for weight in wrapped.parameters())
     if not fast or wrapped.training or trains:
         return plain
+    if examples.left_out is not None:
+        plain.notes = (
+            "Interventions are left out of some examples, and others come before them: nothing is shared.",
+        )
+        return plain
     why: list[str] = []
     for way in WAYS:
         try:

@@ -219,6 +219,62 @@ def test_a_source_that_is_left_out_is_the_base_at_its_own_place():
     assert sides == ([[[0], [4], [0]], [[2], [1], [0]]], [[[2], [4], [1]]] * 2)
 
 
+def test_positions_of_sources_may_be_given_for_each_group():
+    lm = tiny("llama")
+    entries = [
+        iv.RepresentationConfig(layer, "block_output", group_key=key)
+        for layer, key in ((0, "a"), (1, "a"), (2, "b"))
+    ]
+    data = pairs(
+        source_input_ids=[[source, source] for source in SOURCES],
+        base_position=[2, 4, 1],
+        source_position=[[[0], [1]], [[1], [0]], [[2], [1]]],
+    )
+    sides = read_examples(data, swap(lm, *entries)).batch([0, 2]).unit_locations["sources->base"]
+    assert sides == ([[[0], [2]], [[0], [2]], [[1], [1]]], [[[2], [1]]] * 3)
+
+
+@pytest.mark.parametrize("where", ["columns", "last", None])
+@pytest.mark.parametrize("token_labels", [False, True])
+def test_what_is_left_out_undoes_nothing_before_it(where, token_labels):
+    """A group at a later layer that sits out an example must not write the base's own values over the first one's."""
+    lm = tiny("llama")
+    entries = [iv.RepresentationConfig(layer, "block_output", group_key=layer) for layer in (0, 1)]
+    model = swap(lm, *entries)
+    bases, sources = torch.tensor([[5, 6, 7, 8]] * 4), torch.tensor([[9, 10, 11, 12], [13, 14, 15, 16]])
+    data = {
+        "input_ids": bases,
+        "source_input_ids": sources.expand(4, 2, 4),
+        "labels": [[-100, -100, 2, 3]] * 4 if token_labels else [1] * 4,
+        "source_mask": [[True, False], [True, True], [False, True], [False, False]],
+    }
+    if where == "columns":
+        data["base_position"] = [-1] * 4
+    locations = {"columns": -1, "last": "last", None: None}[where]
+    examples = read_examples(data, model, unit_locations="last" if where == "last" else None)
+    first, second = (swap(lm, entry) for entry in entries)
+    with torch.no_grad():
+        read = PlainEngine(model, examples).step([2, 0, 3, 1])
+        given = None if locations is None else {"sources->base": locations}
+        alone = [
+            second({"input_ids": bases[:1]}, [{"input_ids": sources[1:]}], given).intervened.logits,
+            first({"input_ids": bases[:1]}, [{"input_ids": sources[:1]}], given).intervened.logits,
+            lm(bases[:1]).logits,
+            model(
+                {"input_ids": bases[:1]}, [{"input_ids": source[None]} for source in sources], given
+            ).intervened.logits,
+        ]
+    expected = torch.cat(alone)[:, 1:3] if token_labels else torch.cat(alone)[:, -1]
+    assert_close(read.logits, expected, atol=1e-5, rtol=1e-4)
+    fast = training.evaluate(
+        model, data, unit_locations="last" if where == "last" else None, metric="probability"
+    )
+    plain = training.evaluate(
+        model, data, unit_locations="last" if where == "last" else None, metric="probability", fast=False
+    )
+    assert_close(fast.per_example, plain.per_example, atol=1e-6, rtol=1e-5)
+
+
 def test_reft_learns_an_answer_of_several_tokens_from_a_few_examples():
     prompts = [[5, 6, 7], [8, 9, 10, 11], [12, 13]]
     answers = [[20, 21], [22, 23, 24], [25]]
@@ -259,7 +315,7 @@ def test_reft_learns_an_answer_of_several_tokens_from_a_few_examples():
         (pairs(source_input_ids=[[[1], [2]]] * 3), "'source_input_ids' of dataset has 2 sources for an example, and the model has 1 group of interventions (layer_1.block_output.pos). Give one source, or one for each group."),
         (pairs(source_mask=[[True, False, True]] * 3), "source_mask of dataset has 3 values for an example, and the model has 1 group of interventions. Give one for each group."),
         (pairs(source_position=[0, 0, 0]), "dataset has 'source_position' and no 'base_position'. Give both, or the latter alone for both."),
-        (pairs(base_position=[0, [], 0]), "base_position of row 1 of dataset is []. Give a position, a list of them, or a list for each of the 1 representation."),
+        (pairs(base_position=[0, [], 0]), "base_position of row 1 of dataset is []. Give a position, a list of them, or a list for each of the 1 representation, or for each group of them."),
         (pairs(subspaces=[[[0], [1]]] * 3), "subspaces of row 0 of dataset is [[0], [1]]; the model has 1 representation. Give a list of ids for each, [representations][ids]."),
         ([{"input_ids": [1]}, {"input_ids": [1], "labels": 2}], "Rows 0 and 1 of dataset have different columns: 'labels' is in one alone."),
         ([[1, 2]], "Row 0 of dataset is a list, not a dict. Give a datasets.Dataset, a list of dicts, a mapping of columns, or a torch Dataset of dicts."),

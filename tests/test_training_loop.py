@@ -233,6 +233,13 @@ def test_another_data_set_is_evaluated_as_evaluate_does(mlp):
     )
 
 
+def test_without_an_evaluation_the_last_epoch_says_how_good_it_is(mlp):
+    result = training.train(das(mlp), make_rows(10), evaluation=False, batch_size=4, epochs=2)
+    four, other_four, two = (row["iia"] for row in result.history[-3:])
+    assert_close(result.final["iia"], (4 * four + 4 * other_four + 2 * two) / 10)
+    assert result.final["loss"] == result.loss
+
+
 def test_early_stopping_ends_with_the_best_weights(mlp):
     """A rate that is far too large: the loss on the other examples rises after a while."""
     model, other, values, weights = das(mlp), make_rows(30, seed=9), [], []
