@@ -15,7 +15,7 @@ from intervenable import causal
 from intervenable.alignment_comparison import compare_methods
 from intervenable.alignment_controls import shuffled_sources, untrained_like
 from intervenable.alignment_features import FeatureMaskIntervention, active_part, read_autoencoder
-from intervenable.alignment_methods import activations
+from intervenable.alignment_methods import _hardened, activations
 from intervenable.alignment_places import Place
 from intervenable.alignment_study import make_study
 from tiny_models import tiny
@@ -211,6 +211,24 @@ def test_progress_counts_every_alignment(planted):
     )
     # full, pca, 2 das; random: 2 pca, 2 das; shuffled: 2 das; untrained: 2 of each.
     assert seen == [(done, 16) for done in range(1, 17)]
+
+
+def test_shares_become_all_or_nothing():
+    generator = torch.Generator().manual_seed(0)
+    base, source = torch.randn(5, WIDTH, generator=generator), torch.randn(5, WIDTH, generator=generator)
+    mask = iv.SigmoidMaskIntervention(WIDTH, temperature=3.0)
+    with torch.no_grad():
+        mask.mask.copy_(torch.tensor([0.2, -0.1, 0.0, 3.0, -2.0, 0.01, -0.01, 0.5]))
+    assert _hardened(mask) == 4
+    taken = torch.tensor([True, False, False, True, False, True, False, True])
+    assert_close(mask(base, source).detach(), torch.where(taken, source, base))
+    boundless = iv.BoundlessRotatedSpaceIntervention(WIDTH, temperature=0.5)
+    with torch.no_grad():
+        boundless.intervention_boundaries.fill_(0.4)  # 3.2 of 8
+    assert _hardened(boundless) == 3
+    basis = boundless.rotation().detach()[:, :3]
+    expected = base + (source - base) @ basis @ basis.T
+    assert_close(boundless(base, source).detach(), expected, atol=1e-6, rtol=1e-5)
 
 
 # --- controls ---------------------------------------------------------------------------------------------
