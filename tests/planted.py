@@ -12,7 +12,8 @@ WIDTH = 8
 class Planted(nn.Module):
     """Answers with three bits, each the sign of one coordinate of the hidden vector, in a rotated basis.
 
-    Bits A and B are the coordinates 0 and 1 of that basis, C is coordinate 2; the other five are noise, which varies most.
+    Bits A and B are the coordinates 0 and 1 of that basis, C is coordinate 2; the other five are noise that varies
+    about as much.
     """
 
     def __init__(self) -> None:

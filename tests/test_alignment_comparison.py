@@ -71,7 +71,7 @@ def test_methods_that_can_turn_the_basis_find_the_planted_plane(compared):
 def test_methods_that_cannot_do_not(compared):
     assert compared["full"].iia.high < 0.7  # bit C comes along, which is right half the time
     assert compared["dbm"].iia.value < 0.9
-    assert compared["pca"].iia.value < 0.5  # what varies most is noise
+    assert compared["pca"].iia.value < 0.5  # noise varies as much
 
 
 def test_controls_do_not_find_it(compared):
