@@ -39,6 +39,7 @@ from intervenable.training_settings import EarlyStopping, Settings, read_setting
 from intervenable.training_state import pack, unpack
 from intervenable.training_suffix import make_engine
 from intervenable.wave_budget import bytes_of
+from interventions import NoiseIntervention
 from interventions.rotation import held_bases
 
 
@@ -457,6 +458,8 @@ class Loop:
             tensors |= {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
         tensors["history"] = history_tensor(self.history, list(self.measures))
         tensors["random"] = torch.stack(self.processes.gathered(torch.get_rng_state()))
+        for name, generator in _generators(self.model, self.processes.device).items():
+            tensors[f"noise.{name}"] = torch.stack(self.processes.gathered(generator.get_state()))
         if self.processes.device.type == "cuda":
             states = self.processes.gathered(torch.cuda.get_rng_state(self.processes.device))
             tensors["random_cuda"] = torch.stack(states)
@@ -493,6 +496,8 @@ class Loop:
             torch.set_rng_state(
                 tensors["random"][self.processes.rank].clone()
             )  # of a view torch reads elsewhere
+            for name, generator in _generators(self.model, self.processes.device).items():
+                generator.set_state(tensors[f"noise.{name}"][self.processes.rank].clone())
             if "random_cuda" in tensors:
                 torch.cuda.set_rng_state(
                     tensors["random_cuda"][self.processes.rank].clone(), self.processes.device
@@ -510,6 +515,15 @@ def _autocast(name: str | None, device: torch.device) -> AbstractContextManager[
     if name in (None, "fp32"):
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16 if name == "bf16" else torch.float16)
+
+
+def _generators(model: IntervenableModel, device: torch.device) -> dict[str, torch.Generator]:
+    """The random states that interventions have of their own, by name."""
+    return {
+        name: module._generators.setdefault(device, torch.Generator(device).manual_seed(module.seed))
+        for name, module in model.named_modules()
+        if isinstance(module, NoiseIntervention) and module.shape == "per_call" and module.seed is not None
+    }
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -108,6 +108,37 @@ def test_an_interrupted_training_ends_with_the_same_weights_and_history(tmp_path
     assert same(state(model, mlp), expected)
 
 
+def test_noise_of_a_seed_of_its_own_goes_on_too(tmp_path):
+    def made():
+        swap, noise = das(make_mlp()), iv.NoiseIntervention(0.5, seed=3)
+        first = iv.RepresentationConfig(0, "block_output", intervention=noise)
+        (rotation,) = swap.interventions.values()
+        second = iv.RepresentationConfig(1, "block_output", intervention=rotation)
+        return iv.IntervenableModel([first, second], swap.model)
+
+    whole, first, second = made(), made(), made()
+    expected = training.train(whole, make_rows(), **OPTIONS)
+    with pytest.raises(_StopError):
+        training.train(
+            first, make_rows(), **OPTIONS, checkpoint=tmp_path, checkpoint_every=1, progress=stopping_at(5)
+        )
+    assert training.train(second, make_rows(), **OPTIONS, checkpoint=tmp_path) == expected
+    assert same(second.state_dict(), whole.state_dict())
+
+
+def test_the_state_is_kept_after_an_epoch_and_else_seldom(tmp_path, monkeypatch):
+    for number, (often, seldom, step) in enumerate([(0.0, 1e9, 3), (1e9, 0.0, 4), (1e9, 1e9, None)]):
+        monkeypatch.setattr(training_checkpoints, "OFTEN", often)
+        monkeypatch.setattr(training_checkpoints, "SELDOM", seldom)
+        folder = tmp_path / str(number)
+        with pytest.raises(_StopError):
+            training.train(
+                das(make_mlp()), make_rows(), **OPTIONS, checkpoint=folder, progress=stopping_at(5)
+            )
+        file = folder / "training.safetensors"
+        assert (read_tensors(file, STATE)[1]["step"] if file.exists() else None) == step
+
+
 def test_a_finished_training_gives_its_result_and_weights_at_once(tmp_path):
     rows, first = make_rows(), das(make_mlp())
     done = training.train(first, rows, **OPTIONS, checkpoint=tmp_path)
