@@ -72,6 +72,18 @@ def test_a_balanced_draw_agrees_where_variables_share_parents():
         assert drawn["ones_a"] + drawn["ones_b"] == 13
 
 
+def test_a_balanced_draw_is_even_where_variables_share_parents():
+    model = CausalModel(
+        ["A", "P", "Q", "O"],
+        {"A": range(4), "P": TRUTH, "Q": TRUTH, "O": TRUTH},
+        {"P": "A", "Q": "A", "O": "PQ"},
+        {"P": lambda a: a >= 2, "Q": lambda a: a % 2 == 1, "O": lambda p, q: p and q},
+    )
+    rng = random.Random(0)
+    drawn = [model.run(model.sample_input(rng, balanced=True))["O"] for _ in range(1000)]
+    assert sum(drawn) / 1000 == pytest.approx(0.5, abs=0.06)
+
+
 def test_outputs_that_cannot_come_about_are_not_asked_for():
     model = CausalModel(
         ["A", "B", "C"],
