@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import intervenable as iv
 import interventions
-from intervenable.errors import MissingFileError
 from intervenable.model import IntervenableModel
 from interventions import Intervention
 from tiny_models import HIDDEN, tiny
@@ -558,7 +557,7 @@ def test_a_configuration_that_was_changed_since_is_not_saved_for_what_it_was(mod
 
 def test_a_missing_folder_is_said_to_be_missing(model, tmp_path):
     for name in (tmp_path / "nothing", f"{tmp_path}/nothing", "./nothing", "nothing"):
-        with pytest.raises(MissingFileError, match=r"There is no folder '.*nothing'"):
+        with pytest.raises(iv.MissingFileError, match=r"There is no folder '.*nothing'"):
             IntervenableModel.from_pretrained(name, model)
     with pytest.raises(FileNotFoundError, match=r"There is no config.json in"):
         IntervenableModel.from_pretrained(tmp_path, model)

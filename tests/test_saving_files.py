@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import intervenable as iv
-from intervenable.errors import MissingFileError
 from intervenable.model import IntervenableModel
 from intervenable.saving_files import TENSORS, digest_of
 from intervenable.tensor_files import read_tensors, write_tensors
@@ -437,7 +436,7 @@ def test_pickles_are_never_loaded_whatever_they_are_called(saved, model, tmp_pat
         saved,
         model,
         r"There is no config.json .*pickled files there \(pytorch_model.bin\) are not read",
-        MissingFileError,
+        iv.MissingFileError,
     )
     assert not sprung.exists()
 
@@ -448,7 +447,7 @@ def test_pickles_instead_of_tensors_are_named(saved, model):
         saved,
         model,
         r"is not in .*\(interventions.bin\) are not read: pickles can run code",
-        MissingFileError,
+        iv.MissingFileError,
     )
 
 
@@ -489,7 +488,7 @@ def test_pipes_and_folders_in_the_place_of_files_are_refused_without_waiting(sav
     file = tensor_file(saved)
     file.unlink()
     os.mkfifo(file)
-    refused(saved, model, "is not in", MissingFileError)
+    refused(saved, model, "is not in", iv.MissingFileError)
     (saved / "config.json").unlink()
     os.mkfifo(saved / "config.json")
     with pytest.raises(iv.StorageError):
@@ -501,7 +500,7 @@ def test_pipes_and_folders_in_the_place_of_files_are_refused_without_waiting(sav
 
 
 def test_a_file_for_a_folder_is_said_to_be_none(saved, model):
-    refused(saved / "config.json", model, "There is no folder", MissingFileError)
+    refused(saved / "config.json", model, "There is no folder", iv.MissingFileError)
 
 
 # --- writing ----------------------------------------------------------------------------------------------

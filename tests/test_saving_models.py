@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 import intervenable as iv
-from intervenable.errors import MissingFileError
 from intervenable.model import IntervenableModel
 from intervenable.saving_hub import is_on_the_hub
 from tiny_models import HIDDEN, tiny
@@ -268,7 +267,7 @@ def test_a_model_whose_folder_is_gone_is_missing(model, tmp_path):
     das(model).save_pretrained(tmp_path, include_model=True)
     (folder,) = tmp_path.glob("model-*")
     shutil.rmtree(folder)
-    with pytest.raises(MissingFileError, match=f"{folder.name}, which config.json names, is not in"):
+    with pytest.raises(iv.MissingFileError, match=f"{folder.name}, which config.json names, is not in"):
         IntervenableModel.from_pretrained(tmp_path, model)
 
 
@@ -418,5 +417,5 @@ def test_the_hub_is_asked_only_for_what_can_be_nothing_else(model, tmp_path, mon
     for name, expected in asked.items():
         assert is_on_the_hub(name) == expected, name
     assert not is_on_the_hub(Path("owner/name"))
-    with pytest.raises(MissingFileError, match="There is no folder 'runs/das'"):
+    with pytest.raises(iv.MissingFileError, match="There is no folder 'runs/das'"):
         IntervenableModel.from_pretrained("runs/das", model, api=None)

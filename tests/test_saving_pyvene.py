@@ -17,7 +17,6 @@ from torch.nn.functional import linear
 from torch.testing import assert_close
 
 import intervenable as iv
-from intervenable.errors import MissingFileError
 from intervenable.model import IntervenableModel
 from tiny_models import HIDDEN, tiny
 
@@ -422,7 +421,7 @@ def test_weights_of_the_model_are_spoken_of(model, tmp_path):
 
 def test_no_folder_is_said_to_be_none(model, tmp_path):
     with pytest.raises(
-        MissingFileError, match=r"There is no config.json in '.*nothing'. Give a folder that pyvene"
+        iv.MissingFileError, match=r"There is no config.json in '.*nothing'. Give a folder that pyvene"
     ):
         read(tmp_path / "nothing", model)
 
