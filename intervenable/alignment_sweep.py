@@ -17,7 +17,7 @@ from intervenable._version import __version__
 from intervenable.alignment_digests import columns_digest, weights_digest
 from intervenable.alignment_places import Place, layers_of, read_places
 from intervenable.alignment_study import Study, make_study, metric_name, read_seeds
-from intervenable.alignment_sweep_result import AlignmentSweep, Rank
+from intervenable.alignment_sweep_result import AlignmentSweep, Rank, random_size
 from intervenable.alignment_workers import in_processes
 from intervenable.binding import Places
 from intervenable.config import RepresentationConfig
@@ -81,6 +81,10 @@ class Work:
         if rank == "full":
             values = study.measured(study.bound(VanillaIntervention))
             return Cell(number, index, values.tolist(), float("nan"), ())
+        size = random_size(rank)
+        if size is not None:
+            values = study.measured(study.bound(LowRankRotatedSpaceIntervention, seed, size))
+            return Cell(number, index, values.tolist(), float("nan"), ())
 
         def make(own: int) -> Any:
             return study.bound(self.kind, own, rank if isinstance(rank, int) else None)
@@ -125,8 +129,9 @@ def sweep_alignments(
             or the name of a column of the data sets that says where it is in each example (in the source:
             `source_<name>`, if that is there). By default the columns `base_position` and `source_position`, or the
             last token without them.
-        ranks: How many directions each alignment has; `"full"` swaps the whole vector and trains nothing; None is for
-            interventions without a rank, such as `BoundlessRotatedSpaceIntervention`.
+        ranks: How many directions each alignment has; `"full"` swaps the whole vector and trains nothing, nor does
+            `"random 8"`, which swaps 8 random directions, others for each seed; None is for interventions without a
+            rank, such as `BoundlessRotatedSpaceIntervention`.
         intervention_type: What is trained.
         tokenizer: For positions that are words; and for padding.
         seeds: Seeds of the alignments of each cell; all count in its mean.
@@ -287,11 +292,17 @@ def _check_ranks(ranks: Sequence[Any], kind: type[Intervention]) -> None:
     has_rank = "low_rank_dimension" in inspect.signature(kind.__init__).parameters
     for rank in ranks:
         number = isinstance(rank, int) and not isinstance(rank, bool)
-        if rank == "full" or (rank is None and not has_rank) or (number and rank >= 1 and has_rank):
+        if (
+            rank == "full"
+            or random_size(rank)
+            or (rank is None and not has_rank)
+            or (number and rank >= 1 and has_rank)
+        ):
             continue
         if has_rank or not (rank is None or number):
             raise ConfigError(
-                f"{rank!r} is no rank. Give a number of directions from 1 on, or 'full' for all at once."
+                f"{rank!r} is no rank. Give a number of directions from 1 on, 'full' for all at once, or 'random 8'"
+                " for 8 random ones."
             )
         raise ConfigError(
             f"{kind.__name__} has no rank to choose, and {rank!r} is given. Give ranks=None, or 'full'."
@@ -317,8 +328,11 @@ def _check_buildable(work: Work) -> None:
         for place in work.places:
             study = replace(work.study, layer=layer, place=place)
             for rank in work.ranks:
+                size = random_size(rank)
                 if rank == "full":
                     study.bound(VanillaIntervention)
+                elif size is not None:
+                    study.bound(LowRankRotatedSpaceIntervention, work.seeds[0], size)
                 else:
                     study.bound(work.kind, work.seeds[0], rank)
 
@@ -345,7 +359,8 @@ def told(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [told(item) for item in value]
     name = getattr(value, "__qualname__", None)
-    return f"{value.__module__}.{name}" if name else repr(value)
+    # An object of a class of its own has an address in its representation, which is another in each process.
+    return f"{value.__module__}.{name}" if name else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def _fingerprint(work: Work, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 
     from intervenable.drawing import Picture
 
-Rank = int | Literal["full"] | None
-"""How many directions; `"full"` for a swap of the whole vector; None for what has no rank to choose."""
+Rank = int | str | None
+"""How many directions; `"full"` for a swap of the whole vector, `"random 8"` for 8 random directions, which nothing
+trains; None for what has no rank to choose."""
 
 SWEEP = FileKind(
     "intervenable.AlignmentSweep",
@@ -287,9 +289,23 @@ def rank_label(rank: Rank) -> str:
     """What is written for a rank.
 
     Example:
-        >>> rank_label(4), rank_label("full"), rank_label(None)
-        ('rank 4', 'full vector', 'learned')
+        >>> rank_label(4), rank_label("full"), rank_label("random 4"), rank_label(None)
+        ('rank 4', 'full vector', 'random, rank 4', 'learned')
     """
     if rank is None:
         return "learned"
+    randomly = random_size(rank)
+    if randomly is not None:
+        return f"random, rank {randomly}"
     return "full vector" if rank == "full" else f"rank {rank}"
+
+
+def random_size(rank: object) -> int | None:
+    """How many random directions a rank asks for; None if it asks for others.
+
+    Example:
+        >>> random_size("random 8"), random_size(8), random_size("random")
+        (8, None, None)
+    """
+    found = re.fullmatch(r"random ([1-9][0-9]*)", rank) if isinstance(rank, str) else None
+    return int(found[1]) if found else None

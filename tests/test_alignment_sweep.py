@@ -92,14 +92,16 @@ def test_a_planted_plane_is_found_at_its_rank_and_not_below(planted):
         test_rows,
         component="hidden.output",
         positions=0,
-        ranks=(1, 2, "full"),
+        ranks=(1, 2, "random 2", "full"),
         seeds=(0, 1),
         epochs=12,
         lr=0.06,
     )
 
-    one, two, full = sweep.iia.flatten().tolist()
+    one, two, random, full = sweep.iia.flatten().tolist()
     assert two > 0.93
+    assert random < 0.6
+    assert not torch.equal(*sweep.per_example[0, 0, 2])  # each seed has directions of its own
     # One direction has at most one of the two bits; the whole vector brings bit C of the source, right half the time.
     assert one < 0.7
     given_by_hand = planted(test_rows["source_input_ids"]).argmax(-1) == test_rows["labels"]
@@ -392,7 +394,7 @@ def test_what_cannot_be_handed_to_another_process_is_refused(mlp):
         (
             {"ranks": (0,)},
             iv.ConfigError,
-            "0 is no rank. Give a number of directions from 1 on, or 'full' for all at once.",
+            "0 is no rank. Give a number of directions from 1 on, 'full' for all at once, or 'random 8' for 8 random ones.",
         ),
         (
             {"ranks": 2, "intervention_type": iv.SigmoidMaskIntervention},
