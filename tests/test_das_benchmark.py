@@ -72,7 +72,9 @@ def test_verbs_go_on_as_the_labels_say_and_base_and_source_differ(data):
     with torch.no_grad():
         answers = model(task.held_out.source).logits[:, -1].argmax(-1)
 
+    held_out = torch.cat([task.held_out.base, task.held_out.source])
     assert prompts.shape == (512, 8)
+    assert not {tuple(row) for row in prompts.tolist()} & {tuple(row) for row in held_out.tolist()}
     assert len(prompts.unique(dim=0)) == (512 if data == DISTINCT else FEW)
     assert len(task.pairs.labels.unique()) == len(VERBS)
     assert (task.pairs.base[:, -1] != task.pairs.source[:, -1]).all()
