@@ -334,7 +334,7 @@ def _check_buildable(work: Work) -> None:
                 elif size is not None:
                     study.bound(LowRankRotatedSpaceIntervention, work.seeds[0], size)
                 else:
-                    study.bound(work.kind, work.seeds[0], rank)
+                    study.bound(work.kind, work.seeds[0], rank if isinstance(rank, int) else None)
 
 
 def _settings(work: Work, component: str, confidence: float) -> dict[str, Any]:
