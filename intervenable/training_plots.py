@@ -24,7 +24,13 @@ def plot_history(history: Sequence[dict[str, Any]], title: str | None = None) ->
     steps = [row for row in history if row["kind"] == "step"]
     held_out = [row for row in history if row["kind"] == "evaluation"]
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        axes.plot([row["step"] for row in steps], [row[name] for row in steps], color=BATCHES, lw=0.8)
+        axes.plot(
+            [row["step"] for row in steps],
+            [row[name] for row in steps],
+            color=BATCHES,
+            lw=0.8,
+            label="training, batches",
+        )
         _means(axes, steps, name)
         if held_out:
             places, values = [row["step"] for row in held_out], [row[name] for row in held_out]

@@ -23,7 +23,7 @@ class Processes:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         started = dist.is_available() and dist.is_initialized()
-        if not started and dist.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if not started and dist.is_available() and _launched():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
             started = True
         self.count = dist.get_world_size() if started else 1
@@ -90,6 +90,12 @@ class Processes:
         sent = sent.to(self.device)
         dist.broadcast(sent, 0)
         return sent.cpu().numpy().tobytes()
+
+
+def _launched() -> bool:
+    """Whether a launcher has said how several processes find each other."""
+    said = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")}
+    return all(said.values()) and said["WORLD_SIZE"].isdecimal() and int(said["WORLD_SIZE"]) > 1
 
 
 def _by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
