@@ -356,6 +356,10 @@ def test_countries_are_kept_where_the_model_tells_their_capital():
     }
     known = capital_facts(countries).known_by(model, tokenizer)
     assert {f"The capital of {country} is" for country in known.countries} == told
+    unanswered = "{country} and {country} went to the store"
+    both = capital_facts(["Spain", "Italy", "Peru"], [unanswered, "The capital of {country} is"])
+    with pytest.raises(iv.InputError, match="there must be 2"):  # told in one phrasing is not told in each
+        both.known_by(model, tokenizer)
     with torch.no_grad():
         model.lm_head.weight.zero_()
     with pytest.raises(iv.InputError, match="there must be 2"):
