@@ -71,13 +71,22 @@ def test_a_trainer_ends_where_ours_does_and_measures_and_saves_the_same(tmp_path
     lm = tiny("llama")
     ours, theirs = das(lm, tokenizer), das(lm, tokenizer)
     done = training.train(
-        ours, ROWS, unit_locations="last", optimizer="adamw", lr=0.05, schedule="constant", warmup=0, epochs=3,
-        batch_size=4,
+        ours, ROWS, unit_locations="last", optimizer="sgd", lr=0.5, schedule="constant", warmup=0, epochs=3,
+        batch_size=3, accumulate=2,
     )  # fmt: skip
-    trainer = trainer_of(theirs, tmp_path)
+    # Of four rows, so a step of three and one: the mean over four, not the mean of means.
+    trainer = trainer_of(
+        theirs,
+        tmp_path,
+        optim="sgd",
+        learning_rate=0.5,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=2,
+    )
     trainer.train()
     (ours_weight,), (weight,) = ours.parameters(), theirs.parameters()
     assert_close(weight, ours_weight, atol=1e-5, rtol=1e-4)
+    assert (weight - next(das(lm).parameters())).norm() > 0.01
     measured = trainer.evaluate()
     assert_close(measured["eval_loss"], done.final["loss"], atol=1e-4, rtol=1e-4)
     assert_close(measured["eval_iia"], done.final["iia"], atol=1e-6, rtol=0)
