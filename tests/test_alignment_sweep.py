@@ -394,7 +394,8 @@ def test_what_cannot_be_handed_to_another_process_is_refused(mlp):
         (
             {"ranks": (0,)},
             iv.ConfigError,
-            "0 is no rank. Give a number of directions from 1 on, 'full' for all at once, or 'random 8' for 8 random ones.",
+            "0 is no rank. Give a number of directions from 1 on, 'full' for all at once, or 'random 8' for 8 random"
+            " ones.",
         ),
         (
             {"ranks": 2, "intervention_type": iv.SigmoidMaskIntervention},
