@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from intervenable._version import __version__
-from intervenable.alignment_digests import columns_digest, weights_digest
 from intervenable.alignment_places import Place, layers_of, read_places
 from intervenable.alignment_study import Study, make_study, metric_name, read_seeds
 from intervenable.alignment_sweep_result import AlignmentSweep, Rank, random_size
@@ -22,6 +21,7 @@ from intervenable.alignment_workers import in_processes
 from intervenable.binding import Places
 from intervenable.config import RepresentationConfig
 from intervenable.config_fields import is_module_path
+from intervenable.digests import digest_of_columns, digest_of_weights
 from intervenable.errors import ConfigError
 from intervenable.progress import Progress, Show
 from intervenable.sweep_checkpoints import Checkpoints
@@ -372,9 +372,9 @@ def _fingerprint(work: Work, settings: Mapping[str, Any]) -> dict[str, Any]:
         "positions": [list(place) for place in places],
         "ranks": list(work.ranks),
         "seeds": list(work.seeds),
-        "weights": weights_digest(work.study.model),
-        "dataset": columns_digest(work.study.dataset),
-        "evaluation": columns_digest(work.study.evaluation),
+        "weights": digest_of_weights(work.study.model),
+        "dataset": digest_of_columns(work.study.dataset),
+        "evaluation": digest_of_columns(work.study.evaluation),
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,21 @@ def digest_of_weights(model: nn.Module) -> str:
         if weight.is_meta or not weight.numel():
             continue
         _add(digest, weight.flatten()[:: max(1, weight.numel() // SAMPLES)])
+    return digest.hexdigest()
+
+
+def digest_of_columns(columns: Mapping[str, Sequence[Any]]) -> str:
+    """A digest of all values of a data set, whatever form its numbers are in.
+
+    Example:
+        >>> digest_of_columns({"labels": [1, 2]}) == digest_of_columns({"labels": torch.tensor([1, 2])})
+        True
+    """
+    digest = hashlib.sha256()
+    for name in sorted(columns):
+        digest.update(f"{name} {len(columns[name])}".encode())
+        for value in columns[name]:
+            digest.update(f"{value.tolist() if hasattr(value, 'tolist') else value!r};".encode())
     return digest.hexdigest()
 
 

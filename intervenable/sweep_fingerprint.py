@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from intervenable._version import __version__
+from intervenable.digests import digest_of, digest_of_weights
 from intervenable.inputs import RunInputs
 from intervenable.sweep_axes import Axis, real_tokens
 from intervenable.sweep_grids import Subsets
 from intervenable.sweep_pairs import Pair
-
-SAMPLES = 64
-"""How many values of each weight are looked at."""
 
 
 def settings_of(
@@ -58,40 +52,7 @@ def fingerprint(pair: Pair, settings: Mapping[str, Any], **parts: Any) -> dict[s
         **parts: What is told of it by a digest alone: what cells put where, and which are computed together.
     """
     found = {key: value for key, value in settings.items() if key != "version"}
-    found["weights"] = _of_weights(pair.model)
+    found["weights"] = digest_of_weights(pair.model)
     for name, plan in (("clean", pair.clean), ("corrupted", pair.corrupted)):
-        found[name] = "" if plan is None else _of(plan.base.args, plan.base.kwargs)
-    return found | {name: _of(part) for name, part in parts.items()}
-
-
-def _of_weights(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, weight in model.state_dict().items():
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        if weight.is_meta or not weight.numel():
-            continue
-        step = max(1, weight.numel() // SAMPLES)
-        _add(digest, weight.flatten()[::step])
-    return digest.hexdigest()
-
-
-def _of(*values: Any) -> str:
-    digest = hashlib.sha256()
-    for value in values:
-        _add(digest, value)
-    return digest.hexdigest()
-
-
-def _add(digest: Any, value: Any) -> None:
-    if isinstance(value, Tensor):
-        digest.update(f"{tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    elif isinstance(value, Mapping):
-        for key in sorted(value, key=str):
-            digest.update(str(key).encode())
-            _add(digest, value[key])
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _add(digest, item)
-    else:
-        digest.update(f"{value!r};".encode())
+        found[name] = "" if plan is None else digest_of(plan.base.args, plan.base.kwargs)
+    return found | {name: digest_of(part) for name, part in parts.items()}

@@ -25,7 +25,7 @@ from intervenable.errors import IntervenableError
 from intervenable.hooks import Hook, stubbed
 from intervenable.inputs import RunInputs
 from intervenable.model import IntervenableModel
-from intervenable.padding import with_position_ids
+from intervenable.padding import evaluating, with_position_ids
 from intervenable.passage import Passage
 from intervenable.plan import Capture, Edit, Plan, make_plan
 from intervenable.runs import Observers, run_base, run_source, without_cache
@@ -399,7 +399,7 @@ class SuffixEngine:
     def is_exact(self, plain: PlainEngine) -> bool:
         """Whether logits and gradients of a few examples are those of the plain path."""
         rows = self._to_look_at()
-        with _still(self.model):
+        with evaluating(self.model):  # without the dropout of interventions
             here, there = self.step(rows), plain.step(rows)
             if here.logits.shape != there.logits.shape or not torch.equal(here.labels, there.labels):
                 return False
@@ -524,19 +524,6 @@ def _at(stream: Tensor, positions: Tensor) -> Tensor:
     """`[b, P, d]` some positions of each row."""
     rows = torch.arange(len(positions), device=stream.device)[:, None]
     return stream[rows, positions.to(stream.device)]
-
-
-@contextmanager
-def _still(model: IntervenableModel) -> Iterator[None]:
-    """Run the block without the dropout of interventions, so that two runs can be compared."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _gradients(read: Read, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
