@@ -334,10 +334,13 @@ def _make(cls: type[Intervention], entry: RepresentationConfig, site: BoundSite)
         and settings.get(name) is None
     ]
     if required:
+        fields = all(name in RepresentationConfig.model_fields for name in required)
+        remedy = "Give it there, or pass" if fields else "Pass"
+        arguments = ", ".join(f"{name}=..." for name in required)
         raise ConfigError(
             f"{cls.__name__} needs {', '.join(required)}, which the representation does not give"
             f"{_why_no_width(width, site) if 'embed_dim' in required else ''}."
-            " Give it there, or pass an instance as `intervention`."
+            f" {remedy} an instance as `intervention`: {cls.__name__}({arguments})."
         )
     try:
         intervention = cls(**settings)

@@ -249,7 +249,17 @@ DECLARED = [
         iv.ConfigError,
         ValueError,
         "representation 0: LowRankRotatedSpaceIntervention needs low_rank_dimension, which the representation"
-        " does not give. Give it there, or pass an instance as `intervention`.",
+        " does not give. Give it there, or pass an instance as `intervention`:"
+        " LowRankRotatedSpaceIntervention(low_rank_dimension=...).",
+    ),
+    Case(
+        "width that cannot be known",
+        lambda: bound({"component": "model.layers[0].mlp.act_fn.output"}, iv.SigmoidMaskIntervention),
+        iv.ConfigError,
+        ValueError,
+        "representation 0: SigmoidMaskIntervention needs embed_dim, which the representation does not gi"
+        "ve (the width of model.layers[0].mlp.act_fn.output cannot be told without a run). Pass an insta"
+        "nce as `intervention`: SigmoidMaskIntervention(embed_dim=...).",
     ),
     Case(
         "setting that the intervention does not take",
