@@ -44,11 +44,17 @@ def _by_row(item: Any, inputs: RunInputs) -> bool:
 
 
 def row_keys(tensors: Sequence[Tensor]) -> list[bytes]:
-    """For each row what tells it from others: the content of some tensors `[N, ...]`, all together."""
+    """For each row what tells it from others: a digest of some tensors `[N, ...]`, all together."""
     count = len(tensors[0]) if tensors else 0
     flat = [tensor.detach().cpu().reshape(count, -1).contiguous() for tensor in tensors]
     parts = [tensor.view(torch.uint8).numpy() if tensor.numel() else tensor.numpy() for tensor in flat]
-    return [b"|".join(part[row].tobytes() for part in parts) for row in range(count)]
+    keys = []
+    for row in range(count):
+        found = hashlib.blake2b(digest_size=16)
+        for part in parts:
+            found.update(part[row].tobytes())
+        keys.append(found.digest())
+    return keys
 
 
 def row_tensors(inputs: RunInputs) -> list[Tensor]:

@@ -32,7 +32,14 @@ from intervenable.runs import Observers, run_base, run_source, without_cache
 from intervenable.signatures import forward_signature
 from intervenable.sweep_grids import model_blocks
 from intervenable.training_data import IGNORED, Examples
-from intervenable.training_engine import Engine, PlainEngine, Read, logits_in, predicts_next
+from intervenable.training_engine import (
+    Engine,
+    PlainEngine,
+    Read,
+    device_of,
+    logits_in,
+    predicts_next,
+)
 from intervenable.training_prompts import (
     EditRows,
     digest,
@@ -200,7 +207,7 @@ class SuffixEngine:
     def __init__(self, model: IntervenableModel, examples: Examples, way: Shortcuts, memory: int) -> None:
         self.model, self.way = model, way
         self._budget = Budget(memory)
-        batch = examples.batch(range(len(examples)))
+        batch = examples.batch(range(len(examples))).to(device_of(model))
         call = (batch.base, batch.sources, batch.unit_locations, None, batch.subspaces)
         plan = make_plan(model._bound, model.model, *call, "tokens", model.tokenizer)
         self._edits = [edit for edit in plan.edits if not edit.bound.intervention.collects]
@@ -208,7 +215,7 @@ class SuffixEngine:
             plan.base, args=(), kwargs=_named(plan.base, model.model), attention_mask=plan.base.attention_mask
         )
         self._rows = [EditRows(edit.units, plan.base.batch) for edit in self._edits]
-        self._read = _Reading(batch.labels, plan.base, model.model)
+        self._read = _Reading(batch.labels.cpu(), plan.base, model.model)
         self._feeds = {
             capture.bound.index: _feed(capture, run.inputs)
             for run in plan.source_runs
