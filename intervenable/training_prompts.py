@@ -70,6 +70,14 @@ def numbered(keys: Sequence[bytes]) -> Tensor:
     return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
 
 
+def first_rows(numbers: Tensor) -> list[int]:
+    """For each of the numbers that `numbered` gives the first row that has it."""
+    found: dict[int, int] = {}
+    for row, number in enumerate(numbers.tolist()):
+        found.setdefault(number, row)
+    return list(found.values())  # numbers count up in the order in which they first appear
+
+
 def digest(keys: Sequence[bytes]) -> bytes:
     """What tells these keys, in their order, from others."""
     found = hashlib.sha256()

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -43,6 +44,7 @@ from intervenable.training_engine import (
 from intervenable.training_prompts import (
     EditRows,
     digest,
+    first_rows,
     numbered,
     picked_inputs,
     picked_units,
@@ -178,10 +180,15 @@ class _Feed:
     digest: bytes
     """Tells the sources of one data set, and where they are read, from those of another."""
 
+    @cached_property
+    def firsts(self) -> list[int]:
+        """For each of those that differ the first example that has it."""
+        return first_rows(self.numbers)
+
     @property
     def count(self) -> int:
         """How many differ."""
-        return 1 + int(self.numbers.max())
+        return len(self.firsts)
 
     @property
     def key(self) -> _Key:
@@ -226,7 +233,8 @@ class SuffixEngine:
         }
         keys = row_keys(row_tensors(self._base))
         self._prompts, self._digest = numbered(keys), digest(keys)
-        self._distinct = 1 + int(self._prompts.max())
+        self._firsts = first_rows(self._prompts)
+        self._distinct = len(self._firsts)
         sites = [edit.bound.site for edit in self._edits]
         self._head = (
             output_embedding(model.model) if way.logits and not reads_head(model.model, sites) else None
@@ -390,10 +398,11 @@ class SuffixEngine:
                 self._record_sources(number, feed, sources)
         if self._records is not None:
             for prompts in _chunks(self._prompts[index], self._records.known, self._distinct):
-                self._records.record(prompts, picked_inputs(self._base, _first_of(self._prompts, prompts)))
+                rows = [self._firsts[prompt] for prompt in prompts]
+                self._records.record(prompts, picked_inputs(self._base, rows))
 
     def _record_sources(self, number: int, feed: _Feed, sources: list[int]) -> None:
-        rows = _first_of(feed.numbers, sources)
+        rows = [feed.firsts[source] for source in sources]
         capture = replace(feed.capture, units=picked_units(feed.capture.units, rows))
         with torch.no_grad():
             values = run_source(self.model.model, picked_inputs(feed.inputs, rows), [capture])[number]
@@ -484,11 +493,6 @@ def _chunks(wanted: Tensor, known: set[int], count: int) -> list[list[int]]:
     """The chunks in which wanted prompts are that were not run yet."""
     firsts = dict.fromkeys(number - number % CHUNK for number in wanted.tolist() if number not in known)
     return [list(range(first, min(first + CHUNK, count))) for first in sorted(firsts)]
-
-
-def _first_of(numbers: Tensor, wanted: Sequence[int]) -> list[int]:
-    """For each number the first example that has it."""
-    return [int((numbers == number).nonzero()[0]) for number in wanted]
 
 
 def _feed(capture: Capture, inputs: RunInputs) -> _Feed:
