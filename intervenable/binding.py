@@ -199,7 +199,7 @@ class Places:
         return self._counts[path]
 
     def _component(self, component: str, layer: int | None) -> BoundSite:
-        site = self._site_of(component)
+        site = self._site_of(component, layer)
         plus = None if site.plus is None else self._component(site.plus, layer)
         blocks = self.map.blocks_of(component)
         prefix = f"{blocks}.{layer}" if blocks and layer is not None else ""
@@ -209,15 +209,22 @@ class Places:
             site,
             layer,
             prefix,
-            self.sizes,
+            self._sizes_for(component),
             plus,
             causal=self.map.causal_at(component),
             stack=self.map.stack_of(component),
         )
 
-    def _site_of(self, component: str) -> Site:
+    def _sizes_for(self, component: str) -> Sizes:
+        """The sizes of the stack that a component is in."""
+        prefix = COMPONENTS[component].prefix
+        part = self.map.configs.get("decoder" if prefix == "cross" else prefix) if prefix else None
+        config = None if part is None else getattr(getattr(self.model, "config", None), part, None)
+        return self.sizes if config is None else sizes_of(config)
+
+    def _site_of(self, component: str, layer: int | None = None) -> Site:
         try:
-            return component_site(self.map, component)
+            return component_site(self.map, component, layer)
         except AbsentComponentError as error:
             raise UnsupportedModelError(str(error)) from error
 

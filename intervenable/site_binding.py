@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from intervenable.errors import UnsupportedModelError
-from intervenable.sites import BoundSite, Kind, is_conv1d
+from intervenable.sites import BoundSite, Kind, StreamAxes, is_conv1d
 from model_maps import COMPONENTS, ModelMap, Side, Site, Sizes, Stack, columns_of, is_head_component
 
 
@@ -40,7 +40,7 @@ def bind_site(
     path = ".".join(part for part in (prefix, site.path) if part)
     module = module_at(model, path, component)
     if COMPONENTS[component].inside is not None:
-        return _bind_inside(model, component, layer, module, path, sizes, causal=causal, stack=stack)
+        return _bind_inside(model, component, layer, module, path, site, sizes, causal=causal, stack=stack)
     live = live_width(module, site.side)
     columns = columns_of(site, sizes, width=live)
     by_heads = is_head_component(component)
@@ -73,6 +73,8 @@ def bind_site(
         plus,
         site.read_only,
         stack=stack,
+        axes=None if site.axes is None else StreamAxes(*site.axes),
+        scale=site.scale,
     )
 
 
@@ -86,6 +88,7 @@ def _bind_inside(
     layer: int | None,
     module: nn.Module,
     path: str,
+    site: Site,
     sizes: Sizes,
     *,
     causal: bool,
@@ -100,13 +103,16 @@ def _bind_inside(
             " attention as a whole. Load the model with 'sdpa' or 'eager', or call"
             " model.set_attn_implementation('sdpa')."
         )
-    if sizes.query_heads is None or sizes.key_value_heads is None:
+    stated = site.attention
+    query_heads = sizes.query_heads if stated is None else stated.query
+    key_value_heads = sizes.key_value_heads if stated is None else stated.key_value
+    if query_heads is None or key_value_heads is None:
         raise UnsupportedModelError(
             f"{component}: the number of heads in {type(model).__name__} is not known."
         )
     matrix = COMPONENTS[component].axes == "matrix"
-    width = None if matrix else sizes.head_dim
-    heads = (sizes.query_heads, sizes.key_value_heads)
+    width = None if matrix else sizes.head_dim if stated is None else stated.width
+    heads = (query_heads, key_value_heads)
     return BoundSite(
         component,
         layer,
@@ -169,6 +175,9 @@ def live_width(module: nn.Module, side: Side) -> int | None:
         return module.in_features if side == "input" else module.out_features
     if isinstance(module, nn.Embedding):
         return module.embedding_dim if side == "output" else None
+    widths = [getattr(module, name, None) for name in ("in_features", "out_features")]
+    if all(isinstance(width, int) for width in widths):  # a linear map of another make: quantised, adapted
+        return widths[0 if side == "input" else 1]
     if not isinstance(weight, Tensor):
         return None
     if is_conv1d(module):

@@ -111,6 +111,9 @@ class BoundSite:
     key_stack: Stack | None = None
     """The stack whose positions the columns of a matrix have."""
 
+    scale: float = 1.0
+    """What the model multiplies its tensor with before it is the component."""
+
     @property
     def word(self) -> str:
         """The component's name without a prefix; a module path as it is."""
@@ -287,13 +290,19 @@ class BoundSite:
                 " the locations out to have it whole."
             )
         units = stream if stream.dim() != 3 else index.read(stream)
+        if self.scale != 1.0:
+            units = units * self.scale
         return units if added is None else units + index.read(added)
 
     def read_whole(self, passage: Passage, inputs: RunInputs, added: Tensor | None = None) -> Tensor:
         """All units, as `read` gives them; maybe a view of what the model has."""
         tensor = passage.take(self.side, self.slot)
         columns = self.columns
-        if self.kind == "stored" and (columns is None or (self.by_heads and columns.contiguous)):
+        if (
+            self.kind == "stored"
+            and self.scale == 1.0
+            and (columns is None or (self.by_heads and columns.contiguous))
+        ):
             stream = self._as_stream(tensor, inputs.of(self.stack))
             if columns is None:
                 return stream
@@ -319,8 +328,9 @@ class BoundSite:
             result = stream.index_put((rows, positions), change.sum(1), accumulate=True)
         elif self.kind == "norm_scale":
             result = self._rescaled(passage.module, stream, index, old, new)
-        elif self.kind == "sum":
-            result = index.add(stream, new - old)
+        elif self.kind == "sum" or self.scale != 1.0:
+            change = new - old
+            result = index.add(stream, change if self.scale == 1.0 else change / self.scale)
         elif stream.dim() != 3:
             result = new
         else:

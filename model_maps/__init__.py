@@ -10,7 +10,18 @@ from model_maps.lookup import (
     known_classes,
     register_map,
 )
-from model_maps.schema import HeadColumns, Layout, ModelMap, Part, Side, Site, Variant, Width
+from model_maps.schema import (
+    AttentionHeads,
+    HeadColumns,
+    LayerKind,
+    Layout,
+    ModelMap,
+    Part,
+    Side,
+    Site,
+    Variant,
+    Width,
+)
 from model_maps.sizes import Sizes, columns_of, sizes_of
 from model_maps.vocabulary import (
     ALIASES,
@@ -30,10 +41,12 @@ __all__ = [
     "UNITS",
     "WORDS",
     "AbsentComponentError",
+    "AttentionHeads",
     "Axes",
     "Component",
     "Head",
     "HeadColumns",
+    "LayerKind",
     "Layout",
     "ModelMap",
     "Part",

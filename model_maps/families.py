@@ -49,6 +49,11 @@ NO_EXPERTS = lacking(
 )
 """What architectures without a mixture of experts lack."""
 
+NO_MIXER = lacking(
+    "mixer_input", "mixer_output", "mixer_contribution", why="its blocks mix positions by attention alone"
+)
+"""What architectures without state spaces, linear attention or convolutions lack."""
+
 NO_ROTARY = lacking("rotary_query", "rotary_key", why="it has no rotary embedding")
 """What architectures lack that tell positions in another way."""
 
@@ -99,7 +104,7 @@ def family(
     variants = (SWITCHED_OFF, *variants) if causal else variants
     for head in heads:
         placed = _below(head.prefix, sites)
-        missing = dict(absent)
+        missing = {**NO_MIXER, **absent}
         if head.path is None:
             missing["logits"] = "it is the bare stack of blocks, without a head"
         else:

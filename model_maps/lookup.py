@@ -86,8 +86,13 @@ def known_classes() -> tuple[str, ...]:
     return tuple(sorted(_MAPS))
 
 
-def component_site(model_map: ModelMap, component: str) -> Site:
+def component_site(model_map: ModelMap, component: str, layer: int | None = None) -> Site:
     """The site to hook for a component, which for views and derived components is the one they are made from.
+
+    Args:
+        model_map: The map.
+        component: The component's name.
+        layer: The layer, where layers differ; None for the first that has the component.
 
     Raises:
         UnknownNameError: no component is called so.
@@ -100,11 +105,14 @@ def component_site(model_map: ModelMap, component: str) -> Site:
     where = f"in the map of {model_map.classes[0]}"
     if component not in COMPONENTS:
         raise UnknownNameError("component", component, model_map.components(), where)
-    site = model_map.site(component)
+    site = model_map.site(component, layer)
     if site is not None:
         return site
+    name = model_map.classes[0]
+    if layer is not None and model_map.site(component) is not None:
+        name = f"Layer {layer} of {name}"
     raise AbsentComponentError(
-        f"{model_map.classes[0]} has no {component!r}: {model_map.reason(component)}."
+        f"{name} has no {component!r}: {model_map.reason(component, layer)}."
         f"\nIt has: {', '.join(sorted(model_map.components()))}."
     )
 

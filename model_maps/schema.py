@@ -16,6 +16,20 @@ Width = Literal["hidden", "query", "key_value", "mlp", "vocabulary", "experts", 
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class AttentionHeads:
+    """The heads of what one attention module computes, where they are not those of the stack's config."""
+
+    query: int
+    """Query heads: rows of matrices that its pattern has."""
+
+    key_value: int
+    """Key-value heads."""
+
+    width: int | None = None
+    """Columns of a query or key of one head; None if not known."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class HeadColumns:
     """Where the heads lie in the last axis of a tensor.
 
@@ -93,6 +107,15 @@ class Site:
     read_only: str = ""
     """Why a value written here would not reach the rest of the model, if it would not."""
 
+    scale: float = 1.0
+    """What the model multiplies the tensor here with to get the component (a scaled contribution)."""
+
+    axes: tuple[int, int] | None = None
+    """Which axes of the tensor count examples and positions, where those are not the first two (nor `flat`)."""
+
+    attention: AttentionHeads | None = None
+    """Of an attention module's input: the heads of what is computed inside, if they differ from the sizes."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Variant:
@@ -115,6 +138,30 @@ class Variant:
 
     causal: bool | None = None
     """Whether positions read nothing of later ones then; None: as without the variant."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LayerKind:
+    """What is different in some layers of a stack: a hybrid's layers without attention, a mixture's dense ones."""
+
+    layers: tuple[int, ...]
+    """The layers, counted from 0."""
+
+    stack: Stack | None = None
+    """The stack they are in; None for the blocks of a model of one."""
+
+    sites: Mapping[str, Site] = dataclasses.field(default_factory=dict)
+    """Components that lie elsewhere in these layers, or are in these alone."""
+
+    absent: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Components that these layers do not have, each with the reason."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sites", MappingProxyType(dict(self.sites)))
+        object.__setattr__(self, "absent", MappingProxyType(dict(self.absent)))
+
+    def __reduce__(self) -> tuple[type[LayerKind], tuple[object, ...]]:
+        return LayerKind, (self.layers, self.stack, dict(self.sites), dict(self.absent))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -146,13 +193,21 @@ class ModelMap:
     """Whether positions read nothing of later ones (with two stacks: in the decoder)."""
 
     stacks: Mapping[Stack, str] = dataclasses.field(default_factory=dict)
-    """With two stacks the path of each one's list of blocks (`blocks` is None then); else empty."""
+    """Path of the list of blocks of each stack whose components have a prefix: an encoder and a decoder (`blocks` is
+    None then), a tower beside the blocks or beside another tower."""
 
     decoder_reads: Literal["labels", "input_ids"] | None = None
     """Of which inputs the model makes the decoder's, one position for each, where it is given none."""
 
+    kinds: tuple[LayerKind, ...] = ()
+    """Layers that differ from what `sites` and `absent` say."""
+
+    configs: Mapping[Stack, str] = dataclasses.field(default_factory=dict)
+    """Stack -> name of the part of the model's config that has its sizes, where it has a part of its own."""
+
     def __post_init__(self) -> None:
-        for name in (*self.sites, *self.absent):
+        named = (name for kind in self.kinds for name in (*kind.sites, *kind.absent))
+        for name in (*self.sites, *self.absent, *named):
             if name not in COMPONENTS:
                 raise ValueError(
                     f"The map of {', '.join(self.classes)} names {name!r}, which is no component."
@@ -161,6 +216,7 @@ class ModelMap:
         object.__setattr__(self, "sites", MappingProxyType(dict(self.sites)))
         object.__setattr__(self, "absent", MappingProxyType(dict(self.absent)))
         object.__setattr__(self, "stacks", MappingProxyType(dict(self.stacks)))
+        object.__setattr__(self, "configs", MappingProxyType(dict(self.configs)))
 
     def __reduce__(self) -> tuple[type[ModelMap], tuple[object, ...]]:
         # A read-only view of a dict can be neither copied nor pickled; models that hold a map should be both.
@@ -183,11 +239,40 @@ class ModelMap:
                 )
         return dataclasses.replace(result, variants=())
 
-    def site(self, component: str) -> Site | None:
+    def at_layer(self, component: str, layer: int) -> ModelMap:
+        """The map as it is for one layer of the stack that a component is in.
+
+        Args:
+            component: The component's name.
+            layer: The layer, counted from 0.
+        """
+        prefix = COMPONENTS[component].prefix
+        stack = ("decoder" if prefix == "cross" else prefix) or None
+        result = self
+        for kind in self.kinds:
+            if layer in kind.layers and kind.stack == stack:
+                sites = {k: v for k, v in result.sites.items() if k not in kind.absent}
+                absent = {k: v for k, v in result.absent.items() if k not in kind.sites}
+                result = dataclasses.replace(
+                    result, sites={**sites, **kind.sites}, absent={**absent, **kind.absent}
+                )
+        return dataclasses.replace(result, kinds=())
+
+    def site(self, component: str, layer: int | None = None) -> Site | None:
         """The site to hook for a component, or None if this architecture has no such thing.
 
-        Views by heads and derived components are answered with the site they are made from.
+        Views by heads and derived components are answered with the site they are made from. Without a layer that
+        of the first layer that has it is meant.
         """
+        if layer is not None and self.kinds:
+            return self.at_layer(component, layer).site(component)
+        found = self._site(component)
+        if found is None and layer is None:
+            firsts = (kind.layers[0] for kind in self.kinds if kind.layers)
+            found = next((site for first in firsts if (site := self.site(component, first))), None)
+        return found
+
+    def _site(self, component: str) -> Site | None:
         if component in self.sites:
             return self.sites[component]
         known = COMPONENTS[component]
@@ -197,7 +282,7 @@ class ModelMap:
             return self.site(known.heads_of or known.derived_from or "")
         if known.inside:
             around = self.site(known.inside)
-            return None if around is None else Site(around.path, width="any")
+            return None if around is None else Site(around.path, width="any", attention=around.attention)
         if known.word == "block_mid" and self.sequential and known.prefix != "cross":
             added = self.site(component.replace("block_mid", "attention_contribution"))
             below = component.replace("block_mid", "block_input")
@@ -220,8 +305,8 @@ class ModelMap:
 
     def stack_of(self, component: str) -> Stack | None:
         """The stack whose positions a component has (a matrix: in its rows); None if there is but one."""
-        # Of what has no prefix, a model of two stacks has its head alone, which is the decoder's.
-        return COMPONENTS[component].stack or ("decoder" if self.stacks else None)
+        # Of what has no prefix, an encoder-decoder has its head alone, which is the decoder's.
+        return COMPONENTS[component].stack or ("decoder" if "decoder" in self.stacks else None)
 
     def stack_at(self, path: str, side: Side = "output") -> Stack | None:
         """The stack whose positions the tensors on a side of a module have; None if there is but one."""
@@ -235,7 +320,7 @@ class ModelMap:
             parent = blocks.rpartition(".")[0]
             if path == parent or path.startswith(f"{parent}."):
                 return stack
-        return "decoder"  # the head
+        return "decoder" if "decoder" in self.stacks else None  # the head, or the blocks beside a tower
 
     def causal_at(self, component: str) -> bool:
         """Whether what a position has of a component depends on nothing at later positions of its stack.
@@ -244,15 +329,20 @@ class ModelMap:
         """
         return self.causal and COMPONENTS[component].prefix in ("", "decoder")
 
-    def reason(self, component: str) -> str:
+    def reason(self, component: str, layer: int | None = None) -> str:
         """Why this architecture lacks a component, as the end of a sentence; "" if it has it."""
+        if layer is not None and self.kinds:
+            return self.at_layer(component, layer).reason(component)
         if self.site(component) is not None:
             return ""
         known = COMPONENTS[component]
         if known.prefix and not self.stacks:
             return self._has_one_stack(known)
-        if self.stacks and not known.prefix and component not in self.absent:
+        if self.stacks and self.blocks is None and not known.prefix and component not in self.absent:
             return self._has_two_stacks(component)
+        holder = "decoder" if known.prefix == "cross" else known.prefix
+        if holder and holder not in self.stacks and component not in self.absent:
+            return f"it has no {'stack' if holder in ('encoder', 'decoder') else 'tower'} {holder!r}"
         if component in self.absent or known.word in self.absent:
             return self.absent.get(component) or self.absent[known.word]
         if known.word == "block_mid" and not self.sequential:
@@ -268,11 +358,15 @@ class ModelMap:
         return f"it has one stack of blocks, so say {known.word!r}"
 
     def _has_two_stacks(self, word: str) -> str:
-        names = [name for name, known in COMPONENTS.items() if known.prefix and known.word == word]
+        here = (*self.stacks, *(("cross",) if "decoder" in self.stacks else ()))
+        names = [name for name, known in COMPONENTS.items() if known.prefix in here and known.word == word]
         there = [repr(name) for name in names if self.site(name) is not None]
         if not there:
-            return self.reason(names[0])
-        return f"it has an encoder and a decoder, so say {', '.join(there[:-1])} or {there[-1]}"
+            return self.reason(names[0]) if names else "its map does not place it"
+        has = "an encoder and a decoder" if "decoder" in self.stacks else "several towers"
+        return (
+            f"it has {has}, so say {' or '.join([', '.join(there[:-1]), there[-1]] if there[1:] else there)}"
+        )
 
     def components(self) -> tuple[str, ...]:
         """Every component this architecture has, in the order of the vocabulary."""

@@ -5,8 +5,8 @@ what the word means everywhere. Symbols: `b` batch, `s` positions, `D` hidden si
 `K` key-value heads, `dh` width of a head, `M` width of the MLP, `V` vocabulary, `E` experts, `q` and `k` positions
 of queries (rows) and keys (columns).
 
-In a model of two stacks each word says which: `encoder_block_output`, `decoder_block_output`. What the decoder's
-blocks do to attend to the encoder begins with `cross_`.
+In a model of several stacks each word says which: `encoder_block_output`, `decoder_block_output`; `vision_`, `audio_`
+and `text_` begin the words for towers. What the decoder's blocks do to attend to the encoder begins with `cross_`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Literal
 
 Scope = Literal["block", "model"]
 Axes = Literal["stream", "heads", "matrix"]
-Stack = Literal["encoder", "decoder"]
-Prefix = Literal["", "encoder", "decoder", "cross"]
+Stack = Literal["encoder", "decoder", "vision", "audio", "text"]
+Prefix = Literal["", "encoder", "decoder", "vision", "audio", "text", "cross"]
 
 UNITS: Mapping[Axes, tuple[str, ...]] = {
     "stream": ("pos",),
@@ -60,7 +60,7 @@ class Component:
     """The component's name without its prefix."""
 
     prefix: Prefix = ""
-    """Which stack of a model of two it is in, or "cross": the decoder's attention to the encoder."""
+    """Which stack of a model of several it is in, or "cross": the decoder's attention to the encoder."""
 
     @property
     def stack(self) -> Stack | None:
@@ -160,6 +160,14 @@ _WORDS: Mapping[str, Component] = {
         inside="attention_input",
         axes="matrix",
     ),
+    "mixer_input": Component(
+        "[b, s, D]",
+        "input of what mixes positions without a pattern: state space, linear attention, convolution",
+    ),
+    "mixer_output": Component("[b, s, D]", "output of what mixes positions without a pattern"),
+    "mixer_contribution": Component(
+        "[b, s, D]", "what the mixer adds to the residual stream", fallback="mixer_output"
+    ),
     "mlp_input": Component("[b, s, D]", "input of the MLP, after its norm"),
     "mlp_pre_activation": Component("[b, s, M]", "input of the nonlinearity (gate projection if gated)"),
     "mlp_activation": Component("[b, s, M]", "output of the nonlinearity alone"),
@@ -236,6 +244,9 @@ COMPONENTS: Mapping[str, Component] = {
     **{word: replace(known, word=word) for word, known in _WORDS.items()},
     **_in("encoder", _IN_A_STACK, "in the encoder"),
     **_in("decoder", _IN_A_STACK, "in the decoder"),
+    **_in("vision", _IN_A_STACK, "in the vision tower"),
+    **_in("audio", _IN_A_STACK, "in the audio tower"),
+    **_in("text", _IN_A_STACK, "in the text tower"),
     **_in("cross", _IN_CROSS_ATTENTION, "in the decoder's attention to the encoder"),
 }
 """Every component by its name."""
@@ -246,7 +257,7 @@ WORDS = tuple(_WORDS)
 
 ALIASES: Mapping[str, str] = {
     f"{prefix}attention_weight": f"{prefix}attention_pattern"
-    for prefix in ("", "encoder_", "decoder_", "cross_")
+    for prefix in ("", "encoder_", "decoder_", "vision_", "audio_", "text_", "cross_")
 }
 """Other names of components."""
 
