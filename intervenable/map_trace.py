@@ -181,7 +181,8 @@ class _Recorder:
         counts = {"times": 0}
 
         def enter(passage: Passage) -> None:
-            given: dict[Slot, Any] = {**dict(enumerate(passage.args)), **passage.kwargs}
+            given: dict[Slot, Any] = dict(enumerate(passage.args))
+            given.update(passage.kwargs)
             inputs = {key: self.kept(value) for key, value in given.items() if isinstance(value, Tensor)}
             call = Call(path, module, counts["times"], self.tick(), self.innermost, inputs)
             counts["times"] += 1
