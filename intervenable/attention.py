@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from intervenable.config import RepresentationConfig
 from intervenable.errors import ConfigError, UnknownNameError, UnsupportedModelError, unknown_name
+from intervenable.maps import map_of
 from intervenable.position_entries import Except
 from intervenable.site_binding import module_at
 from interventions import (
@@ -49,7 +50,7 @@ from interventions import (
     VanillaIntervention,
     ZeroIntervention,
 )
-from model_maps import UnmappedModelError, find_map
+from model_maps import UnmappedModelError
 
 Layers = int | Iterable[int] | Literal["all"]
 Heads = int | Iterable[int] | Literal["all"]
@@ -324,7 +325,7 @@ def count_layers(model: nn.Module, component: str) -> int:
         UnsupportedModelError: no map describes the model, or it has no blocks with that component.
     """
     try:
-        described = find_map([cls.__name__ for cls in type(model).__mro__], getattr(model, "config", None))
+        described = map_of(model)
     except UnmappedModelError as error:
         raise UnsupportedModelError(str(error)) from error
     path = described.blocks_of(component)

@@ -24,6 +24,7 @@ from intervenable.errors import (
     each_named,
     raise_all,
 )
+from intervenable.maps import map_of
 from intervenable.site_binding import bind_path, bind_site, module_at
 from intervenable.sites import BoundSite
 from interventions import CallableIntervention, Intervention, InterventionError, KnockoutIntervention
@@ -36,7 +37,6 @@ from model_maps import (
     Sizes,
     UnmappedModelError,
     component_site,
-    find_map,
     sizes_of,
 )
 
@@ -239,8 +239,7 @@ class Places:
     def map(self) -> ModelMap:
         if self._map is None:
             try:
-                names = [cls.__name__ for cls in type(self.model).__mro__]
-                self._map = find_map(names, getattr(self.model, "config", None))
+                self._map = map_of(self.model)
             except UnmappedModelError as error:
                 raise _NoMapError(str(error)) from error
         return self._map

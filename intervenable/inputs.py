@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from intervenable.errors import InputError, NotAvailableError, UnsupportedModelError
+from intervenable.maps import map_of
 from intervenable.signatures import Signature, forward_signature, misfit
-from model_maps import Stack, UnmappedModelError, find_map
+from model_maps import Stack, UnmappedModelError
 
 TOKENS = ("input_ids", "inputs_embeds")
 DECODER_TOKENS = ("decoder_input_ids", "decoder_inputs_embeds")
@@ -191,7 +192,7 @@ def _decoder(inputs: RunInputs, named: Mapping[str, Any], model: nn.Module, name
 def _decoder_reads(model: nn.Module) -> str | None:
     """The input of which a model makes its decoder's, where it is given none."""
     try:
-        described = find_map([cls.__name__ for cls in type(model).__mro__], getattr(model, "config", None))
+        described = map_of(model)
     except UnmappedModelError:
         return "labels" if hasattr(model, "prepare_decoder_input_ids_from_labels") else None
     return described.decoder_reads
