@@ -13,6 +13,7 @@ from threading import RLock
 
 from torch import nn
 
+from intervenable.unwrapping import prefixed, unwrapped
 from model_maps import ModelMap, UnmappedModelError, find_map
 
 Maker = Callable[[nn.Module], ModelMap]
@@ -36,6 +37,9 @@ def map_of(model: nn.Module) -> ModelMap:
     row = registered_map(model)
     if row is not None:
         return row
+    inside, prefix = unwrapped(model)
+    if prefix:
+        return prefixed(map_of(inside), prefix)
     with _LOCK:
         known = _KNOWN.get(model)  # another thread may have been at it
         if known is None:
