@@ -14,7 +14,7 @@ from intervenable.causal_tasks import TextTask
 from intervenable.causal_texts import filled
 from intervenable.causal_tokens import answer_token, answer_tokens
 from intervenable.errors import InputError, UnknownNameError, raise_all, unknown_name
-from intervenable.padding import evaluating
+from intervenable.evaluation_mode import evaluating
 from intervenable.small_lm.tasks import CAPITAL_PHRASINGS, CAPITALS
 
 if TYPE_CHECKING:

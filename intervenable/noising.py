@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from intervenable.cache_layout import POSITION
 from intervenable.collect_requests import Where
 from intervenable.errors import ConfigError, InputError, UnsupportedModelError
+from intervenable.evaluation_mode import evaluating
 from intervenable.inputs import RunInputs, read_inputs
 from intervenable.locations import read_locations
 from intervenable.model import IntervenableModel
-from intervenable.padding import evaluating, first_tensor
+from intervenable.padding import first_tensor
 from intervenable.runs import plain_run, without_cache
 from intervenable.signatures import forward_signature, takes
 

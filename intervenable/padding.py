@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from intervenable.errors import InputError
+from intervenable.evaluation_mode import evaluating
 from intervenable.inputs import RunInputs
 from intervenable.signatures import takes
 
@@ -83,19 +83,6 @@ def _needs_position_ids(model: nn.Module, inputs: RunInputs) -> bool:
         return False
     # Where rotations tell positions both are right for the outputs, and ids alone for the rotated queries and keys.
     return errors[1] < 4 * (errors[0] + torch.finfo(truth.dtype).eps)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the block with every module in evaluation mode, and each as it was before afterwards."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from intervenable.errors import InputError, UnsupportedModelError
-from intervenable.padding import evaluating, first_tensor
+from intervenable.evaluation_mode import evaluating
+from intervenable.padding import first_tensor
 from intervenable.signatures import forward_signature, takes
 from intervenable.token_text import Decodes
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from intervenable.alignment_statistics import bootstrap_interval
 from intervenable.errors import ConfigError, MetricError
+from intervenable.evaluation_mode import evaluating
 from intervenable.model import IntervenableModel
-from intervenable.padding import evaluating
 from intervenable.training_data import read_examples
 from intervenable.training_engine import Engine, Read, device_of
 from intervenable.training_measures import Measure, read_metrics, values_of

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from intervenable.errors import ConfigError, StorageError, TrainingError
+from intervenable.evaluation_mode import evaluating
 from intervenable.model import IntervenableModel
-from intervenable.padding import evaluating
 from intervenable.progress import Progress, Show
 from intervenable.training_checkpoints import Checkpoint, Kept
 from intervenable.training_data import Examples, read_examples

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from intervenable.binding import Places
 from intervenable.errors import IntervenableError
+from intervenable.evaluation_mode import evaluating
 from intervenable.hooks import Hook, stubbed
 from intervenable.inputs import RunInputs
 from intervenable.model import IntervenableModel
-from intervenable.padding import evaluating, with_position_ids
+from intervenable.padding import with_position_ids
 from intervenable.passage import Passage
 from intervenable.plan import Capture, Edit, Plan, make_plan
 from intervenable.runs import Observers, run_base, run_source, without_cache
