@@ -1,0 +1,147 @@
+"""A tiny random model of the same structure as a given one, so that looking into a large model costs nothing."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intervenable.errors import IntervenableError, UnsupportedModelError
+from intervenable.map_inputs import example_inputs
+from intervenable.map_layers import layers_needed
+from intervenable.map_twin_config import TwinShape, small_config
+from intervenable.wrappers import unwrapped
+
+SHAPES = (
+    TwinShape(),
+    TwinShape(stated_fields_alone=True),
+    TwinShape(window=64),
+    TwinShape(narrow=16),
+    TwinShape(heads_divide=True),
+    TwinShape(most_columns=0),
+    TwinShape(most_columns=0, stated_fields_alone=True),
+    TwinShape(narrow=32, window=64, mlp=64, heads_divide=True),
+)
+"""What is tried, in this order."""
+
+LARGEST = 16_000_000
+"""A model of more parameters is no twin: a field that its config is known by has been missed."""
+
+
+def twin_of(model: nn.Module, *, seed: int = 0) -> nn.Module:
+    """A tiny random model of the same class and structure as a model of transformers, on the CPU in float32.
+
+    It has as many heads and key-value heads as the model and every kind of its layers; heads are as wide where the
+    config states their width apart from the hidden size, else narrower by a whole factor. Its weights are spread so
+    that no path through it is lost in the others. The model is not run, and the state of random numbers stays.
+
+    Args:
+        model: The model, which may be on the meta device, quantised, or wrapped (compiled, with adapters).
+        seed: Of the twin's weights.
+
+    Raises:
+        UnsupportedModelError: it has no config of transformers, or no small model made from it runs.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> with torch.device("meta"):
+        ...     large = GPT2LMHeadModel(GPT2Config(n_embd=1600, n_head=25, n_layer=48))
+        >>> twin = twin_of(large)
+        >>> twin.config.n_head, twin.config.n_embd, twin.config.n_layer
+        (25, 200, 3)
+    """
+    inner = unwrapped(model)
+    config = getattr(inner, "config", None)
+    if not (hasattr(config, "to_dict") and hasattr(config, "model_type")):
+        raise UnsupportedModelError(
+            f"{type(inner).__name__} has no config of transformers, so no tiny model can be made like it."
+            "\nIts map can still be found by running the model itself."
+        )
+    faults = []
+    with warnings.catch_warnings():
+        # About small fields, or some that are going to be renamed.
+        warnings.simplefilter("ignore")
+        for shape in SHAPES:
+            try:
+                return _twin(inner, config, shape, seed)
+            except Exception as fault:
+                faults.append(fault)
+    raise UnsupportedModelError(
+        f"No tiny model like {type(inner).__name__} runs. {_one_line(faults[0])}"
+        "\nIts map can still be found by running the model itself: pass example_inputs=, or register_map() one."
+    ) from faults[0]
+
+
+def _twin(model: nn.Module, config: Any, shape: TwinShape, seed: int) -> nn.Module:
+    small = small_config(config, shape, layers_needed(model))
+    cls: Any = type(model)
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in cls(copy.deepcopy(small)).parameters())
+    if size > LARGEST:
+        raise UnsupportedModelError(f"It would still have {size / 1e6:.0f} million parameters.")
+    usual = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float32)
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.manual_seed(seed)
+            made: nn.Module = cls(small).eval().float()
+    finally:
+        torch.set_default_dtype(usual)
+    made.requires_grad_(False)
+    spread_weights(made, seed)
+    inputs = example_inputs(made)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        output = made(**inputs)
+    for value in _floats(output):
+        if not torch.isfinite(value[..., :FIRST_IDS]).all():
+            raise UnsupportedModelError("What it returns is not finite.")
+    return made
+
+
+FIRST_IDS = 100
+"""Logits of special tokens, which come after, are -inf in some models."""
+
+
+def _floats(output: Any) -> Iterator[Tensor]:
+    first = output.get("logits", next(iter(output.values()), None)) if isinstance(output, Mapping) else output
+    first = first[0] if isinstance(first, (tuple, list)) and first else first
+    if isinstance(first, Tensor) and first.is_floating_point():
+        yield first
+
+
+def _one_line(fault: Exception) -> str:
+    text = " ".join(str(fault).split())
+    return text if isinstance(fault, IntervenableError) else f"{type(fault).__name__}: {text[:300]}"
+
+
+def spread_weights(model: nn.Module, seed: int = 0) -> None:
+    """Give every parameter a spread that makes all paths count: the usual deviation of 0.02 would hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point():
+                _spread(parameter, name, generator)
+
+
+def _spread(parameter: Tensor, name: str, generator: torch.Generator) -> None:
+    leaf = name.rpartition(".")[2]
+
+    def normal(deviation: float) -> Tensor:
+        return torch.empty(parameter.shape).normal_(0.0, deviation, generator=generator).to(parameter.dtype)
+
+    if parameter.dim() >= 2 and leaf not in ("A_log", "conv_weight", "D"):
+        if any(word in name for word in ("embed", "wte", "wpe", "word")):
+            parameter.copy_(normal(1.0))
+        elif parameter.dim() == 2:
+            parameter.copy_(normal(1 / math.sqrt(parameter.shape[-1])))
+        elif parameter.dim() == 3 and "conv" not in name:
+            parameter.copy_(normal(1 / math.sqrt(max(parameter.shape[-2:]))))
+    elif parameter.dim() == 1:
+        bias = leaf == "bias" or (leaf.endswith("_bias") and "dt" not in leaf and "correction" not in leaf)
+        if bias or "norm" in name.lower() or "ln" in name or not parameter.any():
+            parameter.add_(normal(0.1))

@@ -1,0 +1,422 @@
+"""A config made small: what a tiny twin of a model is built from.
+
+Configs are read by the names of their fields, with the configs inside them. Heads stay as many as they are, and as
+wide where their width is stated apart from the hidden size; else they become narrow with it. Hidden sizes, MLPs,
+vocabularies, experts, windows and lengths shrink; of the layers the first stay, as many as are asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+from model_maps.sizes import HEAD_DIM, HIDDEN, QUERY_HEADS
+
+
+@dataclass(frozen=True)
+class TwinShape:
+    """What can be tried where the usual twin of a config does not run."""
+
+    narrow: int = 8
+    """About how wide heads become whose width follows from the hidden size."""
+
+    window: int = 4
+    """Positions in a sliding window."""
+
+    mlp: int = 48
+    """Width of the widest MLP."""
+
+    most_columns: int = 2048
+    """Columns of all heads together from which on they become narrow even where their width is stated apart."""
+
+    heads_divide: bool = False
+    """Whether the hidden size stays a multiple of the number of heads where it need not be."""
+
+    stated_fields_alone: bool = False
+    """Whether what equals the default of its field is left to the config to work out again."""
+
+
+VOCABULARY = 160
+FIRST_SPECIAL = 100
+"""Ids of special tokens from here on are given out anew, from here on."""
+
+LENGTH = 64
+"""Most positions that a twin has embeddings for."""
+
+_ROLES: Mapping[str, str] = {
+    "hidden": """embed_dim embedding_dim embedding_size word_embed_proj_dim input_embedding_size
+        output_embedding_size lru_width attention_hidden_size backbone_hidden_size decoder_hidden_size
+        encoder_hidden_size hidden_channels text_embed_dim projection_dim hidden_size_global vision_hidden_size
+        vq_embed_dim ple_embed_dim out_hidden_size vision_output_dim projector_input_dim projector_output_dim
+        cross_attention_hidden_size conv_dim_out decoder_input_dim pooler_hidden_size text_hidden_size
+        image_feature_size d_embed feature_size output_dim""",
+    "mlp": """intermediate_size ffn_dim ffn_hidden_size d_ff dff dim_ff decoder_ffn_dim encoder_ffn_dim d_inner
+        feed_forward_size mlp_dim n_inner moe_intermediate_size shared_expert_intermediate_size
+        expert_ffn_hidden_size intermediate_size_mlp shared_intermediate_size dense_intermediate_size
+        moe_shared_expert_intermediate_size shared_experts_intermediate_size speech_encoder_intermediate_size
+        text_config_intermediate_size bottleneck_dim intermediate_ff_dim hidden_mlp_size
+        block_ff_dim conv_mlp_size projector_hidden_size ff_dim""",
+    "layers": """num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers num_blocks
+        num_layers_per_stack encoder_layers num_encoder_layers depth conf_num_hidden_layers num_global_layers
+        vision_depth speech_encoder_layers audio_depth num_hidden_groups""",
+    "experts": "num_experts n_routed_experts num_local_experts moe_num_experts",
+    "chosen_experts": """num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k top_k_experts
+        n_activated_experts""",
+    "groups": "n_group topk_group num_expert_group",
+    "length": """max_position_embeddings n_positions n_ctx max_seq_len model_max_length context_length
+        max_target_positions max_source_positions original_max_position_embeddings max_sequence_length
+        num_position_embeddings max_2d_position_embeddings""",
+    "window": """sliding_window attention_window_size window_size local_attention sliding_window_size
+        keep_window_size attention_chunk_size local_attention_window_len attention_window""",
+    "latent": "q_lora_rank kv_lora_rank o_lora_rank swa_q_lora_rank swa_kv_lora_rank",
+}
+_LATENT_WIDTHS = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_ROLE_OF = {
+    **{name: role for role, names in _ROLES.items() for name in names.split()},
+    **dict.fromkeys(HIDDEN, "hidden"),
+    **dict.fromkeys((*HEAD_DIM, *_LATENT_WIDTHS, "qk_head_dim", "global_head_dim"), "head_width"),
+    "hidden_dim": "hidden",
+}
+_HEADS = (
+    *QUERY_HEADS,
+    "encoder_attention_heads",
+    "decoder_attention_heads",
+    "attention_heads",
+    "num_encoder_attention_heads",
+    "num_decoder_attention_heads",
+    "nhead",
+)
+_WIDTHS_BY_HEAD = ("rotary_dim", "query_pre_attn_scalar")
+_SPECIAL_TOKEN = re.compile(r"(_token_id|_token_index|_index|_tokens?_ids?|_token)$")
+_LAYER_INDICES = re.compile(r"(layer|idx|indices|indexes|block)")
+_UNCHANGED = ("transformers_version", "architectures", "dtype", "model_type", "quantization_config")
+_PLAIN_ROTATIONS = ("longrope", "su")
+
+_NUMBERS: Mapping[str, int] = {
+    "index_topk": 4,
+    "index_block_size": 2,
+    "index_topk_blocks": 2,
+    "mamba_chunk_size": 4,
+    "chunk_size": 4,
+    "local_attn_chunk_length": 8,
+    "lsh_attn_chunk_length": 8,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "spatial_merge_size": 2,
+    "router_hidden_size": 16,
+    "moe_latent_size": 16,
+    "block_size": 4,
+    "summary_hidden_size": 32,
+    "num_codebooks": 2,
+}
+"""Small values of fields that are of one kind of model."""
+
+
+def small_config(config: Any, shape: TwinShape, layers: Callable[[int], int]) -> Any:
+    """A small copy of a config of transformers, of its class.
+
+    Args:
+        config: The config, which stays as it is.
+        shape: What is tried.
+        layers: From the number of layers of a stack to how many the twin has, the first ones.
+    """
+    widths = _hidden_sizes(config, shape)
+    return _Shrinking(shape, layers, widths).of(config)
+
+
+def parts_of(config: Any) -> Iterator[Any]:
+    """A config and all configs inside it."""
+    yield config
+    for value in vars(config).values():
+        if _is_config(value):
+            yield from parts_of(value)
+
+
+def field_of(config: Any, name: str) -> Any:
+    """The value of a field; None where the config has none or cannot say."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # a field that differs between layers refuses in ways of its own
+        return None
+
+
+def layers_of(config: Any) -> int | None:
+    """How many layers the stack of one config has."""
+    return _first_number(config, tuple(_ROLES["layers"].split()))
+
+
+def _is_config(value: object) -> bool:
+    return hasattr(value, "to_dict") and hasattr(value, "model_type")
+
+
+def _first_number(config: Any, names: Sequence[str]) -> int | None:
+    return next((value for name in names if _is_number(value := field_of(config, name))), None)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+# --- widths -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    """How wide the stack of one config and its heads are."""
+
+    hidden: int
+    heads: int
+    width: int
+    """Columns of a head; 0 if nothing says."""
+
+    divisible: int
+    """What all widths of heads are multiples of."""
+
+    stated: bool
+    """Whether that is not just the hidden size shared among the heads."""
+
+
+def _geometry(config: Any) -> _Geometry | None:
+    hidden, heads = _first_number(config, HIDDEN), _first_number(config, _HEADS)
+    if not hidden:
+        return None
+    if not heads:
+        return _Geometry(hidden, 1, 0, 0, True)
+    latent = [width for name in _LATENT_WIDTHS if _is_number(width := field_of(config, name)) and width]
+    width = _first_number(config, HEAD_DIM)
+    if latent:
+        return _Geometry(hidden, heads, max(latent), gcd(*latent), True)
+    if (width is not None and width * heads != hidden) or hidden % heads:
+        return _Geometry(hidden, heads, width or 0, width or 0, True)
+    return _Geometry(hidden, heads, hidden // heads, hidden // heads, False)
+
+
+def _hidden_sizes(config: Any, shape: TwinShape) -> dict[int, int]:
+    """Hidden size of the model -> hidden size of its twin, for all parts of a config."""
+    by_size: dict[int, list[_Geometry]] = {}
+    for part in parts_of(config):
+        found = _geometry(part)
+        if found is not None:
+            by_size.setdefault(found.hidden, []).append(found)
+    sizes = {}
+    for hidden, parts in by_size.items():
+        followers = [part.width for part in parts if not part.stated]
+        if followers:
+            sizes[hidden] = hidden // _shrink_factor(followers, shape.narrow)
+        else:
+            heads = max(part.heads for part in parts) if shape.heads_divide else 1
+            sizes[hidden] = min(hidden, heads * 2 * max(1, -(-16 // heads)))
+    return sizes
+
+
+def _shrink_factor(widths: Sequence[int], narrow: int) -> int:
+    """By how much heads of these widths can be narrowed: a number that leaves all of them even."""
+    common = gcd(*widths)
+    factors = [f for f in range(1, common + 1) if common % f == 0 and (common // f) % 2 == 0]
+    fitting = [f for f in factors if min(widths) // f >= narrow]
+    return max(fitting, default=1)
+
+
+# --- fields -----------------------------------------------------------------------------------------------
+
+
+class _Shrinking:
+    def __init__(self, shape: TwinShape, layers: Callable[[int], int], widths: Mapping[int, int]) -> None:
+        self._shape = shape
+        self._layers = layers
+        self._widths = widths
+        self._mlps: dict[int, int] = {}
+        self._specials: dict[int, int] = {}
+
+    def of(self, config: Any) -> Any:
+        cls = type(config)
+        fields = {entry.name: entry for entry in dataclasses.fields(cls)} if _has_fields(cls) else {}
+        geometry, count = _geometry(config), layers_of(config)
+        self._factor = 1 if geometry is None else self._head_factor(geometry)
+        values: dict[str, Any] = {}
+        for name, value in vars(config).items():
+            if name.startswith("_") or name in _UNCHANGED:
+                continue
+            values[name] = self._small(name, value, geometry, count)
+            self._factor = 1 if geometry is None else self._head_factor(geometry)  # a part inside has its own
+        self._match_state_heads(config, values)
+        given = {
+            name: value
+            for name, value in values.items()
+            if name in fields or (not fields and value is not None)
+        }
+        if self._shape.stated_fields_alone:
+            given = {
+                name: value
+                for name, value in given.items()
+                if fields.get(name) is None or vars(config)[name] != fields[name].default or name in _ROLE_OF
+            }
+            given = {
+                name: value
+                for name, value in given.items()
+                if fields.get(name) is None or _stated(fields[name])
+            }
+        small = cls(**given)
+        for name, value in values.items():
+            if name not in given and name not in fields and not hasattr(small, name):
+                setattr(small, name, value)
+        implementation = getattr(config, "_attn_implementation_internal", None)
+        small._attn_implementation = "eager" if implementation == "eager" else "sdpa"
+        return small
+
+    def _head_factor(self, geometry: _Geometry) -> int:
+        """By how much heads become narrower."""
+        if not geometry.stated:
+            return geometry.hidden // self._widths[geometry.hidden]
+        if geometry.divisible and geometry.heads * geometry.width > self._shape.most_columns:
+            return _shrink_factor([geometry.divisible], self._shape.narrow)
+        return 1
+
+    def _small(self, name: str, value: Any, geometry: _Geometry | None, layers: int | None) -> Any:
+        if _is_config(value):
+            return self.of(value)
+        if isinstance(value, Mapping):
+            return (
+                _rotation(value, self._factor)
+                if name.startswith("rope")
+                else self._inner(value, geometry, layers)
+            )
+        if isinstance(value, (list, tuple)):
+            return self._list(name, value, geometry, layers)
+        if not _is_number(value):
+            return value
+        return self._number(name, value, geometry)
+
+    def _inner(
+        self, value: Mapping[Any, Any], geometry: _Geometry | None, layers: int | None
+    ) -> dict[Any, Any]:
+        if any(not isinstance(key, str) for key in value):
+            return dict(value)  # labels
+        return {key: self._small(key, inner, geometry, layers) for key, inner in value.items()}
+
+    def _number(self, name: str, value: int, geometry: _Geometry | None) -> int:
+        role = _ROLE_OF.get(name)
+        if name.endswith("vocab_size") or name in ("decoder_vocab_size", "unpadded_vocab_size"):
+            return VOCABULARY if value > VOCABULARY else value
+        if role is None and _SPECIAL_TOKEN.search(name):
+            return self._special(value)
+        match role:
+            case "hidden":
+                return self._width(value)
+            case "mlp":
+                return self._mlp(value)
+            case "layers":
+                return self._layers(value)
+            case "head_width":
+                return value // self._factor if value % self._factor == 0 else value
+            case "experts":
+                return min(value, 4)
+            case "chosen_experts":
+                return min(value, 2)
+            case "groups":
+                return min(value, 1)
+            case "length":
+                return min(value, LENGTH)
+            case "window":
+                return min(value, self._shape.window)
+            case "latent":
+                return min(value, 16 if name.endswith("kv_lora_rank") else 24)
+        if name in _WIDTHS_BY_HEAD:
+            return max(value // self._factor, 2) if self._factor > 1 else value
+        if name == "image_size":
+            return min(value, 64)
+        return min(value, _NUMBERS.get(name, value))
+
+    def _width(self, value: int) -> int:
+        """A hidden size, or another that belongs to it: twice as much, a half."""
+        if value in self._widths:
+            return self._widths[value]
+        for old, new in self._widths.items():
+            if value % old == 0:
+                return value // old * new
+            if old % value == 0 and new % (old // value) == 0:
+                return new // (old // value)
+        return min(value, 24)
+
+    def _mlp(self, value: int) -> int:
+        if value <= self._shape.mlp:
+            return value
+        if value not in self._mlps:
+            smaller = (0, -16, 16, -8, 8)[len(self._mlps) % 5]
+            self._mlps[value] = min(value, self._shape.mlp + smaller)
+        return self._mlps[value]
+
+    def _special(self, value: int) -> int:
+        if value < FIRST_SPECIAL:
+            return value
+        return self._specials.setdefault(value, FIRST_SPECIAL + len(self._specials))
+
+    def _list(self, name: str, value: Sequence[Any], geometry: _Geometry | None, layers: int | None) -> Any:
+        made: list[Any] = list(value)
+        if _SPECIAL_TOKEN.search(name) and all(map(_is_number, value)) and "layer" not in name:
+            made = [self._special(item) for item in value]
+        elif layers and len(value) == layers:
+            made = [self._small(name, item, geometry, layers) for item in value[: self._layers(layers)]]
+        elif layers and value and all(map(_is_number, value)) and _LAYER_INDICES.search(name):
+            left = self._layers(layers)
+            if max(value) < layers and min(value) >= 0 and sorted(set(value)) == list(value):
+                made = [item for item in value if item < left] or [left - 1]
+        return tuple(made) if isinstance(value, tuple) else made
+
+    def _match_state_heads(self, config: Any, values: dict[str, Any]) -> None:
+        """Let the heads of a state space fill its width again, which has become narrower."""
+        for heads_name, width_name, expand_name in _STATE_SPACES:
+            heads, width = field_of(config, heads_name), field_of(config, width_name)
+            expand, hidden = field_of(config, expand_name), _first_number(config, HIDDEN)
+            if not (_is_number(heads) and _is_number(width) and hidden and isinstance(expand, (int, float))):
+                continue
+            if heads * width == expand * hidden:
+                inner = int(expand * self._width(hidden))
+                narrow = next(size for size in (16, 8, 4, 2, 1) if inner % size == 0)
+                values[heads_name], values[width_name] = inner // narrow, narrow
+
+
+_STATE_SPACES = (
+    ("mamba_n_heads", "mamba_d_head", "mamba_expand"),
+    ("num_heads", "head_dim", "expand"),
+    ("mamba_num_heads", "mamba_head_dim", "expand"),
+    ("n_mamba_heads", "mamba_headdim", "mamba_expand"),
+)
+"""Fields for the heads of a state space, their width, and how much wider than the stream it is."""
+
+
+def _has_fields(cls: type) -> bool:
+    return dataclasses.is_dataclass(cls)
+
+
+def _stated(entry: dataclasses.Field[Any]) -> bool:
+    return entry.default is not None
+
+
+def _rotation(value: Mapping[str, Any], factor: int) -> dict[str, Any]:
+    """The parameters of a rotation for narrower heads; where kinds of layers have their own, of each."""
+    if any(isinstance(inner, Mapping) for inner in value.values()):
+        return {
+            key: _rotation(inner, factor) if isinstance(inner, Mapping) else copy.copy(inner)
+            for key, inner in value.items()
+        }
+    found = {key: inner for key, inner in value.items() if key not in ("long_factor", "short_factor")}
+    if found.get("mrope_section") and factor > 1:
+        found["mrope_section"] = _shared_out(found["mrope_section"], factor)
+    if "original_max_position_embeddings" in found:
+        found["original_max_position_embeddings"] = 32
+    if found.get("rope_type") in _PLAIN_ROTATIONS:
+        found["rope_type"] = "default"
+    if found.get("type") in _PLAIN_ROTATIONS:
+        found["type"] = "default"
+    return found
+
+
+def _shared_out(sections: Sequence[int], factor: int) -> list[int]:
+    total, parts = sum(sections) // factor, len(sections)
+    return [total - (parts - 1) * (total // parts)] + [total // parts] * (parts - 1)
