@@ -87,7 +87,13 @@ class Layout:
         )
 
 
-_WIDTHS = {"[b, s, M]": "neuron", "[b, s, V]": "vocabulary", "[b, s, E]": "expert", "[b, s, 1]": "one"}
+_WIDTHS = {
+    "[b, s, M]": "neuron",
+    "[b, s, V]": "vocabulary",
+    "[b, s, E]": "expert",
+    "[b, s, n]": "choice",
+    "[b, s, 1]": "one",
+}
 
 
 def axes_of(component: str, dimensions: int) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from intervenable.attention_mode import AttentionMode, InsideHook
+from intervenable.function_mode import FunctionHook, FunctionMode
 from intervenable.passage import Passage
 from model_maps import Side
 
@@ -37,7 +38,7 @@ class Hook(NamedTuple):
     side: Side
     act: Callable[[Passage], None]
 
-    inside: InsideHook | None = None
+    inside: InsideHook | FunctionHook | None = None
     """What to do inside the module; it has `act` as well, and the module is not hooked otherwise."""
 
 
@@ -61,12 +62,12 @@ class Gate:
 
 
 class _Modes:
-    """The attention modes that are on in each thread, for one run."""
+    """The modes that are on in each thread, for one run."""
 
     def __init__(self) -> None:
-        self._on: dict[int, list[AttentionMode]] = {}
+        self._on: dict[int, list[AttentionMode | FunctionMode]] = {}
 
-    def put_on(self, mode: AttentionMode) -> None:
+    def put_on(self, mode: AttentionMode | FunctionMode) -> None:
         self._on.setdefault(get_ident(), []).append(mode)
         mode.__enter__()  # type: ignore[no-untyped-call]
 
@@ -91,23 +92,32 @@ class _Modes:
                 mode.awake = True
 
     def take_all_off(self) -> None:
-        """Take off what a run has left on that ended inside an attention module."""
+        """Take off what a run has left on that ended inside a module."""
         while self._on.get(get_ident()):
             self.take_off()
 
 
 def _register_inside(
-    module: nn.Module, hooks: Sequence[InsideHook], gate: Gate, modes: _Modes
+    module: nn.Module, hooks: Sequence[InsideHook | FunctionHook], gate: Gate, modes: _Modes
 ) -> list[RemovableHandle]:
     """Let hooks see inside a module: a mode is on from where the module is entered to where it is left."""
+    of_attention = [hook for hook in hooks if isinstance(hook, InsideHook)]
+    of_functions = [hook for hook in hooks if isinstance(hook, FunctionHook)]
 
     def before(module: nn.Module, *rest: Any) -> None:
-        if gate.open():
-            modes.put_on(AttentionMode(module, hooks, Passage(module, *rest).take("input", None)))
+        if not gate.open():
+            return
+        if of_attention:
+            modes.put_on(AttentionMode(module, of_attention, Passage(module, *rest).take("input", None)))
+        if of_functions:
+            modes.put_on(FunctionMode(module, of_functions))
 
     def after(module: nn.Module, *rest: Any) -> None:
-        if gate.open():
-            modes.take_off()
+        if not gate.open():
+            return
+        for kind in (of_attention, of_functions):
+            if kind:
+                modes.take_off()
 
     return [
         module.register_forward_pre_hook(before, with_kwargs=True),
@@ -202,9 +212,9 @@ def _by_place(hooks: Sequence[Hook]) -> dict[tuple[nn.Module, Side], list[Callab
     return found
 
 
-def _by_module(hooks: Sequence[Hook]) -> dict[nn.Module, list[InsideHook]]:
+def _by_module(hooks: Sequence[Hook]) -> dict[nn.Module, list[InsideHook | FunctionHook]]:
     """The hooks inside modules, by module, in their order."""
-    found: dict[nn.Module, list[InsideHook]] = {}
+    found: dict[nn.Module, list[InsideHook | FunctionHook]] = {}
     for hook in hooks:
         if hook.inside is not None:
             found.setdefault(hook.module, []).append(hook.inside)

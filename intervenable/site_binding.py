@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from intervenable.errors import UnsupportedModelError
 from intervenable.sites import BoundSite, Kind, StreamAxes, is_conv1d
+from intervenable.unwrapping import config_of
 from model_maps import COMPONENTS, ModelMap, Side, Site, Sizes, Stack, columns_of, is_head_component
 
 
@@ -75,6 +76,7 @@ def bind_site(
         stack=stack,
         axes=None if site.axes is None else StreamAxes(*site.axes),
         scale=site.scale,
+        function=None if site.function is None else (site.function, site.nth),
     )
 
 
@@ -95,7 +97,7 @@ def _bind_inside(
     stack: Stack | None,
 ) -> BoundSite:
     """What an attention module computes inside itself, if it does so where it can be seen."""
-    config: Any = getattr(module, "config", getattr(model, "config", None))
+    config: Any = getattr(module, "config", config_of(model))
     implementation = getattr(config, "_attn_implementation", None) or "eager"
     if any(name in implementation for name in FUSED_KERNELS):
         raise UnsupportedModelError(

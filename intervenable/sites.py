@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from intervenable.attention_mode import InsideHook, floor_of
 from intervenable.errors import EditError, LocationError, LocationRangeError, UnsupportedModelError
+from intervenable.function_mode import FunctionHook
 from intervenable.hooks import Hook
 from intervenable.inputs import RunInputs
 from intervenable.passage import Passage
 from intervenable.unit_index import UnitIndex
 from intervenable.units import Level, UnitRows, Units, Whole
-from model_maps import COMPONENTS, HeadColumns, Side, Stack
+from model_maps import COMPONENTS, FunctionName, HeadColumns, Side, Stack
 
 # --- a component in a model -------------------------------------------------------------------------------
 
@@ -113,6 +114,9 @@ class BoundSite:
 
     scale: float = 1.0
     """What the model multiplies its tensor with before it is the component."""
+
+    function: tuple[FunctionName, int] | None = None
+    """The function inside the module whose result it is, and which of its calls; None if the module's own."""
 
     @property
     def word(self) -> str:
@@ -481,6 +485,9 @@ def hook_at(site: BoundSite, act: Callable[[Passage], None], *, writes: bool = F
         act: What; it is given the passage, from which the site reads and to which it writes.
         writes: Whether it may change what it is given.
     """
+    if site.function is not None:
+        slot = site.slot if isinstance(site.slot, int) else None
+        return Hook(site.module, site.side, act, FunctionHook(site.function[0], act, site.function[1], slot))
     if site.kind != "inside":
         return Hook(site.module, site.side, act)
     return Hook(site.module, site.side, act, InsideHook(site.word, act, writes, *site.head_counts))

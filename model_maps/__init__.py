@@ -12,6 +12,7 @@ from model_maps.lookup import (
 )
 from model_maps.schema import (
     AttentionHeads,
+    FunctionName,
     HeadColumns,
     LayerKind,
     Layout,
@@ -44,6 +45,7 @@ __all__ = [
     "AttentionHeads",
     "Axes",
     "Component",
+    "FunctionName",
     "Head",
     "HeadColumns",
     "LayerKind",

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from model_maps.families import FUSED_EXPERTS, NO_EXPERTS, NO_ROTARY, Head, family, lacking
+from model_maps.families import CHOICE_IS_READ, FUSED_EXPERTS, NO_EXPERTS, NO_ROTARY, Head, family, lacking
 from model_maps.schema import ModelMap, Site, Variant
-
-CHOSEN_INSIDE = (
-    "the router chooses the experts inside itself; write 'router_input' or 'expert_output' instead"
-)
-"""Why router logits cannot be written in today's mixtures."""
 
 GPT2 = family(
     heads=[
@@ -433,6 +428,12 @@ PHI3 = family(
     positions_derived_from_mask=False,
 )
 
+CHOSEN = {
+    "expert_choice": Site("mlp.experts", "input", 1, width="any", flat=True, read_only=CHOICE_IS_READ),
+    "expert_weight": Site("mlp.experts", "input", 2, width="any", flat=True),
+}
+"""Where experts are told which of them each position is sent to."""
+
 MIXTRAL = family(
     heads=[
         Head(None, ("MixtralModel",), ""),
@@ -447,7 +448,9 @@ MIXTRAL = family(
         "mlp_input": Site("mlp", "input"),
         "mlp_output": Site("mlp"),
         "router_input": Site("mlp.gate", "input", flat=True),
-        "router_output": Site("mlp.gate", width="experts", flat=True, read_only=CHOSEN_INSIDE),
+        # The router chooses experts before it returns its logits.
+        "router_output": Site("mlp.gate", width="experts", flat=True, function="linear"),
+        **CHOSEN,
         "expert_input": Site("mlp.experts", "input", flat=True),
         "expert_output": Site("mlp.experts", flat=True),
     },
@@ -468,7 +471,8 @@ GPT_OSS = family(
         "mlp_input": Site("mlp", "input"),
         "mlp_output": Site("mlp"),
         "router_input": Site("mlp.router", "input", flat=True),
-        "router_output": Site("mlp.router", width="experts", flat=True, read_only=CHOSEN_INSIDE),
+        "router_output": Site("mlp.router", width="experts", flat=True, function="linear"),
+        **CHOSEN,
         "expert_input": Site("mlp.experts", "input", flat=True),
         "expert_output": Site("mlp.experts", flat=True),
     },

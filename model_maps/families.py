@@ -43,6 +43,8 @@ def lacking(*components: str, why: str) -> dict[str, str]:
 NO_EXPERTS = lacking(
     "router_input",
     "router_output",
+    "expert_choice",
+    "expert_weight",
     "expert_input",
     "expert_output",
     why="its MLP is dense: it has no router and no experts",
@@ -53,6 +55,9 @@ NO_MIXER = lacking(
     "mixer_input", "mixer_output", "mixer_contribution", why="its blocks mix positions by attention alone"
 )
 """What architectures without state spaces, linear attention or convolutions lack."""
+
+CHOICE_IS_READ = "its numbers name experts; write 'router_output' or 'expert_weight' instead"
+"""Why the numbers of the chosen experts are not to be written."""
 
 NO_ROTARY = lacking("rotary_query", "rotary_key", why="it has no rotary embedding")
 """What architectures lack that tell positions in another way."""

@@ -12,6 +12,9 @@ from model_maps.vocabulary import COMPONENTS, OF_KEYS, Component, Stack
 Side = Literal["input", "output"]
 Part = Literal["query", "key", "value"]
 Layout = Literal["concatenated", "grouped"]
+FunctionName = Literal["linear", "softmax", "top"]
+"""Functions of torch's whose result a site can be: a product with a weight, a softmax, the largest entries."""
+
 Width = Literal["hidden", "query", "key_value", "mlp", "vocabulary", "experts", "embedding", "any"]
 
 
@@ -115,6 +118,13 @@ class Site:
 
     attention: AttentionHeads | None = None
     """Of an attention module's input: the heads of what is computed inside, if they differ from the sizes."""
+
+    function: FunctionName | None = None
+    """The function whose result it is, called inside the module; None: the module takes it or hands it over. Then
+    `slot` is the item of a result of several, and `side` says nothing."""
+
+    nth: int = 0
+    """Which of that function's calls inside the module, those in its children included, counted from 0."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

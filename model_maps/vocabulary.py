@@ -2,8 +2,8 @@
 
 One table for all architectures: a `ModelMap` says where a component lives in one of them, this table says
 what the word means everywhere. Symbols: `b` batch, `s` positions, `D` hidden size, `H` query heads,
-`K` key-value heads, `dh` width of a head, `M` width of the MLP, `V` vocabulary, `E` experts, `q` and `k` positions
-of queries (rows) and keys (columns).
+`K` key-value heads, `dh` width of a head, `M` width of the MLP, `V` vocabulary, `E` experts, `n` experts that a
+position is sent to, `q` and `k` positions of queries (rows) and keys (columns).
 
 In a model of several stacks each word says which: `encoder_block_output`, `decoder_block_output`; `vision_`, `audio_`
 and `text_` begin the words for towers. What the decoder's blocks do to attend to the encoder begins with `cross_`.
@@ -178,6 +178,8 @@ _WORDS: Mapping[str, Component] = {
     ),
     "router_input": Component("[b, s, D]", "input of the router of a mixture of experts"),
     "router_output": Component("[b, s, E]", "router logits"),
+    "expert_choice": Component("[b, s, n]", "numbers of the experts that each position is sent to"),
+    "expert_weight": Component("[b, s, n]", "what the output of each of these experts is multiplied with"),
     "expert_input": Component("[b, s, D]", "input of the experts"),
     "expert_output": Component("[b, s, D]", "weighted sum of the experts' outputs"),
     "final_norm_input": Component("[b, s, D]", "input of the last norm", scope="model"),
