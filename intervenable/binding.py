@@ -27,6 +27,7 @@ from intervenable.errors import (
 from intervenable.maps import map_of
 from intervenable.site_binding import bind_path, bind_site, module_at
 from intervenable.sites import BoundSite
+from intervenable.unwrapping import class_names, config_of
 from interventions import CallableIntervention, Intervention, InterventionError, KnockoutIntervention
 from interventions.fixed import CoordinatewiseIntervention
 from model_maps import (
@@ -129,7 +130,7 @@ class _NoMapError(UnsupportedModelError):
 
 
 def _check_model_type(config: IntervenableConfig, model: nn.Module) -> None:
-    names = [cls.__name__ for cls in type(model).__mro__]
+    names = [type(model).__name__, *class_names(model)]
     if config.model_type is not None and config.model_type not in names:
         raise ModelMismatchError(
             f"The configuration is for {config.model_type}, and the model is a {type(model).__name__}."
@@ -147,7 +148,7 @@ class Places:
         self.model = model
         self._map: ModelMap | None = None
         self._counts: dict[str, int] = {}
-        config = getattr(model, "config", None)
+        config = config_of(model)
         self.sizes = sizes_of(config) if config is not None else Sizes()
 
     def site(self, entry: RepresentationConfig) -> BoundSite:
@@ -219,7 +220,7 @@ class Places:
         """The sizes of the stack that a component is in."""
         prefix = COMPONENTS[component].prefix
         part = self.map.configs.get("decoder" if prefix == "cross" else prefix) if prefix else None
-        config = None if part is None else getattr(getattr(self.model, "config", None), part, None)
+        config = None if part is None else getattr(config_of(self.model), part, None)
         return self.sizes if config is None else sizes_of(config)
 
     def _site_of(self, component: str, layer: int | None = None) -> Site:

@@ -14,6 +14,7 @@ from intervenable.config import RepresentationConfig
 from intervenable.easyroutine_keys import ActivationKey, parse_activation_key
 from intervenable.errors import ConfigError, UnknownNameError, unknown_name
 from intervenable.model import IntervenableModel
+from intervenable.unwrapping import config_of
 from interventions import CollectIntervention
 from model_maps import Sizes, sizes_of
 
@@ -129,7 +130,7 @@ class Values:
 
     def __init__(self, model: nn.Module, inputs: Any) -> None:
         self.model = model
-        self.sizes = sizes_of(getattr(model, "config", None))
+        self.sizes = sizes_of(config_of(model))
         self._given = inputs
 
     def vectors(self, value: Tensor | FromCache) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from intervenable.errors import InputError, NotAvailableError, UnsupportedModelError
 from intervenable.maps import map_of
 from intervenable.signatures import Signature, forward_signature, misfit
+from intervenable.unwrapping import unwrapped
 from model_maps import Stack, UnmappedModelError
 
 TOKENS = ("input_ids", "inputs_embeds")
@@ -148,7 +149,7 @@ def read_inputs(given: object, model: nn.Module, name: str) -> RunInputs:
     _check_names(args, kwargs, signature, model, name)
     main = _main_input(args, kwargs, signature, model, name)
     _check_values(main, model, name)
-    time_first = isinstance(model, nn.RNNBase) and not model.batch_first and main.dim() == 3
+    time_first = _time_first(model) and main.dim() == 3
     batch, length = _batch_and_length(main, time_first, name)
     named = {**dict(zip(signature.parameters, args, strict=False)), **kwargs}
     mask = _mask(named, "attention_mask", (batch, length), name)
@@ -159,6 +160,11 @@ def read_inputs(given: object, model: nn.Module, name: str) -> RunInputs:
     if "decoder_input_ids" not in signature.parameters:
         return inputs
     return replace(inputs, decoder=_decoder(inputs, named, model, name))
+
+
+def _time_first(model: nn.Module) -> bool:
+    inside = unwrapped(model).module
+    return isinstance(inside, nn.RNNBase) and not inside.batch_first
 
 
 def _mask(named: Mapping[str, Any], key: str, shape: tuple[int, int], name: str) -> Tensor | None:
@@ -288,7 +294,11 @@ def _main_input(
     model: nn.Module,
     name: str,
 ) -> Tensor:
-    names = [getattr(model, "main_input_name", None), *TOKENS, next(iter(signature.parameters), None)]
+    names = [
+        getattr(unwrapped(model).module, "main_input_name", None),
+        *TOKENS,
+        next(iter(signature.parameters), None),
+    ]
     candidates = [kwargs[key] for key in names if key is not None and key in kwargs] + list(args[:1])
     for value in candidates:
         if isinstance(value, Tensor) and value.dim() >= 1:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intervenable.unwrapping import unwrapped
 from model_maps import sizes_of
 
 SAMPLES = 4
@@ -20,6 +21,7 @@ Notes = Mapping[str, Mapping[str, Any]]
 
 def description_of(model: nn.Module) -> dict[str, Any]:
     """The class and the sizes of a model, for people to read too."""
+    model = unwrapped(model).module
     config = getattr(model, "config", None)
     sizes = {} if config is None else asdict(sizes_of(config))
     packed = getattr(model, "is_quantized", False)
@@ -35,7 +37,7 @@ def description_of(model: nn.Module) -> dict[str, Any]:
 def weights_of(model: nn.Module) -> dict[str, dict[str, Any]]:
     """A few values of each weight, evenly spread; none of packed ones and of those that are elsewhere."""
     found: dict[str, dict[str, Any]] = {}
-    for name, weight in model.named_parameters():
+    for name, weight in unwrapped(model).module.named_parameters():
         if not weight.is_floating_point() or weight.is_meta or hasattr(weight, "full_tensor"):
             continue
         found[name] = {

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from intervenable.unwrapping import unwrapped
+
 
 def takes(model: nn.Module, name: str) -> bool:
     """Whether a model's `forward` has a parameter of this name."""
@@ -26,7 +28,33 @@ class Signature(inspect.Signature):
 
 
 def forward_signature(model: nn.Module) -> Signature:
-    """The signature of a model's `forward`, read once for each class."""
+    """The signature of a model's `forward`, read once for each class; a wrapper takes what the model inside does."""
+    inside = unwrapped(model).module
+    if inside is model:
+        return _own_signature(model)
+    return _through(_own_signature(model), _own_signature(inside))
+
+
+@lru_cache(maxsize=256)
+def _through(wrapper: Signature, inside: Signature) -> Signature:
+    """What can be given to a wrapper that hands on to the module inside whatever it does not name itself."""
+    own = wrapper.parameters
+    kinds = {parameter.kind for parameter in own.values()}
+    if kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+        return inside
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
+        return wrapper
+    handed_on = [
+        parameter.replace(kind=parameter.KEYWORD_ONLY)
+        for name, parameter in inside.parameters.items()
+        if name not in own and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    ]
+    named = [parameter for parameter in own.values() if parameter.kind is not parameter.VAR_KEYWORD]
+    rest = [parameter for parameter in own.values() if parameter.kind is parameter.VAR_KEYWORD]
+    return Signature([*named, *handed_on, *rest])
+
+
+def _own_signature(model: nn.Module) -> Signature:
     function = getattr(model.forward, "__func__", None)
     # A `forward` put on the instance (accelerate's, for one) is read anew: another may come in its place.
     return _signature_of(model.forward) if function is None else _method_signature(function)

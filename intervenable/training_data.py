@@ -16,6 +16,7 @@ from intervenable.model import IntervenableModel
 from intervenable.signatures import forward_signature, takes
 from intervenable.training_columns import Columns, as_tensors, depth, missing_columns, plain, read_columns
 from intervenable.training_places import Places, given_places, places_of_columns
+from intervenable.unwrapping import config_of
 from interventions import VanillaIntervention
 
 IGNORED = -100
@@ -200,7 +201,7 @@ class _Reader:
         self.model = model
         self.name = name
         self.wrapped = model.model
-        self.config = getattr(model.model, "config", None)
+        self.config = config_of(model.model)
         tokenizer = model.tokenizer
         pads = [getattr(owner, "pad_token_id", None) for owner in (tokenizer, self.config)]
         self.pad = next((pad for pad in pads if isinstance(pad, int)), 0)

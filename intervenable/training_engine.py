@@ -15,6 +15,7 @@ from intervenable.locations import lists_each_intervention
 from intervenable.model import IntervenableModel
 from intervenable.signatures import takes
 from intervenable.training_data import IGNORED, Examples, Inputs, check_labels
+from intervenable.unwrapping import config_of, unwrapped
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,6 @@ def last_positions(logits: Tensor, base: Inputs) -> Tensor:
 
 def predicts_next(model: nn.Module) -> bool:
     """Whether the logits at a token are about the one after it: so in causal language models."""
-    config = getattr(model, "config", None)
-    generates = getattr(model, "can_generate", None)
+    config = config_of(model)
+    generates = getattr(unwrapped(model).module, "can_generate", None)
     return bool(callable(generates) and generates() and not getattr(config, "is_encoder_decoder", False))

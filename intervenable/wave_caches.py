@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intervenable.unwrapping import config_of
 from intervenable.wave_rows import NoShortcutError, Path, Rows, tensors_in, with_groups
 
 GROWING = ("keys", "values")
@@ -21,7 +22,7 @@ def recording_cache(model: nn.Module) -> Any:
     Raises:
         NoShortcutError: the model has no such caches.
     """
-    config: Any = getattr(model, "config", None)
+    config: Any = config_of(model)
     if config is None or not hasattr(config, "get_text_config"):
         raise NoShortcutError("the model has no config to make a cache of")
     from transformers import DynamicCache  # here, for the half second that it takes

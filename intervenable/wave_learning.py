@@ -12,6 +12,7 @@ from torch import nn
 
 from intervenable.hooks import Hook, hooked
 from intervenable.passage import Passage
+from intervenable.unwrapping import config_of
 from intervenable.wave_caches import layers_of, recording_cache, shapes_of, watch
 from intervenable.wave_inputs import WaveInputs
 from intervenable.wave_rows import NoShortcutError, Path, Rows, row_axes, shapes_in
@@ -123,7 +124,7 @@ _lock = Lock()
 
 def knowledge_of(model: nn.Module, inputs: WaveInputs) -> Learnt:
     """What is known of a model, for inputs like these."""
-    config: Any = getattr(model, "config", None)
+    config: Any = config_of(model)
     first = next(model.parameters(), None)
     key = (
         inputs.kind,
