@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from intervenable.errors import InputError
 from intervenable.map_twin_config import field_of, parts_of
-from intervenable.wrappers import unwrapped
+from intervenable.unwrapping import unwrapped
 
 _SPECIAL = re.compile(r"(token_id|token_ids|token_index|_index)$")
 _PLAIN_TOKENS = range(10, 90)
@@ -37,7 +37,7 @@ def example_inputs(model: nn.Module, *, batch: int = 2, length: int = 7, seed: i
         >>> {name: tuple(value.shape) for name, value in inputs.items()}
         {'input_ids': (2, 7)}
     """
-    inner = unwrapped(model)
+    inner = unwrapped(model).module
     takes = inspect.signature(inner.forward).parameters
     drawn = _Drawn(inner, batch, length, seed)
     wanted = _wanted(inner, takes)

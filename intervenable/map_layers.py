@@ -104,4 +104,4 @@ def _switches(module: nn.Module) -> Hashable:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return hasattr(module, "in_features") and hasattr(module, "out_features") or hasattr(module, "nf")
+    return (hasattr(module, "in_features") and hasattr(module, "out_features")) or hasattr(module, "nf")

@@ -15,7 +15,7 @@ from intervenable.errors import IntervenableError, UnsupportedModelError
 from intervenable.map_inputs import example_inputs
 from intervenable.map_layers import layers_needed
 from intervenable.map_twin_config import TwinShape, small_config
-from intervenable.wrappers import unwrapped
+from intervenable.unwrapping import unwrapped
 
 SHAPES = (
     TwinShape(),
@@ -55,7 +55,7 @@ def twin_of(model: nn.Module, *, seed: int = 0) -> nn.Module:
         >>> twin.config.n_head, twin.config.n_embd, twin.config.n_layer
         (25, 200, 3)
     """
-    inner = unwrapped(model)
+    inner = unwrapped(model).module
     config = getattr(inner, "config", None)
     if not (hasattr(config, "to_dict") and hasattr(config, "model_type")):
         raise UnsupportedModelError(

@@ -1,0 +1,240 @@
+"""The map of a tiny twin made into that of the model itself: its layers by kind, its columns by width."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from torch import nn
+
+from intervenable.map_layers import block_signature, layer_kinds
+from model_maps import COMPONENTS, AttentionHeads, HeadColumns, LayerKind, ModelMap, Site, Stack
+
+
+def fitted(record: ModelMap, twin: nn.Module, model: nn.Module) -> ModelMap:
+    """The map of a model, from that of its twin.
+
+    Each layer of the model gets the sites of a layer of the twin that is of its kind, with columns as much wider as
+    the live module is. What cannot be carried over exactly is absent, with the reason.
+
+    Args:
+        record: The map of the twin.
+        twin: The twin, made by `twin_of(model)`.
+        model: The model, whose weights are not read: it may be on the meta device or quantised.
+    """
+    rows: dict[Stack | None, list[_Layer]] = {}
+    for stack, path in _stacks(record):
+        rows[stack] = _layers(record, stack, path, twin, model)
+    outside = _Widths(twin, model)
+    sites, absent = {}, dict(record.absent)
+    for name, site in record.sites.items():
+        if COMPONENTS[name].scope == "block" and _stack_of(record, name) in rows:
+            continue
+        scaled = _scaled(site, outside)
+        if isinstance(scaled, Site):
+            sites[name] = scaled
+        else:
+            absent[name] = scaled
+    kinds: list[LayerKind] = []
+    for stack, layers in rows.items():
+        if not layers:
+            continue
+        commonest = max(set(layers), key=layers.count)
+        sites.update(commonest.sites)
+        own = {*commonest.sites, *commonest.absent}
+        absent = {**{name: why for name, why in absent.items() if name not in own}, **commonest.absent}
+        kinds += _kinds(stack, layers, commonest)
+    return replace(record, sites=sites, absent=absent, kinds=tuple(kinds))
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What the map says about one layer."""
+
+    sites: Mapping[str, Site]
+    absent: Mapping[str, str]
+
+    def __hash__(self) -> int:
+        return hash((frozenset(self.sites.items()), frozenset(self.absent.items())))
+
+
+def _stacks(record: ModelMap) -> Iterator[tuple[Stack | None, str]]:
+    if record.blocks:
+        yield None, record.blocks
+    yield from record.stacks.items()
+
+
+def _stack_of(record: ModelMap, component: str) -> Stack | None:
+    prefix = COMPONENTS[component].prefix
+    return "decoder" if prefix == "cross" else prefix or None
+
+
+def _layers(
+    record: ModelMap, stack: Stack | None, path: str, twin: nn.Module, model: nn.Module
+) -> list[_Layer]:
+    small, large = _blocks(twin, path), _blocks(model, path)
+    known = [_of_twin(record, stack, layer) for layer in range(len(small))]
+    signatures = [block_signature(block) for block in small]
+    made: dict[tuple[int, int], _Layer] = {}
+    layers: list[_Layer] = []
+    kinds = layer_kinds(large)
+    usual: dict[str, Fraction] = {}
+    for at, block in enumerate(large):
+        like = _like(at, block, kinds, signatures)
+        if like is None:
+            layers.append(_unknown(known, at))
+            continue
+        key = (like, kinds[at])
+        if key not in made:
+            exact = like in (at, kinds[at])
+            widths = _Widths(small[like], block, None if exact else usual)
+            made[key] = _fitted_layer(known[like], widths)
+            if exact:
+                usual.update(widths.seen)
+        layers.append(made[key])
+    return layers
+
+
+def _like(at: int, block: nn.Module, kinds: Sequence[int], signatures: Sequence[object]) -> int | None:
+    """The layer of the twin that a layer of the model is like; None if there is none."""
+    signature = block_signature(block)
+    for layer in (at, kinds[at]):
+        if layer < len(signatures) and signatures[layer] == signature:
+            return layer
+    return next((layer for layer, other in enumerate(signatures) if other == signature), None)
+
+
+def _blocks(model: nn.Module, path: str) -> list[nn.Module]:
+    found = model.get_submodule(path)
+    return list(found.children()) if isinstance(found, (nn.ModuleList, nn.Sequential)) else [found]
+
+
+def _of_twin(record: ModelMap, stack: Stack | None, layer: int) -> _Layer:
+    sites, absent = {}, {}
+    for name, known in COMPONENTS.items():
+        if known.scope != "block" or _stack_of(record, name) != stack:
+            continue
+        there = record.at_layer(name, layer)
+        if name in there.sites:
+            sites[name] = there.sites[name]
+        elif name in there.absent:
+            absent[name] = there.absent[name]
+    return _Layer(sites, absent)
+
+
+def _unknown(known: Sequence[_Layer], layer: int) -> _Layer:
+    why = f"layer {layer} is of a kind that its tiny twin does not have"
+    return _Layer({}, {name: why for one in known for name in (*one.sites, *one.absent)})
+
+
+def _fitted_layer(layer: _Layer, widths: _Widths) -> _Layer:
+    sites, absent = {}, dict(layer.absent)
+    for name, site in layer.sites.items():
+        scaled = _scaled(site, widths)
+        if isinstance(scaled, str):
+            absent[name] = scaled
+        else:
+            sites[name] = scaled
+    for name, site in sites.items():
+        if site.attention is not None and site.attention.width is not None:
+            query = name.replace("attention_input", "query_output")
+            sites[name] = replace(
+                site, attention=_heads(site.attention, layer.sites.get(query), sites.get(query))
+            )
+    return _Layer(sites, absent)
+
+
+def _heads(heads: AttentionHeads, small: Site | None, large: Site | None) -> AttentionHeads:
+    """The heads inside of an attention module, as much wider as its queries are."""
+    width = None
+    if heads.width and small and large and small.columns and large.columns:
+        wider = Fraction(heads.width * large.columns.width, small.columns.width)
+        width = int(wider) if wider.denominator == 1 else None
+    return AttentionHeads(heads.query, heads.key_value, width)
+
+
+def _kinds(stack: Stack | None, layers: Sequence[_Layer], commonest: _Layer) -> list[LayerKind]:
+    kinds = []
+    for other in dict.fromkeys(layers):
+        if other == commonest:
+            continue
+        sites = {name: site for name, site in other.sites.items() if commonest.sites.get(name) != site}
+        absent = {name: why for name, why in other.absent.items() if commonest.absent.get(name) != why}
+        which = tuple(at for at, layer in enumerate(layers) if layer == other)
+        kinds.append(LayerKind(which, stack, sites, absent))
+    return kinds
+
+
+# --- columns ----------------------------------------------------------------------------------------------
+
+
+class _Widths:
+    """How much wider the modules of a live block are than those of the twin's.
+
+    Where factors are expected, others are refused: those of layers that are known to be of the same sizes.
+    """
+
+    def __init__(
+        self, small: nn.Module, large: nn.Module, expected: Mapping[str, Fraction] | None = None
+    ) -> None:
+        self._small, self._large = small, large
+        self._expected = expected
+        self.seen: dict[str, Fraction] = {}
+
+    def at(self, site: Site) -> tuple[Fraction, int] | str:
+        """The factor at a site and the live width there, or why neither can be told."""
+        try:
+            small = _width(self._small.get_submodule(site.path), site.side)
+            large = _width(self._large.get_submodule(site.path), site.side)
+        except AttributeError:
+            return f"the model has no module {site.path!r} there"
+        if small is None or large is None:
+            return f"module {site.path!r} does not say how wide its {site.side} is"
+        factor = Fraction(large, small)
+        key = f"{site.path}.{site.side}"
+        usual = None if self._expected is None else self._expected.get(key)
+        if self._expected is not None and factor != usual:
+            # Perhaps its heads are more and not wider.
+            return f"{site.path!r} is {large} wide, and no layer of its tiny twin has heads of that kind"
+        self.seen[key] = factor
+        return factor, large
+
+
+def _scaled(site: Site, widths: _Widths) -> Site | str:
+    """A site with its columns and heads as wide as the model's; the reason if they cannot be."""
+    if site.columns is None:
+        return site
+    found = widths.at(site)
+    if isinstance(found, str):
+        return found
+    factor, live = found
+    columns = site.columns
+    numbers = [
+        factor * value for value in (columns.width, columns.start, columns.stride, columns.group_stride)
+    ]
+    if any(number.denominator != 1 for number in numbers):
+        return f"the twin's columns do not fit: {site.path!r} is {live} wide, {float(factor):.3g} times the twin's"
+    width, start, stride, group_stride = map(int, numbers)
+    wider = HeadColumns(columns.heads, width, start, stride, columns.per_group, group_stride)
+    if wider.first_column(columns.heads - 1) + width > live:
+        return f"the twin's columns do not fit: {columns.heads} heads of {width} in {live} columns"
+    return replace(site, columns=wider)
+
+
+def _width(module: nn.Module, side: str) -> int | None:
+    """The last axis of what goes into or comes out of a module, as far as the module says."""
+    adapted = module._modules.get("base_layer")
+    if adapted is not None:
+        return _width(adapted, side)
+    value = getattr(module, "in_features" if side == "input" else "out_features", None)
+    if isinstance(value, int):
+        return value
+    weight = getattr(module, "weight", None)
+    if (
+        hasattr(module, "nf") and weight is not None
+    ):  # the linear modules of GPT-2 have their weights transposed
+        return int(weight.shape[0] if side == "input" else weight.shape[-1])
+    if weight is not None and weight.dim() == 1:  # a norm
+        return int(weight.shape[0])
+    return None
