@@ -83,11 +83,7 @@ def by_heads(tensor: Tensor, batch: int) -> Tensor | None:
         return tensor
     if tensor.dim() != 3 or tensor.shape[0] % batch:
         return None
-    return (
-        tensor.view(batch, -1, *tensor.shape[1:])
-        if tensor.is_contiguous()
-        else tensor.unflatten(0, (batch, -1))
-    )
+    return tensor.reshape(batch, -1, *tensor.shape[1:])
 
 
 def _around(softmax: Met, before: Sequence[Met], after: Sequence[Met], batch: int) -> Attention | None:

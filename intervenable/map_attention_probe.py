@@ -1,4 +1,4 @@
-"""A forward pass in which gradients stop at the outputs of linear maps: what feeds what, and which columns which head.
+"""A forward pass in which gradients stop at the outputs of linear maps: tells what is made of what.
 
 From the tensors that attention multiplies, gradients reach the linear maps that make them and nothing below these. A
 sum in which each head counts with a number of its own tells by its gradients in which head a column ends up.
