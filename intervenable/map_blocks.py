@@ -1,0 +1,240 @@
+"""Stacks of blocks found in a traced forward pass: lists of modules each of which is given what the last returned."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from intervenable.map_trace import Call, Slot, Trace
+from intervenable.map_values import Key, has_matrix, key_of, output_slot
+from model_maps import Stack
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One block of a stack, as it was called."""
+
+    layer: int
+    path: str
+    call: Call
+    given: Slot
+    """Where it is given the stream; None: the usual place."""
+
+    returned: Slot
+    """Where it returns the stream; None: the usual place."""
+
+    @property
+    def entering(self) -> Tensor:
+        """The residual stream as it enters."""
+        slot = self.call.main_input_slot if self.given is None else self.given
+        return self.call.inputs[slot]
+
+    @property
+    def leaving(self) -> Tensor:
+        """The residual stream as it leaves."""
+        slot = next(iter(self.call.outputs)) if self.returned is None else self.returned
+        return self.call.outputs[slot]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockStack:
+    """A list of blocks."""
+
+    path: str
+    """Path of the list."""
+
+    count: int
+    """How many entries the list has, called or not."""
+
+    blocks: tuple[Block, ...]
+    """Those that were called, in order."""
+
+    linked: int
+    """How many of them were given what the one before returned."""
+
+    role: Stack | None = None
+    """Which stack it is; None for the only one, or the one that the others feed."""
+
+    refused: str = ""
+    """Why its blocks cannot be offered."""
+
+    @property
+    def first(self) -> Block:
+        """The first block called."""
+        return self.blocks[0]
+
+    @property
+    def last(self) -> Block:
+        """The last block called."""
+        return self.blocks[-1]
+
+    @property
+    def uncalled(self) -> tuple[int, ...]:
+        """Entries that the forward pass did not call."""
+        called = {block.layer for block in self.blocks}
+        return tuple(layer for layer in range(self.count) if layer not in called)
+
+
+def find_stacks(trace: Trace, model: nn.Module) -> list[BlockStack]:
+    """The outermost lists of modules that hand a stream on, in the order in which they run.
+
+    Lists whose blocks run more than once are among them, with the reason in `refused`.
+
+    Args:
+        trace: A forward pass.
+        model: The model that was run.
+    """
+    calls: dict[nn.Module, list[Call]] = {}
+    for call in trace.calls:
+        calls.setdefault(call.module, []).append(call)
+    found: list[BlockStack] = []
+    for path, entries in _lists(model):
+        if any(path.startswith(f"{outer.path}.") for outer in found):
+            continue
+        stack = _stack(path, entries, calls)
+        if stack is not None:
+            found.append(stack)
+    return sorted(found, key=lambda stack: stack.first.call.entered)
+
+
+def _lists(model: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
+    """Modules whose parts are numbered, outer ones first."""
+    for path, module in model.named_modules():
+        names = [name for name, _ in module.named_children()]
+        if names and names == [str(number) for number in range(len(names))]:
+            yield path, list(module.children())
+
+
+def _stack(path: str, entries: Sequence[nn.Module], calls: dict[nn.Module, list[Call]]) -> BlockStack | None:
+    """The stack that a list of modules is, if it is one."""
+    called = [(layer, entry) for layer, entry in enumerate(entries) if calls.get(entry)]
+    if not called or not all(any(entry.children()) and has_matrix(entry) for _, entry in called):
+        return None
+    first = [calls[entry][0] for _, entry in called]
+    slots = _slots(first)
+    if slots is None:
+        return None
+    given, returned, linked = slots
+    blocks = tuple(
+        Block(
+            layer,
+            f"{path}.{layer}" if path else str(layer),
+            call,
+            None if given == call.main_input_slot else given,
+            output_slot(call.outputs, returned),
+        )
+        for (layer, _), call in zip(called, first, strict=True)
+    )
+    if any(block.entering.shape != block.leaving.shape for block in blocks):
+        return None
+    if len(blocks) > 1 and linked < (len(blocks) - 1) / 2:
+        return None
+    times = max(len(calls[entry]) for _, entry in called)
+    reason = f"its blocks run {times} times in a forward pass, so no layer has one value" if times > 1 else ""
+    return BlockStack(path, len(entries), blocks, linked, refused=reason)
+
+
+def _slots(calls: Sequence[Call]) -> tuple[Slot, Slot, int] | None:
+    """The slots by which most of the calls are given what the one before returned, and how many are."""
+    givens = [slot for slot in calls[0].inputs if all(slot in call.inputs for call in calls)]
+    returns = [slot for slot in calls[0].outputs if all(slot in call.outputs for call in calls)]
+    mains = [call.main_input_slot for call in calls]
+    givens.sort(key=lambda slot: slot != mains[0])
+    best: tuple[Slot, Slot, int] | None = None
+    for given, returned in itertools.product(givens, returns):
+        first = calls[0]
+        if first.inputs[given].dim() < 2 or not first.inputs[given].is_floating_point():
+            continue
+        if len(calls) == 1 and first.inputs[given].shape != first.outputs[returned].shape:
+            continue
+        linked = sum(
+            _keyed(one, "output", returned) == _keyed(other, "input", given)
+            for one, other in itertools.pairwise(calls)
+        )
+        if best is None or linked > best[2]:
+            best = given, returned, linked
+    return best
+
+
+def _keyed(call: Call, side: str, slot: Slot) -> Key:
+    return key_of((call.inputs if side == "input" else call.outputs)[slot])
+
+
+# --- which stack is which ---------------------------------------------------------------------------------
+
+_SIGNALS = {
+    "vision": re.compile(r"pixel|image|vision|visual|video|patch"),
+    "audio": re.compile(r"input_features|input_values|audio|speech|sound|mel"),
+}
+"""What the inputs of towers, and the modules around them, are called."""
+
+
+def with_roles(stacks: Sequence[BlockStack], trace: Trace) -> list[BlockStack]:
+    """The stacks that components can name, each with its role: at most one of a kind.
+
+    The main one is that which runs last. One whose blocks are given, beside the stream, what another one ended in is a
+    decoder and the other its encoder.
+    """
+    whole = [stack for stack in stacks if stack.linked == len(stack.blocks) - 1] or list(stacks)
+    if not whole:
+        return []
+    longest = max(len(stack.blocks) for stack in whole)
+    large = [stack for stack in whole if len(stack.blocks) > longest / 4 or tower_of(stack, trace)]
+    main = _main(large, trace)
+    encoder = next(
+        (stack for stack in reversed(large) if stack is not main and reads_end_of(main, stack, trace)), None
+    )
+    found: list[BlockStack] = []
+    if encoder is not None:
+        found = [replace(encoder, role="encoder"), replace(main, role="decoder")]
+    else:
+        role = tower_of(main, trace) if _independent(main, large, trace) else None
+        found = [replace(main, role=role)]
+    for stack in large:
+        role = tower_of(stack, trace)
+        if stack not in (main, encoder) and role and role not in {known.role for known in found}:
+            found.append(replace(stack, role=role))
+    return sorted(found, key=lambda stack: stack.first.call.entered)
+
+
+def _main(stacks: Sequence[BlockStack], trace: Trace) -> BlockStack:
+    """The stack that ends in the logits: the last one that reads tokens, else the last one."""
+    return max(stacks, key=lambda stack: (tower_of(stack, trace) is None, stack.last.call.left))
+
+
+def tower_of(stack: BlockStack, trace: Trace) -> Stack | None:
+    """Whether a stack reads images or sound, by what the modules around it are given."""
+    around = stack.first.call.parent
+    while around is not None:
+        floats = [name for name, tensor in around.inputs.items() if isinstance(name, str)]
+        for role, words in _SIGNALS.items():
+            if any(words.search(name) for name in floats) and around.path:
+                return role  # type: ignore[return-value]
+        around = around.parent
+    leaf = stack.path.lower()
+    for role, words in _SIGNALS.items():
+        if words.search(leaf):
+            return role  # type: ignore[return-value]
+    return None
+
+
+def _independent(main: BlockStack, stacks: Sequence[BlockStack], trace: Trace) -> bool:
+    return False
+
+
+def reads_end_of(stack: BlockStack, other: BlockStack, trace: Trace) -> bool:
+    """Whether blocks of a stack are given, beside the stream, what another stack ended in."""
+    ends = {
+        key_of(tensor)
+        for call in trace.calls
+        if call.left >= other.last.call.left and call.entered < stack.first.call.entered
+        for tensor in call.outputs.values()
+        if tensor.is_floating_point() and tensor.dim() >= 2
+    } | {key_of(other.last.leaving)}
+    block = stack.first
+    beside = [tensor for tensor in block.call.inputs.values() if tensor is not block.entering]
+    return any(key_of(tensor) in ends for tensor in beside if tensor.is_floating_point())

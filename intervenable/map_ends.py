@@ -1,0 +1,133 @@
+"""What is before and behind the blocks: the embedding, the last norm, the head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from intervenable.map_blocks import BlockStack
+from intervenable.map_mlp import Placed
+from intervenable.map_trace import Call, Trace
+from intervenable.map_values import is_norm, key_of, output_slot
+from model_maps import Site
+
+NO_NORM = "no norm follows its last block"
+NORMED_BLOCKS = "each of its blocks ends in a norm and none follows the last block"
+NO_HEAD = "it is the bare stack of blocks, without a head"
+
+
+def end_sites(trace: Trace, stack: BlockStack, *, flat: bool = False) -> Placed:
+    """The embedding before a stack and the norm behind it.
+
+    Args:
+        trace: The forward pass.
+        stack: The stack.
+        flat: Whether its stream has batch and positions on one axis.
+    """
+    sites: dict[str, Site] = {}
+    absent: dict[str, str] = {}
+    embedding = _embedding(trace, stack)
+    if embedding is None:
+        absent["embedding_output"] = "no module looks up the embeddings of the tokens that its blocks read"
+    else:
+        sites["embedding_output"] = Site(embedding.path, width="any")
+    norm = _norm_behind(trace, stack)
+    if norm is None:
+        reason = NORMED_BLOCKS if _ends_in_norm(stack) else NO_NORM
+        absent |= dict.fromkeys(("final_norm_input", "final_norm_output"), reason)
+    else:
+        sites["final_norm_input"] = Site(norm.path, "input", width="any")
+        sites["final_norm_output"] = Site(norm.path, width="any")
+    return Placed(sites, absent)
+
+
+def _embedding(trace: Trace, stack: BlockStack) -> Call | None:
+    """The module that turns tokens into vectors: a table that is given whole numbers of as many positions."""
+    entering = stack.first.entering
+    tokens = {key_of(tensor) for tensor in _whole_numbers(trace.root.inputs)}
+    found = None
+    for call in trace.calls:
+        if call.entered > stack.first.call.entered:
+            break
+        given, returned = call.main_input, call.main_output
+        if given is None or returned is None or given.is_floating_point() or any(call.module.children()):
+            continue
+        if (
+            returned.dim() == given.dim() + 1
+            and returned.shape[:-1] == given.shape
+            and key_of(given) in tokens
+        ):
+            same = returned.shape[:2].numel() == entering.shape[:2].numel()
+            if same and found is None:
+                found = call
+    return found
+
+
+def _whole_numbers(inputs: Mapping[Any, Tensor]) -> list[Tensor]:
+    named = {name: tensor for name, tensor in inputs.items() if not tensor.is_floating_point()}
+    return [tensor for name, tensor in named.items() if not isinstance(name, str) or "mask" not in name]
+
+
+def _norm_behind(trace: Trace, stack: BlockStack) -> Call | None:
+    """The norm that is given what the last block returned."""
+    end, last = key_of(stack.last.leaving), stack.last.call
+    for call in trace.calls:
+        if call.entered > last.left and call.main_input is not None and is_norm(call):
+            if key_of(call.main_input) == end:
+                return call
+    return None
+
+
+def _ends_in_norm(stack: BlockStack) -> bool:
+    end = key_of(stack.last.leaving)
+    return any(
+        is_norm(call) and call.main_output is not None and key_of(call.main_output) == end
+        for call in stack.last.call.inside()
+    )
+
+
+# --- the head ---------------------------------------------------------------------------------------------
+
+
+def head_sites(trace: Trace, stack: BlockStack, model: nn.Module) -> Placed:
+    """The head whose output becomes the logits.
+
+    Args:
+        trace: The forward pass.
+        stack: The stack that it reads.
+        model: The model.
+    """
+    logits = _logits(trace)
+    if logits is None:
+        return Placed({}, {"logits": NO_HEAD})
+    behind = [call for call in trace.calls if call.entered > stack.last.call.left and call.parent is not None]
+    same = [
+        (call, slot)
+        for call in behind
+        for slot, tensor in call.outputs.items()
+        if key_of(tensor) == key_of(logits)
+    ]
+    if same:
+        call, slot = same[0]
+        return Placed({"logits": Site(call.path, slot=output_slot(call.outputs, slot), width="any")}, {})
+    # A soft-cap or a factor follows the head.
+    wide = [
+        call
+        for call in behind
+        if call.main_output is not None and call.main_output.shape[-1:] == logits.shape[-1:]
+    ]
+    heads = [call for call in wide if any(met.name == "linear" for met in call.met)]
+    if len(heads) != 1:
+        return Placed({}, {"logits": "no module returns its logits, nor what a function makes them of"})
+    return Placed({"logits": Site(heads[0].path, width="any")}, {})
+
+
+def _logits(trace: Trace) -> Tensor | None:
+    """The logits among the outputs of the model."""
+    output = trace.output
+    if isinstance(output, Mapping):
+        names = ("logits", "prediction_logits", "start_logits")
+        return next((output[name] for name in names if isinstance(output.get(name), Tensor)), None)
+    return output if isinstance(output, Tensor) else None

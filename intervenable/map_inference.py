@@ -1,0 +1,258 @@
+"""The map of a model found out from its structure and from the numbers of one forward pass.
+
+Nothing is known of any architecture here. What is inferred is a proposal: it counts once its laws have been checked.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intervenable.map_attention import BlockAttention, attention_sites
+from intervenable.map_block_sites import BlockSites, block_sites
+from intervenable.map_blocks import BlockStack, find_stacks, with_roles
+from intervenable.map_ends import end_sites, head_sites
+from intervenable.map_mlp import Placed
+from intervenable.map_trace import Trace, trace
+from intervenable.site_binding import module_at
+from model_maps import COMPONENTS, LayerKind, ModelMap, Site, Sizes, Stack, Width, sizes_of
+
+NO_BLOCKS = "no list of its modules hands a stream of vectors from one entry to the next"
+
+
+def infer_map(model: nn.Module, inputs: Mapping[str, Any], run: Trace | None = None) -> ModelMap:
+    """The map of a model, inferred and not verified.
+
+    Args:
+        model: The model in evaluation mode, small enough that all its activations fit into memory at once.
+        inputs: Its keyword inputs, of two examples and at least seven positions.
+        run: A trace of the model on these inputs, if there is one.
+    """
+    run = trace(model, inputs) if run is None else run
+    stacks = with_roles(find_stacks(run, model), run)
+    found = _Found({}, {}, [])
+    for stack in stacks:
+        _place_stack(found, stack, model, inputs, run)
+    main = next((stack for stack in stacks if stack.role in (None, "decoder")), None)
+    if main is None:
+        found.absent |= {word: NO_BLOCKS for word in COMPONENTS if word not in found.absent}
+    else:
+        head = head_sites(run, main, model)
+        found.sites |= head.sites
+        found.absent |= head.absent
+    one = next((stack for stack in stacks if stack.role is None), None)
+    named: dict[Stack, str] = {stack.role: stack.path for stack in stacks if stack.role is not None}
+    sites = {
+        name: _with_width(model, run, name, site, one_or(stacks, name)) for name, site in found.sites.items()
+    }
+    kinds = [
+        replace(
+            kind,
+            sites={
+                name: _with_width(model, run, name, site, one_or(stacks, name), kind.layers[0])
+                for name, site in kind.sites.items()
+            },
+        )
+        for kind in found.kinds
+    ]
+    return ModelMap(
+        classes=(type(model).__name__,),
+        blocks=None if one is None else one.path,
+        sites=sites,
+        absent=found.absent,
+        sequential="block_mid" in "".join(sites),
+        causal=_is_causal(model, inputs, run, main) if main is not None else False,
+        stacks=named,
+        decoder_reads=_decoder_reads(model),
+        kinds=tuple(kinds),
+        configs=_configs(model, stacks),
+    )
+
+
+@dataclass
+class _Found:
+    sites: dict[str, Site]
+    absent: dict[str, str]
+    kinds: list[LayerKind]
+
+
+def one_or(stacks: Sequence[BlockStack], name: str) -> BlockStack | None:
+    """The stack that a component is in."""
+    prefix = COMPONENTS[name].prefix
+    role = ("decoder" if prefix == "cross" else prefix) or None
+    return next((stack for stack in stacks if stack.role == role), stacks[-1] if stacks else None)
+
+
+# --- one stack --------------------------------------------------------------------------------------------
+
+
+def _place_stack(
+    found: _Found, stack: BlockStack, model: nn.Module, inputs: Mapping[str, Any], run: Trace
+) -> None:
+    """Put the components of one stack where they are."""
+    prefix = f"{stack.role}_" if stack.role else ""
+    ends = end_sites(run, stack)
+    if stack.refused:
+        layers: list[BlockSites] = []
+        refused = {name: stack.refused for name, known in COMPONENTS.items() if known.scope == "block"}
+        found.absent |= {name: why for name, why in refused.items() if name.startswith(prefix)}
+    else:
+        layers = _layers(stack, model, inputs, run)
+    for name, site in ends.sites.items():
+        found.sites[prefix + name] = site
+    for name, why in ends.absent.items():
+        found.absent[prefix + name] = why
+    if not layers:
+        return
+    of_layer = {
+        block.layer: _named(_called_once(sites, block.path, model, run), prefix)
+        for block, sites in zip(stack.blocks, layers, strict=True)
+    }
+    usual = _commonest(list(of_layer.values()))
+    found.sites |= usual.sites
+    found.absent |= usual.absent
+    others: dict[str, tuple[Placed, list[int]]] = {}
+    for layer, placed in of_layer.items():
+        if placed != usual:
+            others.setdefault(repr(placed), (placed, []))[1].append(layer)
+    for placed, numbers in others.values():
+        found.kinds.append(
+            LayerKind(
+                tuple(numbers),
+                stack.role,
+                {name: site for name, site in placed.sites.items() if usual.sites.get(name) != site},
+                {name: why for name, why in placed.absent.items() if usual.absent.get(name) != why},
+            )
+        )
+    if stack.uncalled:
+        why = "a forward pass does not call it"
+        nothing = dict.fromkeys((*usual.sites, *usual.absent), why)
+        found.kinds.append(LayerKind(stack.uncalled, stack.role, {}, nothing))
+
+
+def _layers(stack: BlockStack, model: nn.Module, inputs: Mapping[str, Any], run: Trace) -> list[BlockSites]:
+    """What is in each block of a stack."""
+    paths = [block.path for block in stack.blocks]
+    own = attention_sites(model, inputs, run, paths)
+    cross: list[BlockAttention | None] = [None] * len(paths)
+    if stack.role == "decoder":
+        cross = list(attention_sites(model, inputs, run, paths, cross=True))
+    return block_sites(model, inputs, stack.blocks, own, cross, _sizes(model, stack))
+
+
+def _called_once(placed: BlockSites, path: str, model: nn.Module, run: Trace) -> BlockSites:
+    """The sites whose modules run once in a forward pass; a run could not tell the others' values apart."""
+    sites: dict[str, Site] = {}
+    absent = dict(placed.absent)
+    for word, site in placed.sites.items():
+        module = module_at(model, f"{path}.{site.path}" if site.path else path, word)
+        times = sum(call.module is module for call in run.calls)
+        if times == 1:
+            sites[word] = site
+        else:
+            absent[word] = f"its module {site.path!r} runs {times} times in a forward pass"
+    return BlockSites(sites, absent)
+
+
+def _named(placed: BlockSites, prefix: str) -> Placed:
+    """The components of a stack by their full names."""
+
+    def full(word: str) -> str:
+        return word if word.startswith("cross_") else prefix + word
+
+    sites = {
+        full(word): site if site.plus is None else replace(site, plus=full(site.plus))
+        for word, site in placed.sites.items()
+    }
+    return Placed(sites, {full(word): why for word, why in placed.absent.items() if full(word) in COMPONENTS})
+
+
+def _commonest(layers: Sequence[Placed]) -> Placed:
+    """What most layers have; of equally many, the first."""
+    counts = Counter(map(repr, layers))
+    return max(layers, key=lambda placed: counts[repr(placed)])
+
+
+# --- the whole --------------------------------------------------------------------------------------------
+
+_WIDTHS: Mapping[str, tuple[Width, ...]] = {
+    "embedding_output": ("hidden", "embedding"),
+    "mlp_pre_activation": ("mlp",),
+    "mlp_activation": ("mlp",),
+    "mlp_hidden": ("mlp",),
+    "router_output": ("experts",),
+    "logits": ("vocabulary",),
+}
+"""Which size a component's last axis may have; the others have that of the stream."""
+
+
+def _with_width(
+    model: nn.Module, run: Trace, name: str, site: Site, stack: BlockStack | None, layer: int | None = None
+) -> Site:
+    """A site that says by name how wide its tensor is, if a size of the config says so."""
+    known = COMPONENTS[name]
+    if known.inside or site.columns is not None or site.width != "any":
+        return site
+    path = site.path
+    if known.scope == "block" and stack is not None:
+        blocks = [block for block in stack.blocks if layer is None or block.layer == layer]
+        parts = (blocks[0].path, site.path) if blocks else ()
+        path = ".".join(part for part in parts if part)
+    calls = run.of(path)
+    if not calls:
+        return site
+    tensor = calls[0].main_input if site.side == "input" else calls[0].main_output
+    if site.slot is not None:
+        tensor = (calls[0].inputs if site.side == "input" else calls[0].outputs).get(site.slot)
+    if tensor is None:
+        return site
+    sizes = _sizes(model, stack)
+    widths = _WIDTHS.get(known.word, ("hidden",))
+    width = next((width for width in widths if sizes.width(width) == tensor.shape[-1]), "any")
+    return replace(site, width=width)
+
+
+def _sizes(model: nn.Module, stack: BlockStack | None) -> Sizes:
+    config = getattr(model, "config", None)
+    part = None if stack is None or stack.role is None else _config_part(config, stack.role)
+    return sizes_of(getattr(config, part) if part else config)
+
+
+def _config_part(config: object, role: Stack) -> str | None:
+    """The name of the part of a config that has the sizes of a stack."""
+    for name in (f"{role}_config", role):
+        if hasattr(getattr(config, name, None), "to_dict"):
+            return name
+    return None
+
+
+def _configs(model: nn.Module, stacks: Sequence[BlockStack]) -> dict[Stack, str]:
+    config = getattr(model, "config", None)
+    roles = [stack.role for stack in stacks if stack.role is not None]
+    return {role: part for role in roles if (part := _config_part(config, role)) is not None}
+
+
+def _decoder_reads(model: nn.Module) -> Any:
+    return "labels" if hasattr(model, "prepare_decoder_input_ids_from_labels") else None
+
+
+def _is_causal(model: nn.Module, inputs: Mapping[str, Any], run: Trace, stack: BlockStack) -> bool:
+    """Whether no position of a stack's end depends on later tokens: the last token of each example is exchanged."""
+    name = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
+    tokens = inputs.get(name)
+    end = stack.last.leaving
+    if not isinstance(tokens, Tensor) or end.dim() < 3 or tokens.shape[:2] != end.shape[:2]:
+        return False
+    other = tokens.clone()
+    other[:, -1] = torch.where(tokens[:, -1] == tokens[:, 0], tokens[:, 1], tokens[:, 0])
+    again = trace(model, {**inputs, name: other})
+    (call, *_) = again.of(stack.last.path)
+    slot = next(iter(call.outputs)) if stack.last.returned is None else stack.last.returned
+    return torch.allclose(
+        call.outputs[slot][:, :-1], end[:, :-1], rtol=1e-4, atol=1e-5 * float(end.abs().max())
+    )
