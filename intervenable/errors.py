@@ -6,6 +6,7 @@
     │   ├── LayerRangeError (IndexError)      a layer that the model does not have
     │   └── ModelMismatchError                declared for another model, or another size of it
     ├── UnsupportedModelError (LookupError)   no map, or no such component in this architecture
+    ├── MapError (ValueError)                 a map that is wrong about a model, or that cannot be looked at
     ├── InputError (ValueError)               the base or a source is not what the model takes
     │   ├── SourceError                       wrong number, batch size or shape of sources
     │   └── DatasetError                      a data set without a column that is needed, or with a wrong value
@@ -23,7 +24,8 @@
     ├── NotAvailableError (NotImplementedError)   known, and not there yet
     └── MissingExtraError (ImportError)   a feature needs a package that is not installed
 
-Warnings: `IntervenableWarning`, and for old names `RenamedWarning`, which is also a `DeprecationWarning`.
+Warnings: `IntervenableWarning`; for old names `RenamedWarning`, which is also a `DeprecationWarning`; for compiled
+models, whose runs with interventions are not, `CompiledModelWarning`.
 """
 
 from __future__ import annotations
@@ -58,6 +60,10 @@ class ModelMismatchError(ConfigError):
 
 class UnsupportedModelError(IntervenableError, LookupError):
     """The architecture has no map, or has no such component."""
+
+
+class MapError(IntervenableError, ValueError):
+    """A map that is wrong about a model, as the laws that it breaks show; or a model on which no law can be seen."""
 
 
 Fault = ConfigError | UnsupportedModelError
@@ -140,6 +146,10 @@ class MissingExtraError(IntervenableError, ImportError):
 
 class IntervenableWarning(UserWarning):
     """Root of every warning of this library."""
+
+
+class CompiledModelWarning(IntervenableWarning):
+    """A model is compiled, and its runs with interventions use its modules as they were written."""
 
 
 class RenamedWarning(IntervenableWarning, DeprecationWarning):
