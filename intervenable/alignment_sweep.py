@@ -319,7 +319,8 @@ def _layers(model: nn.Module, component: str, layers: Any) -> list[int | None]:
             )
         return [None]
     RepresentationConfig(0, name)  # raises for a name that there is not
-    return list(layers_of(layers, Places(model).layers_of(name)))
+    places = Places(model)
+    return list(layers_of(places.layers_with(name) if layers is None else layers, places.layers_of(name)))
 
 
 def _check_buildable(work: Work) -> None:

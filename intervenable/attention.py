@@ -32,17 +32,15 @@ makes no sense is a `ConfigError` when it is declared; what the model does not h
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypedDict, Unpack, cast
+from typing import Any, Literal, TypedDict, Unpack
 
 from torch import Tensor, nn
 
 from intervenable.config import RepresentationConfig
-from intervenable.errors import ConfigError, UnknownNameError, UnsupportedModelError, unknown_name
-from intervenable.maps import map_of
+from intervenable.errors import ConfigError, UnknownNameError, unknown_name
+from intervenable.layer_lists import Layers, layers_named, whole_numbers
 from intervenable.position_entries import Except
-from intervenable.site_binding import module_at
 from interventions import (
     Intervention,
     KnockoutIntervention,
@@ -50,9 +48,7 @@ from interventions import (
     VanillaIntervention,
     ZeroIntervention,
 )
-from model_maps import UnmappedModelError
 
-Layers = int | Iterable[int] | Literal["all"]
 Heads = int | Iterable[int] | Literal["all"]
 Tokens = Any
 """What a level of `where` takes: a position, a name or words, an object of `positions`, or a list of these."""
@@ -212,25 +208,7 @@ def _where(heads: Any, **levels: Tokens) -> dict[str, Any]:
     if missing:
         raise ConfigError(f"The {missing[0]} are None. Say which tokens are meant, or 'all'.")
     everywhere = isinstance(heads, str) and heads == "all"
-    return levels if everywhere else {"heads": _numbers(heads, "heads"), **levels}
-
-
-def _numbers(value: Any, name: str) -> int | list[int]:
-    """A whole number, or a list of them."""
-    if isinstance(value, str):
-        raise UnknownNameError(unknown_name(name, value, ["all"]))
-    try:
-        if isinstance(value, bool) or not hasattr(value, "__iter__"):
-            return _number(value)
-        return [_number(item) for item in value]
-    except TypeError:
-        raise ConfigError(f"{name} are {value!r}; give a whole number, several of them, or 'all'.") from None
-
-
-def _number(value: Any) -> int:
-    if isinstance(value, bool):
-        raise TypeError
-    return operator.index(value)
+    return levels if everywhere else {"heads": whole_numbers(heads, "heads"), **levels}
 
 
 # --- what -------------------------------------------------------------------------------------------------
@@ -238,7 +216,7 @@ def _number(value: Any) -> int:
 
 def _edits(layer: Layers, unit: str, where: Mapping[str, Any], how: How) -> Edit:
     """The declaration for one layer, or a list of those for several."""
-    layers = _layers(layer, how)
+    layers = layers_named(layer, _component(how), how.get("model"))
     if isinstance(layers, int):
         return _edit(layers, unit, where, how)
     return [_edit(each, unit, where, how) for each in layers]
@@ -296,41 +274,3 @@ def _intervention(at: str, mode: str | None, factor: Any, values: Tensor | None)
         return {"intervention": KnockoutIntervention()}
     scaled: Intervention = ZeroIntervention() if factor == 0 else ScaleIntervention(factor)
     return {"intervention": scaled}
-
-
-def _layers(layers: Layers, how: How) -> int | list[int]:
-    """The one layer, or the layers one by one."""
-    if isinstance(layers, str) and layers == "all":
-        model = how.get("model")
-        if model is None:
-            raise ConfigError(
-                "layers='all' needs the model to count them: give model=..., or the numbers, such as range(12)."
-            )
-        return list(range(count_layers(model, _component(how))))
-    listed = _numbers(layers, "layers")
-    if isinstance(listed, int):
-        return listed
-    if not listed:
-        raise ConfigError("No layers were given. Give at least one, or 'all' and the model.")
-    twice = sorted({layer for layer in listed if listed.count(layer) > 1})
-    if twice:
-        raise ConfigError(f"Layers {', '.join(map(str, twice))} were given more than once.")
-    return listed
-
-
-def count_layers(model: nn.Module, component: str) -> int:
-    """How many blocks a model has, of those that a component is in.
-
-    Raises:
-        UnsupportedModelError: no map describes the model, or it has no blocks with that component.
-    """
-    try:
-        described = map_of(model)
-    except UnmappedModelError as error:
-        raise UnsupportedModelError(str(error)) from error
-    path = described.blocks_of(component)
-    if not path:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no blocks with {component!r} to count. Give the layers by their numbers."
-        )
-    return len(cast(nn.ModuleList, module_at(model, path, "the list of blocks")))

@@ -41,6 +41,9 @@ from model_maps import (
     sizes_of,
 )
 
+ROUTED = "router_output"
+"""What can be knocked out beside attention scores: the logits of experts."""
+
 
 @dataclass(frozen=True, eq=False)
 class BoundRepresentation:
@@ -101,7 +104,7 @@ def bind(config: IntervenableConfig, model: nn.Module) -> tuple[BoundRepresentat
         try:
             if site is not None:
                 intervention = _intervention(config, index, site, made)
-                if isinstance(intervention, KnockoutIntervention) and site.word not in SCORES:
+                if isinstance(intervention, KnockoutIntervention) and site.word not in (*SCORES, ROUTED):
                     raise ConfigError(
                         "KnockoutIntervention makes scores -inf, which the softmax gives no weight, and"
                         f" {site.label} has no scores. Use it at 'attention_scores', or ZeroIntervention here."
@@ -191,6 +194,18 @@ class Places:
             self._site_of(component)  # of the other kind of model: its error says which name to take
             raise UnsupportedModelError(f"{type(self.model).__name__} has no blocks.")
         return self._blocks_at(blocks)
+
+    def layers_with(self, component: str) -> tuple[int, ...]:
+        """The layers that have a component, in order: not all, where layers are of several kinds.
+
+        Raises:
+            UnsupportedModelError: none has it.
+        """
+        everywhere = range(self.layers_of(component))
+        self._site_of(component)
+        if not self.map.kinds:
+            return tuple(everywhere)
+        return tuple(layer for layer in everywhere if self.map.site(component, layer) is not None)
 
     def _blocks_at(self, path: str) -> int:
         """How many blocks there are in a list of them."""

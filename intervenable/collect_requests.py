@@ -152,10 +152,13 @@ def _layers(places: Places, component: str, layers: Any) -> Sequence[int | None]
     if is_module_path(component) or COMPONENTS[component].scope == "model":
         return (None,)
     if layers is None or layers == "all":
-        return range(places.layers_of(component))
+        return places.layers_with(component)
     if isinstance(layers, int) and not isinstance(layers, bool):
         return (layers,)
-    listed = list(range(places.layers_of(component))[layers]) if isinstance(layers, slice) else layers
+    listed = layers
+    if isinstance(layers, slice):
+        there = places.layers_with(component)
+        listed = [layer for layer in range(places.layers_of(component))[layers] if layer in there]
     if not isinstance(listed, (list, tuple, range)) or not all(type(layer) is int for layer in listed):
         raise LayerRangeError(
             f"layers={layers!r} is no list of layers. Give ints, [0, 3], a range, or 'all'."

@@ -14,10 +14,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from intervenable.attention import count_layers
 from intervenable.config import IntervenableConfig, RepresentationConfig
 from intervenable.errors import ConfigError, UnsupportedModelError
 from intervenable.inputs import RunInputs, read_inputs
+from intervenable.layer_lists import layers_with
 from intervenable.model import IntervenableModel
 from model_maps import ALIASES, COMPONENTS
 
@@ -181,7 +181,7 @@ def _runs(layers: Any, component: str, model: nn.Module) -> list[tuple[int, ...]
     """The layers of each patched run."""
     name = ALIASES.get(component, component)
     if isinstance(layers, str) and layers == "all":
-        layers = range(count_layers(model, name))
+        layers = layers_with(model, name)
     listed = list(layers) if hasattr(layers, "__iter__") else [layers]
     runs = [tuple(run) if hasattr(run, "__iter__") and not isinstance(run, str) else (run,) for run in listed]
     if not runs:

@@ -141,14 +141,23 @@ def check_axes(axes: Sequence[Axis], given: Mapping[Axis, Any], site: BoundSite)
 # --- layers and heads -------------------------------------------------------------------------------------
 
 
-def number_entries(axis: Axis, given: Any, count: int, window: int = 1) -> tuple[Entry, ...]:
+def number_entries(
+    axis: Axis, given: Any, count: int, window: int = 1, there: Sequence[int] | None = None
+) -> tuple[Entry, ...]:
     """Entries of the layers or the heads: those that were given, or all there are.
+
+    Args:
+        axis: Which of the two.
+        given: What was asked for; None for all.
+        count: How many there are.
+        window: How many neighbours go together.
+        there: The layers that have the component, where not all do.
 
     Raises:
         ConfigError: something that is no number, or nothing.
         LayerRangeError, LocationRangeError: a layer or a head that is not there.
     """
-    listed = _listed(given, count, axis)
+    listed = _listed(given, range(count) if there is None else there, count, axis)
     entries = []
     for entry in listed:
         numbers = [
@@ -158,16 +167,17 @@ def number_entries(axis: Axis, given: Any, count: int, window: int = 1) -> tuple
             raise ConfigError(f"{axis}s has an empty window. Name at least one {axis} in it.")
         numbers = list(dict.fromkeys(numbers))
         if len(numbers) == 1:
-            numbers = list(_around(numbers[0], window, count))
+            around = _around(numbers[0], window, count)
+            numbers = [number for number in around if window == 1 or there is None or number in there]
         entries.append(Entry(_spelled(numbers), numbers[0] if len(numbers) == 1 else numbers, tuple(numbers)))
     return tuple(entries)
 
 
-def _listed(given: Any, count: int, axis: Axis) -> list[Any]:
+def _listed(given: Any, there: Sequence[int], count: int, axis: Axis) -> list[Any]:
     if given is None or (isinstance(given, str) and given == "all"):
-        return list(range(count))
+        return list(there)
     if isinstance(given, slice):
-        given = range(count)[given]
+        given = [number for number in range(count)[given] if number in there]
     if isinstance(given, int):
         return [given]
     if isinstance(given, str) or not hasattr(given, "__iter__"):

@@ -217,15 +217,16 @@ def make_grids(
     grids: list[Grid] = []
     sites: dict[Place, BoundSite] = {}
     whole: dict[Place, dict[Level, Tokens]] = {}
+    there = _layers_with(places, components)
     for component in components:
         count = count_layers(places, component)
         found: dict[Axis, tuple[Entry, ...]] = {}
         wanted = [axis for axis in AXES if axis in axes or subsets.given.get(axis) is not None]
         if count is not None and "layer" in wanted:
             given, window = subsets.given.get("layer"), subsets.windows.get("layer", 1)
-            found["layer"] = number_entries("layer", given, count, window)
+            found["layer"] = number_entries("layer", given, count, window, there)
         # Of a layer that is asked for: another may not have the part that a module path names.
-        example = site_at(places, component, _layers(found.get("layer"), count)[0])
+        example = site_at(places, component, _layers(found.get("layer"), count, there)[0])
         check_axes(axes, subsets.given, example)
         for axis in wanted:
             given, window = subsets.given.get(axis), subsets.windows.get(axis, 1)
@@ -237,7 +238,7 @@ def make_grids(
                 stack = example.key_stack if axis == "key" else example.stack
                 found[axis] = reader(stack).entries(axis, given, window)
         fixed = {axis: _joined(entries) for axis, entries in found.items() if axis not in axes}
-        layers = _layers(found.get("layer"), count)
+        layers = _layers(found.get("layer"), count, there)
         own = {layer: site_at(places, component, layer) for layer in layers}
         grids.append(Grid(component, tuple(axes), {axis: found[axis] for axis in axes}, own, fixed))
         for layer, site in own.items():
@@ -250,12 +251,35 @@ def make_grids(
     return Grids(tuple(grids), sites, whole)
 
 
-def _layers(entries: Iterable[Entry] | None, count: int | None) -> tuple[int | None, ...]:
+def _layers_with(places: Places, components: Sequence[str]) -> tuple[int, ...] | None:
+    """The layers that have all of the components, where some have not; None if all have.
+
+    Raises:
+        ConfigError: no layer has all of them.
+        UnsupportedModelError: the model has no such component.
+    """
+    if not places.known or not places.map.kinds:
+        return None
+    named = [name for name in components if not is_path(name) and COMPONENTS[name].scope == "block"]
+    found = [places.layers_with(name) for name in named]
+    if not found:
+        return None
+    there = tuple(layer for layer in found[0] if all(layer in layers for layers in found))
+    if not there:
+        raise ConfigError(
+            f"No layer of {type(places.model).__name__} has all of {', '.join(named)}. Sweep them one by one."
+        )
+    return there
+
+
+def _layers(
+    entries: Iterable[Entry] | None, count: int | None, there: tuple[int, ...] | None
+) -> tuple[int | None, ...]:
     """All layers that are patched in some cell."""
     if count is None:
         return (None,)
     if entries is None:
-        return tuple(range(count))
+        return tuple(range(count)) if there is None else there
     return tuple(sorted({number for entry in entries for number in entry.numbers}))
 
 

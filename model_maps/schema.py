@@ -215,6 +215,11 @@ class ModelMap:
     configs: Mapping[Stack, str] = dataclasses.field(default_factory=dict)
     """Stack -> name of the part of the model's config that has its sizes, where it has a part of its own."""
 
+    _of_kinds: dict[tuple[int, ...], ModelMap] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """The map as it is where these of the `kinds` are, once it was asked for."""
+
     def __post_init__(self) -> None:
         named = (name for kind in self.kinds for name in (*kind.sites, *kind.absent))
         for name in (*self.sites, *self.absent, *named):
@@ -230,7 +235,7 @@ class ModelMap:
 
     def __reduce__(self) -> tuple[type[ModelMap], tuple[object, ...]]:
         # A read-only view of a dict can be neither copied nor pickled; models that hold a map should be both.
-        values = (getattr(self, entry.name) for entry in dataclasses.fields(self))
+        values = (getattr(self, entry.name) for entry in dataclasses.fields(self) if entry.init)
         return ModelMap, tuple(dict(value) if isinstance(value, Mapping) else value for value in values)
 
     def for_config(self, config: object) -> ModelMap:
@@ -258,15 +263,17 @@ class ModelMap:
         """
         prefix = COMPONENTS[component].prefix
         stack = ("decoder" if prefix == "cross" else prefix) or None
-        result = self
-        for kind in self.kinds:
-            if layer in kind.layers and kind.stack == stack:
-                sites = {k: v for k, v in result.sites.items() if k not in kind.absent}
-                absent = {k: v for k, v in result.absent.items() if k not in kind.sites}
-                result = dataclasses.replace(
-                    result, sites={**sites, **kind.sites}, absent={**absent, **kind.absent}
-                )
-        return dataclasses.replace(result, kinds=())
+        which = tuple(
+            number for number, kind in enumerate(self.kinds) if kind.stack == stack and layer in kind.layers
+        )
+        if which not in self._of_kinds:
+            sites, absent = dict(self.sites), dict(self.absent)
+            for number in which:
+                kind = self.kinds[number]
+                sites = {k: v for k, v in sites.items() if k not in kind.absent} | dict(kind.sites)
+                absent = {k: v for k, v in absent.items() if k not in kind.sites} | dict(kind.absent)
+            self._of_kinds[which] = dataclasses.replace(self, sites=sites, absent=absent, kinds=())
+        return self._of_kinds[which]
 
     def site(self, component: str, layer: int | None = None) -> Site | None:
         """The site to hook for a component, or None if this architecture has no such thing.
