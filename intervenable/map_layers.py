@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 
 from torch import nn
+
+from intervenable.map_twin_config import Shown
 
 FEWEST = 3
 """Layers of a small model, if the large one has so many."""
@@ -41,30 +43,63 @@ def layer_kinds(blocks: Sequence[nn.Module]) -> tuple[int, ...]:
     return tuple(firsts.setdefault(_signature(block, sizes=True), at) for at, block in enumerate(blocks))
 
 
-def layers_needed(model: nn.Module) -> Callable[[int], int]:
-    """How many of the first layers of a stack show all kinds of its layers: a function of how many it has.
+def layers_shown(model: nn.Module, *, even: bool = False) -> Shown:
+    """Which layers of each stack show all kinds of its layers, twice where that takes few.
+
+    They are the first ones, so that what a config says in periods holds for them; others only where a config has a
+    list, or where the last layers share the keys and values of others.
 
     Args:
-        model: The model that has the stack; of several stacks of one length the most demanding counts.
+        model: The model that has the stacks; of several stacks of one length the most demanding counts.
+        even: Whether all stacks get as many layers.
     """
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    known: dict[int, int] = {}
+    known: dict[tuple[int, int, bool], tuple[int, ...]] = {}
 
-    def needed(count: int) -> int:
-        if count not in known:
-            kinds = [layer_kinds(list(blocks)) for blocks in lists if len(blocks) == count]
-            known[count] = min(count, max([FEWEST, *map(_enough, kinds)]))
-        return known[count]
+    def shown(count: int, *, sharing: int = 0, listed: bool = False) -> tuple[int, ...]:
+        key = (count, sharing, listed)
+        if key not in known:
+            stacks = [layer_kinds(list(blocks)) for blocks in lists if len(blocks) == count]
+            if not stacks:
+                known[key] = tuple(range(_times_a_stack(count)))
+            elif 0 < sharing < count:
+                known[key] = _before_and_after(stacks, count - sharing)
+            else:
+                known[key] = max((_chosen(kinds, listed) for kinds in stacks), key=len)
+        if even and known[key]:
+            return tuple(
+                range(
+                    max(len(known[key]), *(len(shown(len(blocks))) for blocks in lists if len(blocks) < 99))
+                )
+            )
+        return known[key]
 
-    return needed
+    def _times_a_stack(count: int) -> int:
+        # Layers that are run several times may be counted as often.
+        for length in sorted({len(blocks) for blocks in lists}, reverse=True):
+            if FEWEST < length < count and count % length == 0:
+                return len(shown(length)) * (count // length)
+        return min(count, FEWEST)
+
+    return shown
 
 
-def _enough(kinds: Sequence[int]) -> int:
-    """The length of the shortest beginning in which every kind is, twice if that is not long."""
-    seconds = [[at for at, other in enumerate(kinds) if other == kind][:2][-1] for kind in set(kinds)]
-    if (twice := max(seconds) + 1) <= COMFORTABLE:
-        return twice
-    return min(max(max(kinds) + 1, FEWEST), MOST)
+def _chosen(kinds: Sequence[int], listed: bool) -> tuple[int, ...]:
+    """The shortest beginning in which every kind is, twice if that is not long; else some of each kind."""
+    places = [[at for at, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)]
+    twice = max(at for group in places for at in group[:2]) + 1
+    once = max(group[0] for group in places) + 1
+    if listed and once > MOST:
+        return tuple(sorted(at for group in places for at in group[:2]))[:MOST]
+    enough = twice if twice <= COMFORTABLE else min(once, MOST)
+    return tuple(range(min(len(kinds), max(FEWEST, enough))))
+
+
+def _before_and_after(stacks: Sequence[Sequence[int]], sharing_from: int) -> tuple[int, ...]:
+    """Layers of both parts of a stack, the second of which shares what the first has computed."""
+    before = max((_chosen(kinds[:sharing_from], False) for kinds in stacks), key=len)
+    after = max((_chosen(kinds[sharing_from:], False) for kinds in stacks), key=len)
+    return (*before, *(sharing_from + at for at in after))
 
 
 def _signature(block: nn.Module, *, sizes: bool) -> Hashable:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from intervenable.errors import IntervenableError, UnsupportedModelError
 from intervenable.map_inputs import example_inputs
-from intervenable.map_layers import layers_needed
+from intervenable.map_layers import layers_shown
 from intervenable.map_twin_config import TwinShape, small_config
 from intervenable.unwrapping import unwrapped
 
@@ -21,6 +21,7 @@ SHAPES = (
     TwinShape(),
     TwinShape(stated_fields_alone=True),
     TwinShape(window=64),
+    TwinShape(even_stacks=True),
     TwinShape(narrow=16),
     TwinShape(heads_divide=True),
     TwinShape(most_columns=0),
@@ -78,7 +79,7 @@ def twin_of(model: nn.Module, *, seed: int = 0) -> nn.Module:
 
 
 def _twin(model: nn.Module, config: Any, shape: TwinShape, seed: int) -> nn.Module:
-    small = small_config(config, shape, layers_needed(model))
+    small = small_config(config, shape, layers_shown(model, even=shape.even_stacks))
     cls: Any = type(model)
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in cls(copy.deepcopy(small)).parameters())

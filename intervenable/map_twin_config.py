@@ -13,9 +13,22 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
-from typing import Any
+from typing import Any, Protocol
 
 from model_maps.sizes import HEAD_DIM, HIDDEN, QUERY_HEADS
+
+
+class Shown(Protocol):
+    """Which layers of a stack a small model has."""
+
+    def __call__(self, count: int, *, sharing: int = 0, listed: bool = False) -> tuple[int, ...]:
+        """The layers, in order.
+
+        Args:
+            count: How many the stack has.
+            sharing: How many of the last ones use the keys and values of layers before.
+            listed: Whether the config lists the kinds of its layers, so that others than the first can be chosen.
+        """
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,9 @@ class TwinShape:
     heads_divide: bool = False
     """Whether the hidden size stays a multiple of the number of heads where it need not be."""
 
+    even_stacks: bool = False
+    """Whether all stacks get as many layers as the one that needs most."""
+
     stated_fields_alone: bool = False
     """Whether what equals the default of its field is left to the config to work out again."""
 
@@ -44,9 +60,6 @@ class TwinShape:
 VOCABULARY = 160
 FIRST_SPECIAL = 100
 """Ids of special tokens from here on are given out anew, from here on."""
-
-LENGTH = 64
-"""Most positions that a twin has embeddings for."""
 
 _ROLES: Mapping[str, str] = {
     "hidden": """embed_dim embedding_dim embedding_size word_embed_proj_dim input_embedding_size
@@ -68,6 +81,7 @@ _ROLES: Mapping[str, str] = {
     "chosen_experts": """num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k top_k_experts
         n_activated_experts""",
     "groups": "n_group topk_group num_expert_group",
+    "linear_width": "linear_key_head_dim linear_value_head_dim linear_head_dim",
     "length": """max_position_embeddings n_positions n_ctx max_seq_len model_max_length context_length
         max_target_positions max_source_positions original_max_position_embeddings max_sequence_length
         num_position_embeddings max_2d_position_embeddings""",
@@ -97,7 +111,13 @@ _LAYER_INDICES = re.compile(r"(layer|idx|indices|indexes|block)")
 _UNCHANGED = ("transformers_version", "architectures", "dtype", "model_type", "quantization_config")
 _PLAIN_ROTATIONS = ("longrope", "su")
 
-_NUMBERS: Mapping[str, int] = {
+_MOST: Mapping[str, int] = {
+    "experts": 4,
+    "chosen_experts": 2,
+    "groups": 1,
+    "length": 64,
+    "linear_width": 8,
+    "image_size": 64,
     "index_topk": 4,
     "index_block_size": 2,
     "index_topk_blocks": 2,
@@ -106,7 +126,6 @@ _NUMBERS: Mapping[str, int] = {
     "local_attn_chunk_length": 8,
     "lsh_attn_chunk_length": 8,
     "hidden_size_per_layer_input": 16,
-    "vocab_size_per_layer_input": VOCABULARY,
     "spatial_merge_size": 2,
     "router_hidden_size": 16,
     "moe_latent_size": 16,
@@ -114,19 +133,18 @@ _NUMBERS: Mapping[str, int] = {
     "summary_hidden_size": 32,
     "num_codebooks": 2,
 }
-"""Small values of fields that are of one kind of model."""
+"""Roles and single fields -> the largest number that is left."""
 
 
-def small_config(config: Any, shape: TwinShape, layers: Callable[[int], int]) -> Any:
+def small_config(config: Any, shape: TwinShape, shown: Shown) -> Any:
     """A small copy of a config of transformers, of its class.
 
     Args:
         config: The config, which stays as it is.
         shape: What is tried.
-        layers: From the number of layers of a stack to how many the twin has, the first ones.
+        shown: Which layers of a stack the twin has.
     """
-    widths = _hidden_sizes(config, shape)
-    return _Shrinking(shape, layers, widths).of(config)
+    return _Shrinking(shape, shown, _hidden_sizes(config, shape)).of(config)
 
 
 def parts_of(config: Any) -> Iterator[Any]:
@@ -207,11 +225,17 @@ def _hidden_sizes(config: Any, shape: TwinShape) -> dict[int, int]:
     for hidden, parts in by_size.items():
         followers = [part.width for part in parts if not part.stated]
         if followers:
-            sizes[hidden] = hidden // _shrink_factor(followers, shape.narrow)
+            heads = max(part.heads for part in parts if not part.stated)
+            narrow = shape.narrow if heads * shape.narrow <= _WIDE else shape.narrow // 2
+            sizes[hidden] = hidden // _shrink_factor(followers, narrow)
         else:
             heads = max(part.heads for part in parts) if shape.heads_divide else 1
             sizes[hidden] = min(hidden, heads * 2 * max(1, -(-16 // heads)))
     return sizes
+
+
+_WIDE = 1024
+"""Columns of all heads together from which on they become narrower still."""
 
 
 def _shrink_factor(widths: Sequence[int], narrow: int) -> int:
@@ -222,52 +246,78 @@ def _shrink_factor(widths: Sequence[int], narrow: int) -> int:
     return max(fitting, default=1)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """One config and how it shrinks."""
+
+    geometry: _Geometry | None
+    layers: int | None
+    shown: tuple[int, ...]
+    """The layers that stay."""
+
+    factor: int
+    """By how much heads become narrower."""
+
+
 # --- fields -----------------------------------------------------------------------------------------------
 
 
 class _Shrinking:
-    def __init__(self, shape: TwinShape, layers: Callable[[int], int], widths: Mapping[int, int]) -> None:
+    """Makes small configs of the parts of one."""
+
+    def __init__(self, shape: TwinShape, shown: Shown, widths: Mapping[int, int]) -> None:
         self._shape = shape
-        self._layers = layers
+        self._shown = shown
         self._widths = widths
         self._mlps: dict[int, int] = {}
         self._specials: dict[int, int] = {}
 
     def of(self, config: Any) -> Any:
+        """A small config of the same class."""
         cls = type(config)
-        fields = {entry.name: entry for entry in dataclasses.fields(cls)} if _has_fields(cls) else {}
-        geometry, count = _geometry(config), layers_of(config)
-        self._factor = 1 if geometry is None else self._head_factor(geometry)
+        fields = (
+            {entry.name: entry for entry in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+        )
+        part = self._part(config)
+        renamed = getattr(cls, "attribute_map", {})
+        # A field may be kept under another name.
+        kept_as = {renamed[name] for name in fields if name in renamed}
         values: dict[str, Any] = {}
-        for name, value in vars(config).items():
-            if name.startswith("_") or name in _UNCHANGED:
-                continue
-            values[name] = self._small(name, value, geometry, count)
-            self._factor = 1 if geometry is None else self._head_factor(geometry)  # a part inside has its own
-        self._match_state_heads(config, values)
-        given = {
-            name: value
-            for name, value in values.items()
-            if name in fields or (not fields and value is not None)
-        }
+        for name in (*fields, *(name for name in vars(config) if name not in fields and name not in kept_as)):
+            if (
+                not name.startswith("_")
+                and name not in _UNCHANGED
+                and (name in fields or name not in renamed)
+            ):
+                value = vars(config)[name] if name in vars(config) else field_of(config, name)
+                values[name] = self._small(name, value, part)
+        _fill_state_spaces(config, values, part, self._width)
+        if values.get("default_language", 0) is None and values.get("languages"):
+            values["default_language"] = next(iter(values["languages"]))
+        given = {name: value for name, value in values.items() if name in fields or not fields}
         if self._shape.stated_fields_alone:
-            given = {
-                name: value
-                for name, value in given.items()
-                if fields.get(name) is None or vars(config)[name] != fields[name].default or name in _ROLE_OF
-            }
-            given = {
-                name: value
-                for name, value in given.items()
-                if fields.get(name) is None or _stated(fields[name])
-            }
+            given = {name: value for name, value in given.items() if _is_stated(fields.get(name), value)}
         small = cls(**given)
         for name, value in values.items():
-            if name not in given and name not in fields and not hasattr(small, name):
+            if name not in given and not hasattr(small, name):
                 setattr(small, name, value)
         implementation = getattr(config, "_attn_implementation_internal", None)
         small._attn_implementation = "eager" if implementation == "eager" else "sdpa"
         return small
+
+    def _part(self, config: Any) -> _Part:
+        geometry, layers = _geometry(config), layers_of(config)
+        sharing = field_of(config, "num_kv_shared_layers")
+        listed = any(
+            isinstance(value, (list, tuple)) and len(value) == layers for value in vars(config).values()
+        )
+        shown = (
+            self._shown(layers, sharing=sharing if _is_number(sharing) else 0, listed=listed)
+            if layers
+            else ()
+        )
+        factor = 1 if geometry is None else self._head_factor(geometry)
+        return _Part(geometry, layers, shown, factor)
 
     def _head_factor(self, geometry: _Geometry) -> int:
         """By how much heads become narrower."""
@@ -277,32 +327,24 @@ class _Shrinking:
             return _shrink_factor([geometry.divisible], self._shape.narrow)
         return 1
 
-    def _small(self, name: str, value: Any, geometry: _Geometry | None, layers: int | None) -> Any:
+    def _small(self, name: str, value: Any, part: _Part) -> Any:
         if _is_config(value):
             return self.of(value)
         if isinstance(value, Mapping):
-            return (
-                _rotation(value, self._factor)
-                if name.startswith("rope")
-                else self._inner(value, geometry, layers)
-            )
+            if name.startswith("rope"):
+                return _rotation(value, part.factor)
+            if any(not isinstance(key, str) for key in value):
+                return dict(value)  # labels
+            return {key: self._small(key, inner, part) for key, inner in value.items()}
         if isinstance(value, (list, tuple)):
-            return self._list(name, value, geometry, layers)
-        if not _is_number(value):
-            return value
-        return self._number(name, value, geometry)
+            made = self._list(name, value, part)
+            return tuple(made) if isinstance(value, tuple) else made
+        return self._number(name, value, part) if _is_number(value) else value
 
-    def _inner(
-        self, value: Mapping[Any, Any], geometry: _Geometry | None, layers: int | None
-    ) -> dict[Any, Any]:
-        if any(not isinstance(key, str) for key in value):
-            return dict(value)  # labels
-        return {key: self._small(key, inner, geometry, layers) for key, inner in value.items()}
-
-    def _number(self, name: str, value: int, geometry: _Geometry | None) -> int:
+    def _number(self, name: str, value: int, part: _Part) -> int:
         role = _ROLE_OF.get(name)
-        if name.endswith("vocab_size") or name in ("decoder_vocab_size", "unpadded_vocab_size"):
-            return VOCABULARY if value > VOCABULARY else value
+        if "vocab_size" in name or name.endswith("_group_vocab"):
+            return min(value, VOCABULARY)
         if role is None and _SPECIAL_TOKEN.search(name):
             return self._special(value)
         match role:
@@ -311,26 +353,18 @@ class _Shrinking:
             case "mlp":
                 return self._mlp(value)
             case "layers":
-                return self._layers(value)
+                return len(part.shown) if value == part.layers else len(self._shown(value))
             case "head_width":
-                return value // self._factor if value % self._factor == 0 else value
-            case "experts":
-                return min(value, 4)
-            case "chosen_experts":
-                return min(value, 2)
-            case "groups":
-                return min(value, 1)
-            case "length":
-                return min(value, LENGTH)
-            case "window":
-                return min(value, self._shape.window)
+                return value // part.factor if value % part.factor == 0 else value
             case "latent":
                 return min(value, 16 if name.endswith("kv_lora_rank") else 24)
-        if name in _WIDTHS_BY_HEAD:
-            return max(value // self._factor, 2) if self._factor > 1 else value
-        if name == "image_size":
-            return min(value, 64)
-        return min(value, _NUMBERS.get(name, value))
+            case "window":
+                return min(value, self._shape.window)
+            case None if name in _WIDTHS_BY_HEAD and part.factor > 1:
+                return max(value // part.factor, 2)
+            case None if name == "num_kv_shared_layers" and value and part.layers:
+                return sum(layer >= part.layers - value for layer in part.shown)
+        return min(value, _MOST.get(role or name, value))
 
     def _width(self, value: int) -> int:
         """A hidden size, or another that belongs to it: twice as much, a half."""
@@ -356,29 +390,40 @@ class _Shrinking:
             return value
         return self._specials.setdefault(value, FIRST_SPECIAL + len(self._specials))
 
-    def _list(self, name: str, value: Sequence[Any], geometry: _Geometry | None, layers: int | None) -> Any:
-        made: list[Any] = list(value)
-        if _SPECIAL_TOKEN.search(name) and all(map(_is_number, value)) and "layer" not in name:
-            made = [self._special(item) for item in value]
-        elif layers and len(value) == layers:
-            made = [self._small(name, item, geometry, layers) for item in value[: self._layers(layers)]]
-        elif layers and value and all(map(_is_number, value)) and _LAYER_INDICES.search(name):
-            left = self._layers(layers)
-            if max(value) < layers and min(value) >= 0 and sorted(set(value)) == list(value):
-                made = [item for item in value if item < left] or [left - 1]
-        return tuple(made) if isinstance(value, tuple) else made
+    def _list(self, name: str, value: Sequence[Any], part: _Part) -> list[Any]:
+        numbers = bool(value) and all(map(_is_number, value))
+        if part.layers and len(value) == part.layers:
+            return [self._small(name, value[layer], part) for layer in part.shown]
+        if name == "attention_types":  # pairs: kinds of layers in turn, and how often
+            turns = [kind for kinds, times in value for kind in kinds * times]
+            return [[[turns[layer] for layer in part.shown], 1]]
+        if numbers and _SPECIAL_TOKEN.search(name) and "layer" not in name:
+            return [self._special(item) for item in value]
+        if numbers and part.geometry and sum(value) == part.geometry.hidden and len(value) > 1:
+            return _shared_out(value, self._width(part.geometry.hidden))
+        if (
+            numbers
+            and part.layers
+            and _LAYER_INDICES.search(name)
+            and 0 <= min(value) <= max(value) < part.layers
+        ):
+            return [at for at, layer in enumerate(part.shown) if layer in value] or [len(part.shown) - 1]
+        return list(value)
 
-    def _match_state_heads(self, config: Any, values: dict[str, Any]) -> None:
-        """Let the heads of a state space fill its width again, which has become narrower."""
-        for heads_name, width_name, expand_name in _STATE_SPACES:
-            heads, width = field_of(config, heads_name), field_of(config, width_name)
-            expand, hidden = field_of(config, expand_name), _first_number(config, HIDDEN)
-            if not (_is_number(heads) and _is_number(width) and hidden and isinstance(expand, (int, float))):
-                continue
-            if heads * width == expand * hidden:
-                inner = int(expand * self._width(hidden))
-                narrow = next(size for size in (16, 8, 4, 2, 1) if inner % size == 0)
-                values[heads_name], values[width_name] = inner // narrow, narrow
+
+def _fill_state_spaces(config: Any, values: dict[str, Any], part: _Part, width: Callable[[int], int]) -> None:
+    """Let the heads of a state space fill its width again, which has become narrower."""
+    if part.geometry is None:
+        return
+    for heads_name, width_name, expand_name in _STATE_SPACES:
+        heads, head_width = field_of(config, heads_name), field_of(config, width_name)
+        expand = field_of(config, expand_name)
+        if not (_is_number(heads) and _is_number(head_width) and isinstance(expand, (int, float))):
+            continue
+        if heads * head_width == expand * part.geometry.hidden:
+            inner = int(expand * width(part.geometry.hidden))
+            narrow = next(size for size in (16, 8, 4, 2, 1) if inner % size == 0)
+            values[heads_name], values[width_name] = inner // narrow, narrow
 
 
 _STATE_SPACES = (
@@ -390,12 +435,9 @@ _STATE_SPACES = (
 """Fields for the heads of a state space, their width, and how much wider than the stream it is."""
 
 
-def _has_fields(cls: type) -> bool:
-    return dataclasses.is_dataclass(cls)
-
-
-def _stated(entry: dataclasses.Field[Any]) -> bool:
-    return entry.default is not None
+def _is_stated(entry: dataclasses.Field[Any] | None, value: Any) -> bool:
+    """Whether a config has to be told a value: not where it works it out from others."""
+    return entry is None or (entry.default is not None and value is not None)
 
 
 def _rotation(value: Mapping[str, Any], factor: int) -> dict[str, Any]:
@@ -407,7 +449,7 @@ def _rotation(value: Mapping[str, Any], factor: int) -> dict[str, Any]:
         }
     found = {key: inner for key, inner in value.items() if key not in ("long_factor", "short_factor")}
     if found.get("mrope_section") and factor > 1:
-        found["mrope_section"] = _shared_out(found["mrope_section"], factor)
+        found["mrope_section"] = _mrope(found["mrope_section"], factor)
     if "original_max_position_embeddings" in found:
         found["original_max_position_embeddings"] = 32
     if found.get("rope_type") in _PLAIN_ROTATIONS:
@@ -417,6 +459,12 @@ def _rotation(value: Mapping[str, Any], factor: int) -> dict[str, Any]:
     return found
 
 
-def _shared_out(sections: Sequence[int], factor: int) -> list[int]:
+def _shared_out(sections: Sequence[int], total: int) -> list[int]:
+    """So many columns shared out as these are: about in proportion, even, none left over."""
+    rest = [max(2, section * total // sum(sections) // 2 * 2) for section in sections[1:]]
+    return [total - sum(rest), *rest]
+
+
+def _mrope(sections: Sequence[int], factor: int) -> list[int]:
     total, parts = sum(sections) // factor, len(sections)
     return [total - (parts - 1) * (total // parts)] + [total // parts] * (parts - 1)
