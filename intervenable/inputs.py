@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property, lru_cache
 from typing import Any
@@ -14,7 +13,9 @@ from torch import Tensor, nn
 
 from intervenable.errors import InputError, NotAvailableError, UnsupportedModelError
 from intervenable.maps import map_of
+from intervenable.media_tokens import media_tokens
 from intervenable.signatures import Signature, forward_signature, misfit
+from intervenable.stack_lengths import StackSize, is_of_towers, main_stack, stack_size
 from intervenable.unwrapping import unwrapped
 from model_maps import Stack, UnmappedModelError
 
@@ -62,20 +63,49 @@ class RunInputs:
     decoder: RunInputs | None = None
     """The same run, counted in the positions of its decoder; None if the model has none, or was given none."""
 
+    model: nn.Module | None = field(default=None, repr=False, compare=False)
+    """What runs; it tells how long its towers are. None if it is given nothing for a tower."""
+
+    groups: int = 1
+    """How many times the model is given what is in the inputs, where it is given that several times in one batch."""
+
     def of(self, stack: Stack | None) -> RunInputs:
-        """The same run, counted in the positions of one stack of a model of two.
+        """The same run, counted in the examples and positions of one stack of a model of several.
 
         Raises:
-            InputError: the decoder was given nothing.
+            InputError: the stack was given nothing, or pictures of different sizes on one axis.
         """
-        if stack != "decoder":
+        if stack is None or stack == "encoder":
             return self
+        if stack != "decoder":
+            return self._in_tower(stack)
         if self.decoder is None:
             raise InputError(
                 "The decoder is given nothing, so that it has no positions. Put decoder_input_ids into the inputs, or"
                 " labels if the model makes them of those."
             )
         return self.decoder
+
+    @cached_property
+    def _towers(self) -> dict[Stack, RunInputs]:
+        return {}
+
+    def _in_tower(self, stack: Stack) -> RunInputs:
+        """The same run, counted in the examples and positions of a tower; found out when it is first asked for."""
+        if self.model is None or (stack == "text" and self.input_ids is not None):
+            return self
+        if stack not in self._towers:
+            size = stack_size(self.model, stack, self.args, self.kwargs)
+            mask = _mask_in_tower(self.kwargs, size, self.input_ids is not None)
+            self._towers[stack] = replace(
+                self,
+                batch=size.batch * self.groups,
+                length=size.length,
+                attention_mask=None if self.groups > 1 else mask,
+                input_ids=None,
+                decoder=None,
+            )
+        return self._towers[stack]
 
     @cached_property
     def real_positions(self) -> list[list[int]] | None:
@@ -147,19 +177,62 @@ def read_inputs(given: object, model: nn.Module, name: str) -> RunInputs:
         )
     signature = forward_signature(model)
     _check_names(args, kwargs, signature, model, name)
-    main = _main_input(args, kwargs, signature, model, name)
+    main_name, main = _main_input(args, kwargs, signature, model, name)
     _check_values(main, model, name)
     time_first = _time_first(model) and main.dim() == 3
     batch, length = _batch_and_length(main, time_first, name)
     named = {**dict(zip(signature.parameters, args, strict=False)), **kwargs}
-    mask = _mask(named, "attention_mask", (batch, length), name)
     ids = named.get("input_ids")
     if ids is None and args and not args[0].is_floating_point() and args[0].dim() == 2:
         ids = args[0]
-    inputs = RunInputs(args, kwargs, given, batch, length, mask, ids, time_first)
+    of_towers = any(is_of_towers(key) and isinstance(item, Tensor) for key, item in named.items())
+    measured = _measured(main_name, model, args, kwargs) if of_towers else None
+    if measured is None:
+        mask = _mask(named, "attention_mask", (batch, length), name)
+    else:
+        ids = ids if isinstance(ids, Tensor) and tuple(ids.shape) == measured else None
+        batch, length = measured
+        mask = _mask_in_tower(named, measured, False)
+    tells = model if of_towers else None
+    inputs = RunInputs(args, kwargs, given, batch, length, mask, ids, time_first, model=tells)
     if "decoder_input_ids" not in signature.parameters:
         return inputs
     return replace(inputs, decoder=_decoder(inputs, named, model, name))
+
+
+def _measured(
+    main: str, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> StackSize | None:
+    """What the blocks count that the main input goes to, where that does not follow from tokens; None where it does.
+
+    It does not follow where the input is a picture or a sound, and where the places of one are put before or behind
+    those of the tokens, which models do that have no token for them.
+    """
+    if not is_of_towers(main) and media_tokens(unwrapped(model).module):
+        return None
+    try:
+        stack = main_stack(model)
+        if not is_of_towers(main) and stack is not None:
+            return None
+        return stack_size(model, stack, args, kwargs)
+    except UnmappedModelError:
+        return None
+
+
+MASKS = ("attention_mask", "feature_attention_mask", "input_features_mask", "pixel_attention_mask")
+"""Inputs that may say which positions of a tower are real."""
+
+
+def _mask_in_tower(named: Mapping[str, Any], size: StackSize, tokens: bool) -> Tensor | None:
+    """A mask with an entry for each position of a tower: one of what goes in, before it is made shorter, has others.
+
+    Args:
+        named: Inputs by name.
+        size: What the tower counts.
+        tokens: Whether the model is given tokens too, which its `attention_mask` is then about.
+    """
+    masks = (named.get(key) for key in MASKS[1 if tokens else 0 :])
+    return next((mask for mask in masks if isinstance(mask, Tensor) and tuple(mask.shape) == size), None)
 
 
 def _time_first(model: nn.Module) -> bool:
@@ -293,21 +366,21 @@ def _main_input(
     signature: Signature,
     model: nn.Module,
     name: str,
-) -> Tensor:
-    names = [
-        getattr(unwrapped(model).module, "main_input_name", None),
-        *TOKENS,
-        next(iter(signature.parameters), None),
-    ]
-    candidates = [kwargs[key] for key in names if key is not None and key in kwargs] + list(args[:1])
-    for value in candidates:
+) -> tuple[str, Tensor]:
+    first = next(iter(signature.parameters), None)
+    names = [getattr(unwrapped(model).module, "main_input_name", None), *TOKENS, first]
+    # Of models that read pictures too tokens are the main input, whichever these models name.
+    names.sort(key=lambda key: is_of_towers(key or ""))
+    candidates = [(key, kwargs[key]) for key in names if key is not None and key in kwargs]
+    candidates += [(first or "", value) for value in args[:1]]
+    for key, value in candidates:
         if isinstance(value, Tensor) and value.dim() >= 1:
-            return value
+            return key, value
     encoded = kwargs.get("encoder_outputs")
     if encoded is not None:  # the encoder's part is done: its positions are those of what it gave
         states = encoded.get("last_hidden_state") if isinstance(encoded, Mapping) else encoded[0]
         if isinstance(states, Tensor):
-            return states
+            return "encoder_outputs", states
     expected = " or ".join(dict.fromkeys(str(key) for key in names if key and key in signature.parameters))
     given = ", ".join(kwargs) or "nothing"
     raise InputError(f"{name} has no {expected}, which {type(model).__name__} needs. Given: {given}.")
@@ -326,24 +399,3 @@ def _batch_and_length(main: Tensor, time_first: bool, name: str) -> tuple[int, i
             f"The input of {name} has shape {tuple(main.shape)}; a batch axis is needed (for one example, [1, ...])."
         )
     return (main.shape[1], main.shape[0]) if time_first else (main.shape[0], main.shape[1])
-
-
-# --- key-value caches --------------------------------------------------------------------------------------
-
-
-def with_own_caches(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword inputs with copies of the key-value caches among them, which a run extends in place."""
-    return {key: _copy(value) if hasattr(value, "get_seq_length") else value for key, value in kwargs.items()}
-
-
-def _copy(cache: Any) -> Any:
-    # Tensors are cloned by hand, because deepcopy refuses those that are inside an autograd graph.
-    return copy.deepcopy(cache, {id(tensor): tensor.clone() for tensor in _tensors_of(cache)})
-
-
-def _tensors_of(cache: Any) -> list[Tensor]:
-    # A cache of two stacks is a cache for each attention.
-    inner = [value for value in vars(cache).values() if hasattr(value, "get_seq_length")]
-    parts = [cache, *getattr(cache, "layers", ())]
-    own = [item for part in parts for item in vars(part).values() if isinstance(item, Tensor)]
-    return own + [tensor for part in inner for tensor in _tensors_of(part)]

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intervenable.compiled import uncompiled
 from intervenable.errors import EditError, NotFiredError
 from intervenable.hooks import EarlyStop, Hook, hooked
-from intervenable.inputs import RunInputs, with_own_caches
+from intervenable.input_caches import with_own_caches
+from intervenable.inputs import RunInputs
 from intervenable.padding import with_position_ids
 from intervenable.passage import Passage
 from intervenable.plan import Capture, Edit, Plan, error_of
@@ -68,9 +70,9 @@ class BaseRun:
 
 def plain_run(model: nn.Module, inputs: RunInputs, options: Mapping[str, Any]) -> Any:
     """The wrapped model on these inputs, with nothing of ours but the position ids that padding calls for."""
-    return model(
-        *inputs.args, **with_own_caches(with_position_ids(inputs, model)), **with_own_caches(options)
-    )
+    kwargs = with_own_caches(with_position_ids(inputs, model))
+    with uncompiled(model):  # to the bit what it is compared with
+        return model(*inputs.args, **kwargs, **with_own_caches(options))
 
 
 # --- source runs ------------------------------------------------------------------------------------------

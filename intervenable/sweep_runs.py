@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -45,8 +45,11 @@ class Unpatched:
 
     @property
     def inputs(self) -> RunInputs:
-        """The inputs, counted in the positions that have logits."""
-        return self.plan.base.decoder or self.plan.base
+        """The inputs, counted in the positions that have logits: one, where a head makes one of all."""
+        counted = self.plan.base.decoder or self.plan.base
+        if self.shape[1] == 1 != counted.length:
+            return replace(counted, length=1, attention_mask=None, input_ids=None)
+        return counted
 
     def logits(self, positions: Tensor | None = None) -> Tensor:
         """`[b, P, V]` its logits at tensor positions, at all of them by default; the model is run if need be."""
