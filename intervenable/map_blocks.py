@@ -176,8 +176,8 @@ _SIGNALS = {
 def with_roles(stacks: Sequence[BlockStack], trace: Trace) -> list[BlockStack]:
     """The stacks that components can name, each with its role: at most one of a kind.
 
-    The main one is that which runs last. One whose blocks are given, beside the stream, what another one ended in is a
-    decoder and the other its encoder.
+    The main one is that which runs last. One whose blocks are given, beside the stream, what another one ended in is
+    a decoder and the other its encoder.
     """
     whole = [stack for stack in stacks if stack.linked == len(stack.blocks) - 1] or list(stacks)
     if not whole:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from intervenable.map_blocks import BlockStack
 from intervenable.map_mlp import Placed
 from intervenable.map_trace import Call, Trace
-from intervenable.map_values import is_norm, key_of, output_slot
+from intervenable.map_values import Key, is_norm, key_of, output_slot
 from model_maps import Site
 
 NO_NORM = "no norm follows its last block"
@@ -74,10 +74,13 @@ def _norm_behind(trace: Trace, stack: BlockStack) -> Call | None:
     """The norm that is given what the last block returned."""
     end, last = key_of(stack.last.leaving), stack.last.call
     for call in trace.calls:
-        if call.entered > last.left and call.main_input is not None and is_norm(call):
-            if key_of(call.main_input) == end:
-                return call
+        if call.entered > last.left and is_norm(call) and _given(call) == end:
+            return call
     return None
+
+
+def _given(call: Call) -> Key | None:
+    return None if call.main_input is None else key_of(call.main_input)
 
 
 def _ends_in_norm(stack: BlockStack) -> bool:

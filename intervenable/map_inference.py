@@ -213,8 +213,8 @@ def _with_width(
         return site
     sizes = _sizes(model, stack)
     widths = _WIDTHS.get(known.word, ("hidden",))
-    width = next((width for width in widths if sizes.width(width) == tensor.shape[-1]), "any")
-    return replace(site, width=width)
+    fitting = [width for width in widths if sizes.width(width) == tensor.shape[-1]]
+    return replace(site, width=fitting[0] if fitting else "any")
 
 
 def _sizes(model: nn.Module, stack: BlockStack | None) -> Sizes:

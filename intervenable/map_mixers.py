@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from intervenable.hooks import Hook
 from intervenable.map_blocks import Block
@@ -78,9 +78,10 @@ def _mixes(run: Trace, path: str) -> bool:
     for at in (returned.shape[axis] - 1, 0):
         chosen = returned.select(axis, at)
         code = torch.randn(chosen.shape, generator=torch.Generator().manual_seed(at)).to(chosen)
-        (slope,) = torch.autograd.grad((chosen * code).sum(), given, retain_graph=True, allow_unused=True)
-        if slope is None:
+        slopes: Any = torch.autograd.grad((chosen * code).sum(), given, retain_graph=True, allow_unused=True)
+        if slopes[0] is None:
             continue
+        slope: Tensor = slopes[0]
         others = [other for other in range(given.shape[axis]) if other != at]
         if float(slope.index_select(axis, torch.tensor(others, device=slope.device)).abs().max()) > 0:
             return True

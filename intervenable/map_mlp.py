@@ -122,7 +122,7 @@ def entry_of(values: BlockValues, core: Call, stream: set[Key]) -> Seen | None:
 
 
 def _start_of(values: BlockValues, core: Call, stream: set[Key]) -> Key | None:
-    """The value that the matrices before the last one read, going back bit for bit, or by order where a gate is on the way."""
+    """The value that the matrices before the last one read: back bit for bit, or by order where a gate is between."""
     assert core.main_input is not None
     key = key_of(core.main_input)
     for _ in range(12):

@@ -65,7 +65,8 @@ class BlockValues:
 
     def path(self, call: Call) -> str:
         """Path of a call's module from the block."""
-        return self._paths[call.module]
+        path: str = self._paths[call.module]
+        return path
 
     def given_like(self, key: Key) -> list[Seen]:
         """Where a value was given, in the order in which the modules were entered."""
