@@ -16,7 +16,7 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
-from intervenable import attention, causal, metrics, patching, training
+from intervenable import attention, causal, experts, metrics, patching, training
 from intervenable._version import __version__
 from intervenable.cache import ActivationCache
 from intervenable.collecting import collect
@@ -28,6 +28,7 @@ from intervenable.easyroutine_records import EasyroutineIntervention
 from intervenable.easyroutine_values import FromCache
 from intervenable.errors import (
     CacheError,
+    CompiledModelWarning,
     ConfigError,
     DatasetError,
     EditError,
@@ -117,6 +118,7 @@ __all__ = [
     "CacheError",
     "CallableIntervention",
     "CollectIntervention",
+    "CompiledModelWarning",
     "ConfigError",
     "ConsreftIntervention",
     "DatasetError",

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from intervenable.attention_mode import AttentionMode, InsideHook
+from intervenable.compiled import uncompiled
 from intervenable.function_mode import FunctionHook, FunctionMode
 from intervenable.passage import Passage
 from model_maps import Side
@@ -174,6 +175,17 @@ def hooked(hooks: Sequence[Hook], model: nn.Module, *, recomputed: bool = False)
         recomputed: Whether the hooks stay for the second run of checkpointed layers. Otherwise the layers they are
             in are not checkpointed, as a run that ends in the middle of a layer cannot be.
     """
+    # The second run of a compiled layer would be the compiled one, which does not look at hooks.
+    with (
+        uncompiled(model) as compiled,
+        _registered(hooks, model, recomputed and not compiled) as recomputation,
+    ):
+        yield recomputation
+
+
+@contextmanager
+def _registered(hooks: Sequence[Hook], model: nn.Module, recomputed: bool) -> Iterator[Recomputation]:
+    """Run the block with these hooks on a model."""
     gate = Gate()
     recomputation = Recomputation()
     layers = _checkpointed_layers(hooks, model)

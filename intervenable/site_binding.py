@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from intervenable.errors import UnsupportedModelError
 from intervenable.sites import BoundSite, Kind, StreamAxes, is_conv1d
-from intervenable.unwrapping import config_of
+from intervenable.unwrapping import config_of, unwrapped
 from model_maps import COMPONENTS, ModelMap, Side, Site, Sizes, Stack, columns_of, is_head_component
 
 
@@ -156,6 +156,8 @@ def module_at(model: nn.Module, path: str, component: str) -> nn.Module:
         if name.startswith("-") and name[1:].isdigit() and isinstance(module, nn.ModuleList):
             name = str(len(module) + int(name))
         child = module._modules.get(name)
+        if child is None:  # a part may be wrapped too, such as a block that was compiled
+            child = unwrapped(module).module._modules.get(name)
         if child is None:
             children = dict(module.named_children())
             at = ".".join(done) or type(model).__name__
@@ -167,7 +169,7 @@ def module_at(model: nn.Module, path: str, component: str) -> nn.Module:
             )
         module = child
         done.append(name)
-    return module
+    return unwrapped(module).module if path else module
 
 
 def live_width(module: nn.Module, side: Side) -> int | None:

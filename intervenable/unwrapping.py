@@ -51,20 +51,21 @@ def unwrapped(model: nn.Module) -> Unwrapped:
         ''
     """
     prefix = ""
-    while (name := _attribute_of(model)) is not None:
+    while (step := _step(model)) is not None:
+        name, model = step
         prefix += f"{name}."
-        model = model._modules[name] or model
     return Unwrapped(model, prefix)
 
 
-def _attribute_of(model: nn.Module) -> str | None:
-    """The attribute under which a wrapper has the module inside; None if the model is no wrapper."""
+def _step(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """The module inside a wrapper and the attribute under which it is there; None if the model is no wrapper."""
     for cls in type(model).__mro__:
         if cls is nn.Module:
             return None
-        name = WRAPPERS.get(cls.__name__)
-        if name is not None and isinstance(model._modules.get(name), nn.Module):
-            return name
+        name = WRAPPERS.get(cls.__name__, "")
+        inside = model._modules.get(name)
+        if inside is not None:
+            return name, inside
     return None
 
 
