@@ -1,0 +1,185 @@
+"""Laws about heads: the columns of each move what that head computes, and nothing of another's.
+
+Heads are told apart by number: in experiment `b` the heads whose number has the bit `b` are changed, so that few
+experiments tell all of them. Columns are turned round within a head, which leaves its size, and so what a norm over
+all heads makes of it, as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from intervenable.map_laws import Finding, deviation, limit_of, named
+from intervenable.map_laws_runs import Bench, Change, Group, Key
+from intervenable.map_laws_swaps import MOVED, Judge
+from model_maps import COMPONENTS
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Heads of one component that are changed, and the matrix or vectors by heads in which that is seen."""
+
+    written: str
+    read: str
+    at: str = ""
+    """Which positions are changed and where it may be seen: "row", "column"; "" for all of them."""
+
+
+CODED = (
+    Coded("head_query_output", "attention_scores", "row"),
+    Coded("head_key_output", "attention_scores", "column"),
+    Coded("rotary_query", "attention_scores", "row"),
+    Coded("rotary_key", "attention_scores", "column"),
+    Coded("expanded_head_key", "attention_scores", "column"),
+    Coded("head_value_output", "head_attention_value_output"),
+    Coded("expanded_head_value", "head_attention_value_output"),
+    Coded("attention_scores", "attention_pattern"),
+    Coded("attention_pattern", "head_attention_value_output"),
+)
+
+
+def heads(bench: Bench) -> Judge:
+    """Which heads a change of some heads reaches."""
+    made: list[tuple[str, str, Coded, int, int, Group]] = []
+    for prefix in (*bench.prefixes, "cross"):
+        for coded in CODED:
+            written, read = named(coded.written, prefix), named(coded.read, prefix)
+            if COMPONENTS[written].prefix != prefix:
+                continue
+            layers = [layer for layer in bench.layers(written) if bench.has(read, layer)]
+            if not layers:
+                continue
+            count = max(bench.sites[written, layer].heads or 0 for layer in layers)
+            for bit in range(count.bit_length()):
+                change = _changed(coded, bit)
+                stack = "decoder" if prefix == "cross" else prefix
+                writes = {**bench.held(stack), **{(written, layer): change(bench) for layer in layers}}
+                group = bench.experiment(
+                    f"heads of {written}, bit {bit}", writes, [(read, layer) for layer in layers]
+                )
+                made.append((written, read, coded, bit, count, group))
+
+    def judge() -> Iterator[Finding]:
+        for written, read, coded, bit, _, group in made:
+            for layer in bench.layers(written):
+                key = (read, layer)
+                if not bench.has(*key) or key not in group.seen or key not in bench.base.seen:
+                    continue
+                count = bench.sites[written, layer].heads or 0
+                why = f"{read} of heads with bit {bit} alone"
+                limit = limit_of(group.seen[key].dtype)
+                off, right = _told(group.seen[key], bench.base.seen[key], coded, bit, count, limit)
+                yield Finding(written, "heads", layer, right, off, limit, why)
+                if coded.written in ("attention_pattern",):
+                    yield Finding(read, "heads", layer, right, off, limit, why)
+
+    return judge
+
+
+def _has_bit(head: int, bit: int) -> bool:
+    return bool((head + 1) >> bit & 1)
+
+
+def _changed(coded: Coded, bit: int) -> object:
+    def for_bench(bench: Bench) -> Change:
+        def change(groups: Tensor) -> Tensor:
+            value = groups[bench.base.index].clone()
+            chosen = [head for head in range(value.shape[1]) if _has_bit(head, bit)]
+            if coded.written == "attention_pattern" or coded.written == "attention_scores":
+                value[:, chosen] = value[:, chosen] * 0.5
+            elif coded.at:
+                position = value.shape[2] // 2
+                value[:, chosen, position] = value[:, chosen, position].flip(-1)
+            else:
+                value[:, chosen] = value[:, chosen].flip(-1)
+            return value
+
+        return change
+
+    return for_bench
+
+
+def _told(new: Tensor, old: Tensor, coded: Coded, bit: int, count: int, limit: float) -> tuple[float, bool]:
+    """How far what should stay is off, and whether exactly the heads that should change do."""
+    total = old.shape[1]
+    if count == 0 or total % count or new.shape != old.shape:
+        return float("inf"), False
+    visible = new.isfinite() & old.isfinite()
+    new, old = (torch.where(visible, t, torch.zeros_like(t)).float() for t in (new, old))
+    size = float(old.abs().max()) or 1.0
+    difference = (new - old) / size
+    if coded.at == "column":
+        # Where a sink beside the keys is the largest of a row, the model takes it from all of the row.
+        shift = torch.where(visible, difference, torch.nan)
+        shift[..., old.shape[-1] // 2] = torch.nan
+        shift = shift.nanmedian(-1, keepdim=True).values.nan_to_num(0.0)
+        difference = torch.where(visible, difference - shift, difference)
+    difference = difference.abs()
+    group = total // count
+    chosen = [head for head in range(total) if _has_bit(head // group, bit)]
+    others = [head for head in range(total) if head not in chosen]
+    stays = [difference[:, others]]
+    if coded.at:
+        axis = -2 if coded.at == "row" else -1
+        position = old.shape[axis] // 2
+        rest = [index for index in range(old.shape[axis]) if index != position]
+        stays.append(difference[:, chosen].index_select(axis, torch.tensor(rest, device=old.device)))
+    off = max((float(part.max()) for part in stays if part.numel()), default=0.0)
+    changed = difference[:, chosen].amax((0, 2, 3)) if chosen else torch.ones(1)
+    return off, off <= limit and bool((changed > limit).all())
+
+
+def shares(bench: Bench) -> Judge:
+    """Without some heads the attention's output lacks their shares, and nothing else changes."""
+    made: list[tuple[str, str, str, int, Group]] = []
+    for prefix in (*bench.prefixes, "cross"):
+        written, share, whole = (
+            named(word, prefix)
+            for word in ("head_attention_value_output", "head_attention_output", "attention_output")
+        )
+        if COMPONENTS[written].prefix != prefix:
+            continue
+        layers = [
+            layer for layer in bench.layers(written) if bench.has(share, layer) and bench.has(whole, layer)
+        ]
+        if not layers:
+            continue
+        count = max(bench.sites[written, layer].heads or 0 for layer in layers)
+        stack = "decoder" if prefix == "cross" else prefix
+        for bit in range(count.bit_length()):
+            writes = {**bench.held(stack), **{(written, layer): _without(bench, bit) for layer in layers}}
+            keys: list[Key] = [(whole, layer) for layer in layers]
+            group = bench.experiment(f"no heads of {written} with bit {bit}", writes, keys)
+            bench.read_in(bench.base, [(share, layer) for layer in layers])
+            made.append((written, share, whole, bit, group))
+
+    def judge() -> Iterator[Finding]:
+        for written, share, whole, bit, group in made:
+            for layer in bench.layers(written):
+                if not all(bench.has(name, layer) for name in (share, whole)):
+                    continue
+                if (whole, layer) not in group.seen or (share, layer) not in bench.base.seen:
+                    continue
+                before, parts = bench.base.seen[whole, layer], bench.base.seen[share, layer]
+                chosen = [head for head in range(parts.shape[1]) if _has_bit(head, bit)]
+                expected = before - parts[:, chosen].sum(1)
+                limit = MOVED * limit_of(before.dtype)
+                off = deviation(group.seen[whole, layer], expected)
+                why = f"{whole} less the shares of heads with bit {bit}"
+                for name in (written, share):
+                    yield Finding(name, "share", layer, off <= limit, off, limit, why)
+
+    return judge
+
+
+def _without(bench: Bench, bit: int) -> Change:
+    def change(groups: Tensor) -> Tensor:
+        value = groups[bench.base.index].clone()
+        value[:, [head for head in range(value.shape[1]) if _has_bit(head, bit)]] = 0
+        return value
+
+    return change

@@ -1,0 +1,375 @@
+"""Many experiments in one forward pass: each is a group of the batch with edits of its own.
+
+The first group is left alone and is the *base*. For each stack of blocks one group is its *source*: noise is added
+to what its first block is given, so that its stream is another while all that comes from the tokens themselves stays.
+In the groups of experiments values of the source (or of the base) are written at places of a map, in all layers at
+once. Whatever is compared so went through the same kernels in the same pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intervenable.binding import Places
+from intervenable.errors import IntervenableError
+from intervenable.hooks import Hook, hooked
+from intervenable.inputs import RunInputs
+from intervenable.map_laws import named
+from intervenable.map_trace import Trace, trace
+from intervenable.passage import Passage
+from intervenable.signatures import takes
+from intervenable.sites import BoundSite, hook_at
+from intervenable.unit_index import UnitIndex
+from intervenable.units import Whole
+from model_maps import COMPONENTS, ModelMap
+
+Key = tuple[str, int | None]
+"""A component and a layer; None outside the blocks."""
+
+Change = Callable[[Tensor], Tensor]
+"""From the values of all groups, `[groups, b, ...]`, to those that one group is to have, `[b, ...]`."""
+
+Inputs = Mapping[str, Any]
+
+NOISE_SEED = 20
+MOST_LOGITS = 40_000_000
+"""Entries of logits that one pass may have."""
+
+
+@dataclass(eq=False)
+class Group:
+    """One experiment: what is written where, and what was seen in it."""
+
+    name: str
+    writes: dict[Key, Change] = field(default_factory=dict)
+    reads: set[Key] = field(default_factory=set)
+    inputs: Inputs = field(default_factory=dict)
+    """Model inputs that are others than those of the base."""
+
+    seen: dict[Key, Tensor] = field(default_factory=dict)
+    """The values at the places that were to be read, of the last passage there."""
+
+    output: Tensor | None = None
+    """What the model returned: its logits if it has any, else its first tensor."""
+
+    index: int = 0
+    """Its place in the batch of the pass that is on."""
+
+
+class GivenPlaces(Places):
+    """Finds sites in a model by a map that is given, not looked up."""
+
+    def __init__(self, model: nn.Module, model_map: ModelMap) -> None:
+        super().__init__(model)
+        self._map = model_map
+
+
+class Bench:
+    """A model, a map of it, inputs, and the experiments that are to be made.
+
+    Args:
+        model: The model, in evaluation mode.
+        model_map: The map to be looked at.
+        inputs: Keyword inputs of the model, of one example or several.
+        components: The components to look at; None for all that the map has.
+    """
+
+    def __init__(
+        self, model: nn.Module, model_map: ModelMap, inputs: Inputs, components: Iterable[str] | None = None
+    ) -> None:
+        self.model = model
+        self.map = model_map
+        self.places = GivenPlaces(model, model_map)
+        self.inputs: dict[str, Any] = {
+            **({"use_cache": False} if takes(model, "use_cache") else {}),
+            **inputs,
+        }
+        self.batch, self.time_first = _batch_of(model, inputs)
+        self.sites: dict[Key, BoundSite] = {}
+        self.faults: dict[Key, str] = {}
+        """Places that cannot be bound, read or written, and why."""
+        self._bind(model_map.components() if components is None else components)
+        self.base = Group("base")
+        self.sources: dict[str, Group] = {}
+        for prefix in self.prefixes:
+            first = (named("block_input", prefix), 0)
+            if first in self.sites:
+                group = Group(f"source of {prefix or 'the blocks'}", {first: self._noised})
+                self.sources[prefix] = group
+        self.fixed: list[Group] = [self.base, *self.sources.values()]
+        """Groups that are in every pass."""
+        self.groups: list[Group] = []
+        self.plainly: dict[Key, Tensor] = {}
+        """What the places have in the plain pass."""
+        self.passes: dict[Key, int] = {}
+        """How often a place was passed in the plain pass."""
+
+    # -- what there is
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """Prefixes of the stacks that have components, cross attention aside."""
+        return tuple(
+            dict.fromkeys(p for p in (COMPONENTS[name].prefix for name, _ in self.sites) if p != "cross")
+        )
+
+    def layers(self, component: str) -> list[int | None]:
+        """The layers in which a component is placed and could be bound; `[None]` outside the blocks."""
+        return [layer for name, layer in self.sites if name == component and (name, layer) not in self.faults]
+
+    def has(self, component: str, layer: int | None) -> bool:
+        """Whether a component is placed in a layer, and nothing has failed there so far."""
+        return (component, layer) in self.sites and (component, layer) not in self.faults
+
+    def last_layer(self, prefix: str) -> int:
+        """The last layer of a stack."""
+        return max(
+            (layer or 0 for name, layer in self.sites if name == named("block_output", prefix)), default=0
+        )
+
+    def _bind(self, components: Iterable[str]) -> None:
+        for component in components:
+            inside = COMPONENTS[component].scope == "block"
+            try:
+                layers: list[int | None] = [*range(self.places.layers_of(component))] if inside else [None]
+            except IntervenableError as error:
+                self.faults[component, 0 if inside else None] = _first_line(error)
+                continue
+            for layer in layers:
+                if self.map.site(component, layer) is None:
+                    continue
+                try:
+                    self.sites[component, layer] = self.places.at(component, layer)
+                except (IntervenableError, ValueError) as error:
+                    self.faults[component, layer] = _first_line(error)
+
+    # -- experiments
+
+    def experiment(
+        self, name: str, writes: Mapping[Key, Change], reads: Iterable[Key] = (), inputs: Inputs | None = None
+    ) -> Group:
+        """A group of the next passes; what it reads is read in base and sources too."""
+        group = Group(name, dict(writes), inputs=inputs or {})
+        self.groups.append(group)
+        self.read_in(group, reads)
+        return group
+
+    def fixed_group(self, name: str, writes: Mapping[Key, Change]) -> Group:
+        """A group of every pass, of which others take values."""
+        group = Group(name, dict(writes))
+        self.fixed.append(group)
+        return group
+
+    def read_in(self, group: Group, keys: Iterable[Key]) -> None:
+        """Have places read in a group, and in the base."""
+        known = {key for key in keys if self.has(*key)}
+        group.reads |= known
+        self.base.reads |= known
+
+    @property
+    def special_tokens(self) -> frozenset[int]:
+        """Ids of tokens that stand for something other than a piece of text."""
+        config = getattr(self.model, "config", None)
+        fields = vars(config).items() if config is not None else ()
+        return frozenset(
+            value
+            for name, value in fields
+            if name.endswith(("token_id", "token_index")) and isinstance(value, int)
+        )
+
+    def held(self, prefix: str) -> dict[Key, Change]:
+        """Writes that give every block of a stack the base's input, so that each layer is an experiment by itself."""
+        name = named("block_input", prefix)
+        return {(name, layer): taken_from(self.base) for layer in self.layers(name)}
+
+    def _noised(self, groups: Tensor) -> Tensor:
+        value = groups[self.base.index]
+        generator = torch.Generator().manual_seed(NOISE_SEED)
+        noise = torch.randn(value.shape, generator=generator).to(value.device, torch.float32)
+        wide = value.to(torch.float32)
+        spread = wide.std(-1, keepdim=True) if value.shape[-1] > 1 else wide.std()
+        floor = 0.1 * wide.std() + 1e-6
+        return (wide + noise * spread.clamp(min=float(floor))).to(value.dtype)
+
+    # -- passes
+
+    def plain(self) -> Tensor:
+        """What the model returns without hooks."""
+        with torch.no_grad():
+            return _main_tensor(self.model(**self.inputs)).detach().clone()
+
+    def traced(self) -> Trace:
+        """The plain pass written down; what the places of the map have is put into the base, bit for bit."""
+        group = Group("plain")
+        group.reads = set(self.sites)
+        group.index = 0
+        hooks = self._hooks([group], count=True)
+        result = trace(self.model, self.inputs, extra=hooks)
+        self.plainly = group.seen
+        return result
+
+    def run(self) -> None:
+        """Make all experiments, in as few passes as the memory for logits allows."""
+        waiting, self.groups = self.groups, []
+        room = max(2, self._room() - len(self.fixed))
+        for start in range(0, len(waiting), room):
+            self._pass([*self.fixed, *waiting[start : start + room]])
+
+    def identity(self, keys: Sequence[Key]) -> Tensor:
+        """What the model returns if at these places everything is written back as it was read."""
+        group = Group("identity", dict.fromkeys(keys, _back))
+        with torch.no_grad(), hooked(self._hooks([group]), self.model):
+            return _main_tensor(self.model(**self.inputs)).detach().clone()
+
+    def _room(self) -> int:
+        ids = next((v for v in self.inputs.values() if isinstance(v, Tensor) and v.dim() >= 2), None)
+        tokens = self.batch if ids is None else self.batch * ids.shape[1]
+        return max(8, MOST_LOGITS // max(1, tokens * (self.places.sizes.vocabulary or 1)))
+
+    def _pass(self, groups: Sequence[Group]) -> None:
+        for index, group in enumerate(groups):
+            group.index = index
+        given = {name: self._stacked(name, value, groups) for name, value in self.inputs.items()}
+        with torch.no_grad(), hooked(self._hooks(groups), self.model):
+            output = _main_tensor(self.model(**given))
+        by_group = output.unflatten(0, (len(groups), -1))
+        for group in groups:
+            group.output = by_group[group.index].detach().clone()
+
+    def _stacked(self, name: str, value: Any, groups: Sequence[Group]) -> Any:
+        if not isinstance(value, Tensor) or value.dim() == 0 or name == "cache_position":
+            return value
+        axis = (
+            1
+            if (self.time_first and value.dim() == 3) or (name == "position_ids" and value.dim() == 3)
+            else 0
+        )
+        if name == "position_ids" and value.shape[axis] == 1 != self.batch:
+            return value
+        return torch.cat([group.inputs.get(name, value) for group in groups], axis)
+
+    def _hooks(self, groups: Sequence[Group], *, count: bool = False) -> list[Hook]:
+        """Hooks for a pass of these groups: first all that write, then all that read what was made of it."""
+        written = [key for key in self.sites if any(key in group.writes for group in groups)]
+        read = [key for key in self.sites if any(key in group.reads for group in groups)]
+        streams: dict[Key, Tensor] = {}
+        run = self._run_inputs(len(groups))
+        whole = {
+            (site.plus.component, site.plus.layer) for site in self.sites.values() if site.plus is not None
+        }
+        hooks: list[Hook] = []
+
+        def reading(key: Key, passage: Passage, site: BoundSite) -> Tensor:
+            added = streams.get((site.plus.component, site.plus.layer)) if site.plus is not None else None
+            return site.read(passage, index_at(passage, site), run, added)
+
+        def index_at(passage: Passage, site: BoundSite) -> UnitIndex:
+            tensor = passage.take("input" if site.kind in DERIVED else site.side, site.slot)
+            if not site.by_heads or site.kind == "inside":
+                return site.index(Whole(), run, tensor.device)
+            # How many positions there are is read off what passes: a tower's are those of no input.
+            length = tensor.numel() // (run.batch * tensor.shape[-1])
+            return site.index(Whole(), self._run_inputs(len(groups), length), tensor.device)
+
+        def keeping(key: Key) -> Callable[[Passage], None]:
+            site = self.sites[key]
+
+            def act(passage: Passage) -> None:
+                streams[key] = site.stream(passage, run)
+
+            return act
+
+        def writing(key: Key) -> Callable[[Passage], None]:
+            site = self.sites[key]
+            changes = [(group, group.writes[key]) for group in groups if key in group.writes]
+
+            def act(passage: Passage) -> None:
+                if key in self.faults:
+                    return
+                try:
+                    old = reading(key, passage, site)
+                    new = old.clone().unflatten(0, (len(groups), -1))
+                    for (
+                        group,
+                        change,
+                    ) in changes:  # those of sources come first, and others take what they made
+                        new[group.index] = change(new)
+                    site.write(passage, index_at(passage, site), run, old, new.flatten(0, 1))
+                except Exception as error:  # a place that is wrong fails in any way
+                    self.faults[key] = f"writing there fails ({_first_line(error)})"
+
+            return act
+
+        def noting(key: Key) -> Callable[[Passage], None]:
+            site = self.sites[key]
+            wanting = [group for group in groups if key in group.reads]
+
+            def act(passage: Passage) -> None:
+                if count:
+                    self.passes[key] = self.passes.get(key, 0) + 1
+                if key in self.faults:
+                    return
+                try:
+                    by_group = reading(key, passage, site).unflatten(0, (len(groups), -1))
+                    for group in wanting:
+                        group.seen[key] = by_group[group.index].detach().clone()
+                except Exception as error:
+                    self.faults[key] = f"reading there fails ({_first_line(error)})"
+
+            return act
+
+        for key in written:
+            hooks.append(hook_at(self.sites[key], writing(key), writes=True))
+            if key in whole:
+                hooks.append(hook_at(self.sites[key], keeping(key)))
+        for key in self.sites:
+            if key in whole and key not in written:
+                hooks.append(hook_at(self.sites[key], keeping(key)))
+        return [*hooks, *(hook_at(self.sites[key], noting(key)) for key in read)]
+
+    def _run_inputs(self, groups: int, length: int = 0) -> RunInputs:
+        run = RunInputs((), {}, None, self.batch * groups, length, None, None, self.time_first)
+        return replace(run, decoder=run)
+
+
+DERIVED = ("per_head", "norm_scale")
+"""Kinds of sites that are computed from what goes into a module."""
+
+
+def taken_from(group: Group) -> Change:
+    """A change that puts there what another group has."""
+    return lambda groups: groups[group.index]
+
+
+def _back(groups: Tensor) -> Tensor:
+    return groups[0].clone()
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:200]
+
+
+def _batch_of(model: nn.Module, inputs: Inputs) -> tuple[int, bool]:
+    """How many examples inputs have, and whether the axis of positions comes first."""
+    names = ("input_ids", "inputs_embeds", getattr(model, "main_input_name", ""), *inputs)
+    main = next(v for name in names if isinstance(v := inputs.get(name), Tensor) and v.dim() > 0)
+    time_first = isinstance(model, nn.RNNBase) and not model.batch_first and main.dim() == 3
+    return main.shape[1 if time_first else 0], time_first
+
+
+def _main_tensor(output: Any) -> Tensor:
+    """The logits, else the first floating-point tensor of an output."""
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    items: Any = output.values() if isinstance(output, Mapping) else output
+    if isinstance(output, Tensor):
+        return output
+    found: Tensor = next(item for item in items if isinstance(item, Tensor) and item.is_floating_point())
+    return found

@@ -1,0 +1,349 @@
+"""Laws about the numbers of one plain pass: what is equal to what, what sums to what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intervenable.map_laws import ADDED, Finding, deviation, limit_of, named
+from intervenable.map_laws_runs import Bench, Key
+from intervenable.map_trace import Call, Trace
+from intervenable.sites import norm_scale
+from model_maps import COMPONENTS
+
+INFINITE = float("inf")
+
+
+def bound(bench: Bench, _: Trace) -> Iterator[Finding]:
+    """Every place could be found, read and written."""
+    for (name, layer), why in bench.faults.items():
+        yield Finding(name, "bound", layer, False, INFINITE, 0.0, why)
+
+
+def once(bench: Bench, _: Trace) -> Iterator[Finding]:
+    """Every place is passed once in a forward pass."""
+    for (name, layer), _site in bench.sites.items():
+        times = bench.passes.get((name, layer), 0)
+        if times != 1 and (name, layer) not in bench.faults:
+            yield Finding(name, "once", layer, False, float(times), 1.0, f"passed {times} times in one pass")
+
+
+def layout(bench: Bench, traced: Trace) -> Iterator[Finding]:
+    """Columns of heads do not overlap, and lie inside the tensor."""
+    for (name, layer), site in bench.sites.items():
+        columns = site.columns
+        if columns is None or (name, layer) in bench.faults:
+            continue
+        call = next(iter(traced.of(site.path)), None)
+        side = "input" if site.kind == "per_head" else site.side
+        tensor = None if call is None or site.function else _tensor_at(call, side, site.slot)
+        if tensor is None:
+            continue
+        taken = [
+            columns.first_column(head) + offset
+            for head in range(columns.heads)
+            for offset in range(columns.width)
+        ]
+        total = tensor.shape[-1]
+        right = len(set(taken)) == len(taken) and min(taken) >= 0 and max(taken) < total
+        why = f"{columns.heads} heads of {columns.width} columns in {total}"
+        yield Finding(name, "layout", layer, right, 0.0 if right else INFINITE, 0.0, why)
+
+
+def chain(bench: Bench, _: Trace) -> Iterator[Finding]:
+    """Each block is given what the one before it returned, bit for bit."""
+    for prefix in bench.prefixes:
+        before, after = named("block_output", prefix), named("block_input", prefix)
+        for layer in bench.layers(after):
+            assert layer is not None
+            one, other = bench.plainly.get((before, layer - 1)), bench.plainly.get((after, layer))
+            if one is None or other is None:
+                continue
+            same = one.shape == other.shape and bool((one == other).all())
+            off = 0.0 if same else deviation(one, other)
+            why = f"{after} of layer {layer} is {before} of layer {layer - 1}"
+            yield Finding(before, "chain", layer - 1, same, off, 0.0, why)
+            yield Finding(after, "chain", layer, same, off, 0.0, why)
+
+
+def reads(bench: Bench, traced: Trace) -> Iterator[Finding]:
+    """What goes into a module that computes is what the first weights in it are multiplied with."""
+    words = ("attention_input", "mlp_input", "mixer_input", "router_input", "expert_input")
+    for (name, layer), site in bench.sites.items():
+        known = COMPONENTS[name]
+        if known.word not in words or (name, layer) in bench.faults:
+            continue
+        calls = traced.of(site.path)
+        given = _tensor_at(calls[0], site.side, site.slot) if calls else None
+        if given is None:
+            continue
+        right = site.side == "input" and _multiplied(calls[0], given)
+        why = "a matrix of weights is multiplied with it"
+        yield Finding(name, "reads", layer, right, 0.0 if right else INFINITE, 0.0, why)
+        if known.word == "attention_input" and bench.has(named("attention_pattern", known.prefix), layer):
+            met = {one.name for one in calls[0].met_inside()}
+            right = bool(met & {"softmax", "fused"})
+            why = "attention is computed in the module that is given it"
+            yield Finding(name, "reads", layer, right, 0.0 if right else INFINITE, 0.0, why)
+
+
+def rows(bench: Bench, traced: Trace) -> Iterator[Finding]:
+    """Rows of a pattern sum to one; to less where the softmax has one column more than there are keys."""
+    for (name, layer), site in bench.sites.items():
+        pattern = bench.plainly.get((name, layer))
+        if COMPONENTS[name].word != "attention_pattern" or pattern is None:
+            continue
+        limit = limit_of(pattern.dtype)
+        sums = pattern.float().sum(-1)
+        keys = pattern.shape[-1]
+        calls = traced.of(site.path)
+        met = [one for call in calls[:1] for one in call.met_inside() if one.name == "softmax"]
+        sink = any(one.returned is not None and one.returned.shape[-1] == keys + 1 for one in met)
+        off = (sums - 1).clamp(min=0) if sink else torch.where(sums == 0, sums, (sums - 1).abs())
+        worst = float(off.max())
+        negative = bool((pattern < 0).any())
+        why = "rows sum to less than one, as there is a sink" if sink else "rows sum to one"
+        yield Finding(name, "rows", layer, worst <= limit and not negative, worst, limit, why)
+        if site.causal and pattern.shape[-2] == keys:
+            behind = float(pattern.float().triu(1).abs().max())
+            yield Finding(name, "causal", layer, behind == 0.0, behind, 0.0, "nothing behind the query")
+
+
+def weighted(bench: Bench, _: Trace) -> Iterator[Finding]:
+    """Pattern times values is what the view by heads has, before the output projection."""
+    for name, layer in bench.sites:
+        known = COMPONENTS[name]
+        if known.word != "head_attention_value_output":
+            continue
+        pattern = bench.plainly.get((named("attention_pattern", known.prefix), layer))
+        values = bench.plainly.get((named("expanded_head_value", known.prefix), layer))
+        found = bench.plainly.get((name, layer))
+        if pattern is None or values is None or found is None:
+            continue
+        expected = pattern @ values if pattern.shape[-1] == values.shape[-2] else pattern
+        off, limit = deviation(found, expected), limit_of(found.dtype)
+        if off <= limit or found.shape != expected.shape:
+            yield Finding(name, "sum", layer, off <= limit, off, limit, "pattern times values")
+
+
+def projection(bench: Bench, _: Trace) -> Iterator[Finding]:
+    """The shares of all heads and the projection's bias are the attention's output."""
+    for (name, layer), site in bench.sites.items():
+        known = COMPONENTS[name]
+        shares = bench.plainly.get((name, layer))
+        whole = bench.plainly.get((named("attention_output", known.prefix), layer))
+        if known.word != "head_attention_output" or shares is None or whole is None:
+            continue
+        bias = site.output_projection(shares.device)[1]
+        total = shares.sum(1) if bias is None else shares.sum(1) + bias.to(shares.dtype)
+        off, limit = deviation(total, whole), limit_of(whole.dtype)
+        why = f"the sum over heads and the bias is {named('attention_output', known.prefix)}"
+        yield Finding(name, "projection", layer, off <= limit, off, limit, why)
+
+
+def residual(bench: Bench, traced: Trace) -> Iterator[Finding]:
+    """Adding what is said to be added to the stream gives a stream that the model has, at the end the block's output."""
+    for prefix in bench.prefixes:
+        for layer in bench.layers(named("block_output", prefix)):
+            yield from _residual_of(bench, traced, prefix, layer)
+
+
+def _residual_of(bench: Bench, traced: Trace, prefix: str, layer: int | None) -> Iterator[Finding]:
+    seen = bench.plainly
+    start, end = (
+        seen.get((named("block_input", prefix), layer)),
+        seen.get((named("block_output", prefix), layer)),
+    )
+    site = bench.sites.get((named("block_output", prefix), layer))
+    if start is None or end is None or site is None:
+        return
+    prefixes = (prefix, "cross") if prefix == "decoder" else (prefix,)
+    added: list[tuple[str, Tensor]] = []
+    for word in ADDED:
+        for one in prefixes:
+            name = named(word, one)
+            if (
+                COMPONENTS.get(name)
+                and COMPONENTS[name].word == word
+                and (value := seen.get((name, layer))) is not None
+            ):
+                if value.shape == start.shape:
+                    added.append((name, value))
+    block = next(iter(traced.of(site.path)), None)
+    if block is None:
+        return
+    calls = list(block.inside())
+    limit = limit_of(end.dtype)
+    streams = _normed([start], calls)
+    used: list[tuple[str, Tensor]] = []
+    pending = list(added)
+    # Any order: attention before the MLP in most, beside it in some.
+    while pending:
+        for position, (name, value) in enumerate(pending):
+            sums = [stream + value for stream in streams]
+            known = [total for total in sums if _is_seen(total, calls, end, limit)]
+            if known:
+                yield Finding(name, "residual", layer, True, 0.0, limit, "the stream and this is a stream")
+                streams = _normed([*known, *streams], calls)
+                used.append(pending.pop(position))
+                break
+        else:
+            break
+    if pending:
+        # Several are added at once, beside each other.
+        total = sum((value for _, value in pending), torch.zeros_like(start))
+        best = min(deviation(stream + total, end) for stream in streams)
+        for name, _ in pending:
+            yield Finding(
+                name,
+                "residual",
+                layer,
+                best <= limit,
+                best,
+                limit,
+                "the stream and this is the block's output",
+            )
+    middles = [named("block_mid", one) for one in prefixes]
+    for name in middles:
+        middle = seen.get((name, layer))
+        if middle is not None and COMPONENTS[name].word == "block_mid":
+            off = min((deviation(middle, stream) for stream in streams), default=INFINITE)
+            yield Finding(
+                name, "residual", layer, off <= limit, off, limit, "the stream and what attention adds"
+            )
+
+
+def _normed(streams: Sequence[Tensor], calls: Sequence[Call]) -> list[Tensor]:
+    """The streams, and what modules without matrices make of them (norms behind an addition)."""
+    result = list(streams)
+    for call in calls:
+        if (
+            call.module._modules
+            or _has_matrix(call.module)
+            or call.main_output is None
+            or call.main_input is None
+        ):
+            continue
+        given = _like(call.main_input, streams[0])
+        if given is not None and any(_equal(given, stream) for stream in result):
+            out = _like(call.main_output, streams[0])
+            if out is not None and not any(_equal(out, stream) for stream in result):
+                result.append(out)
+    return result
+
+
+def _is_seen(total: Tensor, calls: Iterable[Call], end: Tensor, limit: float) -> bool:
+    """Whether a sum is the block's output, or what some module in the block is given."""
+    if deviation(total, end) <= limit:
+        return True
+    for call in calls:
+        given = None if call.main_input is None else _like(call.main_input, total)
+        if given is not None and _equal(given, total, limit):
+            return True
+    return False
+
+
+def norm(bench: Bench, _: Trace) -> Iterator[Finding]:
+    """The last norm divides what it is given by its scale, and multiplies it with weights."""
+    for (name, layer), site in bench.sites.items():
+        known = COMPONENTS[name]
+        if known.word != "final_norm_scale" or (name, layer) in bench.faults:
+            continue
+        given = bench.plainly.get((named("final_norm_input", known.prefix), None))
+        output = bench.plainly.get((named("final_norm_output", known.prefix), None))
+        scale = bench.plainly.get((name, layer))
+        if given is None or output is None or scale is None or given.shape != output.shape:
+            continue
+        wide = given.double()
+        if isinstance(site.module, nn.LayerNorm):
+            wide = wide - wide.mean(-1, keepdim=True)
+        unit = (wide / scale.double()).flatten(0, -2)
+        bias = getattr(site.module, "bias", None)
+        result = output.double().flatten(0, -2) - (bias.double() if isinstance(bias, Tensor) else 0.0)
+        # One weight for each column, whatever the position.
+        weight = (unit * result).sum(0) / (unit * unit).sum(0).clamp(min=1e-12)
+        off, limit = deviation(unit * weight, result), limit_of(output.dtype)
+        yield Finding(name, "norm", layer, off <= limit, off, limit, "the norm's output, divided by weights")
+
+
+def logits(bench: Bench, traced: Trace, output: Tensor) -> Iterator[Finding]:
+    """What the model returns is the head's output, or the same under a function that keeps the order."""
+    found = bench.plainly.get(("logits", None))
+    if found is None:
+        return
+    if found.shape != output.shape:
+        right = found.shape[-1] == output.shape[-1] or found.shape[-1] == _labels(output)
+        yield Finding(
+            "logits", "logits", None, right, 0.0 if right else INFINITE, 0.0, "as wide as what is returned"
+        )
+        return
+    limit = limit_of(output.dtype)
+    off = deviation(found, output)
+    if off > limit:
+        by_size = output.float().gather(-1, found.float().argsort(-1))
+        falls = (by_size[..., :-1] - by_size[..., 1:]).nan_to_num(0.0).clamp(min=0)
+        off = float(falls.max() / output.float().nan_to_num(0.0, 0.0, 0.0).abs().max().clamp(min=1e-12))
+    yield Finding(
+        "logits", "logits", None, off <= limit, off, limit, "what the model returns, or in its order"
+    )
+
+
+# --- shorthands -------------------------------------------------------------------------------------------
+
+
+def _labels(output: Tensor) -> int:
+    return 2 if output.dim() == 2 else output.shape[-1]  # the beginning and the end of an answer
+
+
+def _tensor_at(call: Call, side: str, slot: str | int | None) -> Tensor | None:
+    if side == "input":
+        return call.main_input if slot is None else call.inputs.get(slot)
+    return call.main_output if slot is None else call.outputs.get(slot)
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    own: Any = module._parameters.values()
+    return any(value is not None and value.dim() >= 2 for value in own) or hasattr(module, "in_features")
+
+
+def _multiplied(call: Call, given: Tensor) -> bool:
+    """Whether a module in a call that has a matrix of weights, or a function of one, is given this very tensor."""
+    for one in (call, *call.inside()):
+        if _has_matrix(one.module) and any(_holds(tensor, given) for tensor in one.inputs.values()):
+            return True
+    names = ("linear", "product", "einsum")
+    return any(
+        _holds(tensor, given) for met in call.met_inside() if met.name in names for tensor in met.given
+    )
+
+
+def _holds(tensor: Tensor, given: Tensor) -> bool:
+    return tensor.numel() == given.numel() and bool((tensor.reshape(-1) == given.reshape(-1)).all())
+
+
+def _like(tensor: Tensor, stream: Tensor) -> Tensor | None:
+    return tensor.reshape(stream.shape) if tensor.numel() == stream.numel() else None
+
+
+def _equal(found: Tensor, expected: Tensor, limit: float | None = None) -> bool:
+    return deviation(found, expected) <= (limit_of(expected.dtype) if limit is None else limit)
+
+
+__all__ = [
+    "Key",
+    "bound",
+    "chain",
+    "layout",
+    "logits",
+    "norm",
+    "norm_scale",
+    "once",
+    "projection",
+    "reads",
+    "residual",
+    "rows",
+    "weighted",
+]

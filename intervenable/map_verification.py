@@ -1,0 +1,364 @@
+"""Whether a map is right about a model: every law looked at in runs of the model itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from intervenable.errors import MapError, UnknownNameError, unknown_name
+from intervenable.map_laws import LAWS, TELLS_NOTHING, Finding, deviation, limit_of
+from intervenable.map_laws_heads import heads, shares
+from intervenable.map_laws_runs import Bench, Key
+from intervenable.map_laws_swaps import (
+    Swaps,
+    adds,
+    determines,
+    elementwise,
+    ends,
+    lookup,
+    moves,
+    single_layers,
+    stays,
+)
+from intervenable.map_laws_values import (
+    bound,
+    chain,
+    layout,
+    logits,
+    norm,
+    once,
+    projection,
+    reads,
+    residual,
+    rows,
+    weighted,
+)
+from model_maps import COMPONENTS, LayerKind, ModelMap, Site
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+WAY_OUT = "register a map that places it with iv.register_map(...), or name its module path"
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """What the laws came to for each component of a map, in one model."""
+
+    model: str
+    """The class of the model."""
+
+    findings: tuple[Finding, ...]
+    """Every law that was looked at, for every component and layer."""
+
+    refused: Mapping[str, str]
+    """Component -> which law it broke, where, by how much; also what depends on such a one."""
+
+    absent: Mapping[str, str]
+    """Component -> why the map has none."""
+
+    map: ModelMap
+    """The map without what was refused: there it says why."""
+
+    components: tuple[str, ...]
+    """The components that keep all laws, in every layer that the map gives them."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing was refused."""
+        return not self.refused
+
+    def check(self) -> Verification:
+        """The same verification, if every component kept every law.
+
+        Raises:
+            MapError: one did not; every law that was broken is listed.
+        """
+        if self.refused:
+            lines = [f"- {name}: {why}" for name, why in self.refused.items()]
+            count = len(lines)
+            raise MapError(
+                f"The map of {self.model} is wrong about {count} component{'s' if count > 1 else ''}:\n"
+                + "\n".join(lines)
+                + f"\nCorrect the sites, or {WAY_OUT}."
+            )
+        return self
+
+    def __str__(self) -> str:
+        return _table(self)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The findings as a table, one a row."""
+        import pandas as pd
+
+        return pd.DataFrame([dataclasses.asdict(finding) for finding in self.findings])
+
+
+def check_map(
+    model: nn.Module,
+    model_map: ModelMap,
+    inputs: Mapping[str, Any],
+    *,
+    components: Iterable[str] | None = None,
+) -> Verification:
+    """Look at every law of a map in runs of a model; nothing about the model changes.
+
+    Args:
+        model: The model, in evaluation mode.
+        model_map: What is to be looked at.
+        inputs: Keyword inputs of the model: a prompt of some tokens that differ.
+        components: Which components to look at, with what they are compared with; all by default.
+
+    Raises:
+        MapError: the model gives other numbers each time it is run.
+        UnknownNameError: no component is called so.
+    """
+    described = model_map.for_config(getattr(model, "config", None))
+    wanted = None if components is None else _known(components)
+    bench = Bench(model, described, inputs)
+    output = _steady_output(bench)
+    findings = _findings(bench, output)
+    if wanted is not None:
+        findings = [finding for finding in findings if finding.component in wanted]
+    return _verification(bench, findings, wanted)
+
+
+def verify(
+    model: nn.Module,
+    *,
+    example_inputs: Mapping[str, Any] | None = None,
+    model_map: ModelMap | None = None,
+    components: Iterable[str] | None = None,
+) -> Verification:
+    """Whether what the library says of this model's parts is true: every law, in runs of the model itself.
+
+    Args:
+        model: The model, with its own weights, dtype and attention; or an `IntervenableModel` of it.
+        example_inputs: Keyword inputs to run it on; by default a short prompt is made.
+        model_map: The map to look at, such as one of your own; by default the one that the library uses.
+        components: Which components to look at; all by default.
+
+    Raises:
+        MapError: the model is in training mode and gives other numbers each time it is run.
+        UnsupportedModelError: there is no map.
+        UnknownNameError: no component is called so.
+    """
+    from intervenable.map_inputs import example_inputs as made_inputs
+    from intervenable.maps import map_of
+
+    inside = getattr(model, "model", model) if type(model).__name__ == "IntervenableModel" else model
+    described = map_of(inside) if model_map is None else model_map
+    given = made_inputs(inside) if example_inputs is None else example_inputs
+    return check_map(inside, described, given, components=components)
+
+
+def _known(components: Iterable[str]) -> frozenset[str]:
+    names = frozenset([components] if isinstance(components, str) else components)
+    for name in sorted(names - COMPONENTS.keys()):
+        raise UnknownNameError(unknown_name("component", name, COMPONENTS))
+    return names
+
+
+def _steady_output(bench: Bench) -> Tensor:
+    """What the model returns, if it returns the same twice."""
+    one, other = bench.plain(), bench.plain()
+    if deviation(one, other) > limit_of(one.dtype):
+        name = type(bench.model).__name__
+        remedy = (
+            "It is in training mode, in which dropout is on: call model.eval() first."
+            if bench.model.training
+            else "Laws about numbers can only be looked at in a model that repeats itself."
+        )
+        raise MapError(f"{name} gave two different results for the same inputs. {remedy}")
+    return one
+
+
+def _findings(bench: Bench, output: Tensor) -> list[Finding]:
+    traced = bench.traced()
+    swaps = Swaps(bench)
+    judges = [
+        law(bench, swaps)
+        for law in (determines, stays, adds, elementwise, moves, ends, single_layers, lookup)
+    ]
+    judges += [heads(bench), shares(bench)]
+    bench.run()
+    found = [finding for judge in judges for finding in judge()]
+    found += _identity(bench, output)
+    for law in (once, layout, chain, reads, rows, weighted, projection, residual, norm):
+        found += law(bench, traced)
+    found += logits(bench, traced, output)
+    return [*bound(bench, traced), *found]
+
+
+def _identity(bench: Bench, output: Tensor) -> list[Finding]:
+    """Writing everything back changes nothing: of what modules hand over bit for bit."""
+    found: list[Finding] = []
+    config = getattr(bench.model, "config", None)
+    eager = getattr(config, "_attn_implementation", None) == "eager"
+    for inside in (False, True):
+        keys = [
+            key
+            for key, site in bench.sites.items()
+            if (site.kind == "inside") == inside and key not in bench.faults and not site.read_only
+        ]
+        exact = not inside or eager
+        limit = 0.0 if exact else 0.1 * limit_of(output.dtype)
+        names = dict.fromkeys(name for name, _ in keys)
+        if not names:
+            continue
+        off = _off_by(bench, keys, output)
+        for name in names:
+            own = off if off <= limit else _off_by(bench, [key for key in keys if key[0] == name], output)
+            why = "the same to the last bit" if exact else "the same up to rounding"
+            layers = [layer for other, layer in keys if other == name]
+            found += [Finding(name, "identity", layer, own <= limit, own, limit, why) for layer in layers]
+    return found
+
+
+def _off_by(bench: Bench, keys: Sequence[Key], output: Tensor) -> float:
+    return deviation(bench.identity(keys), output)
+
+
+# --- what is refused --------------------------------------------------------------------------------------
+
+
+def _verification(bench: Bench, findings: Sequence[Finding], wanted: frozenset[str] | None) -> Verification:
+    described = bench.map
+    names = [
+        name
+        for name in dict.fromkeys(name for name, _ in (*bench.sites, *bench.faults))
+        if wanted is None or name in wanted
+    ]
+    names = [name for name in COMPONENTS if name in names]
+    refused: dict[str, str] = {}
+    partly: dict[str, tuple[tuple[int, ...], str]] = {}
+    for name in names:
+        own = [finding for finding in findings if finding.component == name]
+        failed = [finding for finding in own if not finding.passed]
+        placed = {layer for other, layer in (*bench.sites, *bench.faults) if other == name}
+        if failed:
+            bad = {finding.layer for finding in failed}
+            reason = _reason(failed)
+            if placed - bad and None not in bad:
+                partly[name] = (tuple(sorted(layer for layer in bad if layer is not None)), reason)
+            refused[name] = reason
+        elif not any(finding.law not in TELLS_NOTHING for finding in own):
+            refused[name] = (
+                "none of the laws that tell it from other places could be looked at, as the components that they"
+                f" compare it with are missing; {WAY_OUT}"
+            )
+    for name in names:
+        above = COMPONENTS[name].heads_of or COMPONENTS[name].derived_from
+        while above and name not in refused:
+            if above in refused and above not in partly:
+                refused[name] = f"it is made from {above!r}, of which this holds: {refused[above]}"
+            above = COMPONENTS[above].heads_of or COMPONENTS[above].derived_from
+    absent = {
+        name: described.reason(name)
+        for name, known in COMPONENTS.items()
+        if described.site(name) is None
+        and name not in names
+        and ((known.prefix in bench.prefixes) or (known.prefix == "cross" and "decoder" in bench.prefixes))
+    }
+    result = _without(described, bench, refused, partly)
+    passed = tuple(name for name in names if name not in refused)
+    return Verification(type(bench.model).__name__, tuple(findings), refused, absent, result, passed)
+
+
+def _reason(failed: Sequence[Finding]) -> str:
+    worst = max(failed, key=lambda finding: (finding.law in ("bound", "once"), finding.deviation))
+    layers = sorted(
+        {finding.layer for finding in failed if finding.layer is not None and finding.law == worst.law}
+    )
+    where = f" in layer{'s' if len(layers) > 1 else ''} {_ranges(layers)}" if layers else ""
+    laws = sorted({finding.law for finding in failed} - {worst.law})
+    also = f"; also {', '.join(repr(law) for law in laws)}" if laws else ""
+    numbers = (
+        f", off by {worst.deviation:.2g} where {worst.limit:.2g} is allowed"
+        if worst.deviation < float("inf")
+        else ""
+    )
+    return (
+        f"what the map places there breaks the law {worst.law!r} ({LAWS[worst.law]}){where}: {worst.why}{numbers}"
+        f"{also}; {WAY_OUT}"
+    )
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and parts[-1][-1] == layer - 1:
+            parts[-1].append(layer)
+        else:
+            parts.append([layer])
+    return ", ".join(f"{part[0]}" if len(part) == 1 else f"{part[0]} to {part[-1]}" for part in parts)
+
+
+def _without(
+    described: ModelMap,
+    bench: Bench,
+    refused: Mapping[str, str],
+    partly: Mapping[str, tuple[tuple[int, ...], str]],
+) -> ModelMap:
+    """The map without what was refused; what passed and was only answered with such a site gets it for its own."""
+    whole = {name: why for name, why in refused.items() if name not in partly}
+    kinds = [
+        dataclasses.replace(
+            kind, sites={name: site for name, site in kind.sites.items() if name not in whole}
+        )
+        for kind in described.kinds
+    ]
+    for name, (layers, why) in partly.items():
+        kinds.append(LayerKind(layers, described.stack_of(name), absent={name: why}))
+    result = dataclasses.replace(
+        described,
+        sites={name: site for name, site in described.sites.items() if name not in whole},
+        absent={**described.absent, **whole},
+        kinds=tuple(kinds),
+    )
+    lost: dict[str, dict[Site, list[int | None]]] = {}
+    for name, layer in bench.sites:
+        if name in refused or result.site(name, layer) is not None:
+            continue
+        site = described.site(name, layer)
+        if site is not None:
+            lost.setdefault(name, {}).setdefault(site, []).append(layer)
+    own: dict[str, Site] = {}
+    more: list[LayerKind] = []
+    for name, by_site in lost.items():
+        if len(by_site) == 1 and not result.kinds:
+            own[name] = next(iter(by_site))
+        else:
+            more += [
+                LayerKind(tuple(layer or 0 for layer in layers), described.stack_of(name), sites={name: site})
+                for site, layers in by_site.items()
+            ]
+    return dataclasses.replace(result, sites={**result.sites, **own}, kinds=(*result.kinds, *more))
+
+
+# --- the table --------------------------------------------------------------------------------------------
+
+
+def _table(verification: Verification) -> str:
+    laws = [law for law in LAWS if any(finding.law == law for finding in verification.findings)]
+    names = [*verification.components, *(name for name in verification.refused)]
+    names = [name for name in COMPONENTS if name in names]
+    results: dict[tuple[str, str], bool] = {}
+    for finding in verification.findings:
+        key = (finding.component, finding.law)
+        results[key] = results.get(key, True) and finding.passed
+    marks = {None: "·", True: "✓", False: "✗"}
+    width = max(map(len, names), default=0)
+    height = max(map(len, laws), default=0)
+    lines = [f"{verification.model}: {len(verification.components)} components keep every law"]
+    if verification.refused:
+        lines[0] += f", {len(verification.refused)} are refused"
+    lines += [" " * width + "  " + " ".join(law.rjust(height)[row] for law in laws) for row in range(height)]
+    for name in names:
+        lines.append(f"{name.ljust(width)}  " + " ".join(marks[results.get((name, law))] for law in laws))
+    lines += [f"refused {name}: {why}." for name, why in verification.refused.items()]
+    lines += [f"absent {name}: {why}." for name, why in verification.absent.items()]
+    return "\n".join(line.rstrip() for line in lines)
