@@ -1,0 +1,52 @@
+"""From a model without a registered map to a verified one: read off a tiny twin, proved there, fitted to the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from intervenable.errors import InputError, UnsupportedModelError
+from intervenable.map_fitting import fitted
+from intervenable.map_inference import infer_map
+from intervenable.map_inputs import example_inputs
+from intervenable.map_towers import with_towers
+from intervenable.map_twin import twin_of
+from intervenable.map_verification import check_map
+from intervenable.maps import use_maker
+from model_maps import ModelMap, UnmappedModelError
+
+
+def proved_map(model: nn.Module, inputs: Mapping[str, Any]) -> ModelMap:
+    """The map of a model as its runs show it: inferred, and without what breaks a law."""
+    return check_map(model, infer_map(model, inputs), inputs).map
+
+
+def make_map(model: nn.Module, example: Mapping[str, Any] | None = None) -> ModelMap:
+    """The verified map of a model, found on a tiny twin of it, or on itself where its class has no config.
+
+    Args:
+        model: The model.
+        example: Keyword inputs of the model, of two examples at least. They are run on the model itself.
+
+    Raises:
+        UnmappedModelError: neither could be run; the message says why and the ways out.
+    """
+    if example is not None:
+        return with_towers(model, proved_map(model, example), proved_map)
+    try:
+        if not hasattr(getattr(model, "config", None), "to_dict"):
+            return proved_map(model, example_inputs(model))
+        twin = twin_of(model)
+        record = with_towers(twin, proved_map(twin, example_inputs(twin)), proved_map)
+    except (InputError, UnsupportedModelError) as error:
+        raise UnmappedModelError(
+            f"No map describes {type(model).__name__}, and none could be made: {error}"
+            "\nCall iv.model_map(model, example_inputs=...) once with inputs that it runs on, write a ModelMap and"
+            " register_map() it, or name the place by its module path, such as 'model.layers[3].mlp.output'."
+        ) from error
+    return fitted(record, twin, model)
+
+
+use_maker(make_map)
