@@ -56,7 +56,7 @@ def layers_shown(model: nn.Module, *, even: bool = False) -> Shown:
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     known: dict[tuple[int, int, bool], tuple[int, ...]] = {}
 
-    def shown(count: int, *, sharing: int = 0, listed: bool = False) -> tuple[int, ...]:
+    def usual(count: int, sharing: int, listed: bool) -> tuple[int, ...]:
         key = (count, sharing, listed)
         if key not in known:
             stacks = [layer_kinds(list(blocks)) for blocks in lists if len(blocks) == count]
@@ -66,20 +66,19 @@ def layers_shown(model: nn.Module, *, even: bool = False) -> Shown:
                 known[key] = _before_and_after(stacks, count - sharing)
             else:
                 known[key] = max((_chosen(kinds, listed) for kinds in stacks), key=len)
-        if even and known[key]:
-            return tuple(
-                range(
-                    max(len(known[key]), *(len(shown(len(blocks))) for blocks in lists if len(blocks) < 99))
-                )
-            )
         return known[key]
 
     def _times_a_stack(count: int) -> int:
         # Layers that are run several times may be counted as often.
         for length in sorted({len(blocks) for blocks in lists}, reverse=True):
             if FEWEST < length < count and count % length == 0:
-                return len(shown(length)) * (count // length)
+                return len(usual(length, 0, False)) * (count // length)
         return min(count, FEWEST)
+
+    def shown(count: int, *, sharing: int = 0, listed: bool = False) -> tuple[int, ...]:
+        if even:
+            return tuple(range(max(len(usual(len(blocks), 0, False)) for blocks in lists)))
+        return usual(count, sharing, listed)
 
     return shown
 
@@ -89,16 +88,16 @@ def _chosen(kinds: Sequence[int], listed: bool) -> tuple[int, ...]:
     places = [[at for at, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)]
     twice = max(at for group in places for at in group[:2]) + 1
     once = max(group[0] for group in places) + 1
-    if listed and once > MOST:
-        return tuple(sorted(at for group in places for at in group[:2]))[:MOST]
+    if listed and once > COMFORTABLE:
+        return tuple(sorted(at for group in places for at in group[: 2 if len(places) <= COMFORTABLE // 2 else 1]))
     enough = twice if twice <= COMFORTABLE else min(once, MOST)
     return tuple(range(min(len(kinds), max(FEWEST, enough))))
 
 
 def _before_and_after(stacks: Sequence[Sequence[int]], sharing_from: int) -> tuple[int, ...]:
     """Layers of both parts of a stack, the second of which shares what the first has computed."""
-    before = max((_chosen(kinds[:sharing_from], False) for kinds in stacks), key=len)
-    after = max((_chosen(kinds[sharing_from:], False) for kinds in stacks), key=len)
+    before = max((_chosen(kinds[:sharing_from], True) for kinds in stacks), key=len)
+    after = max((_chosen(kinds[sharing_from:], True) for kinds in stacks), key=len)
     return (*before, *(sharing_from + at for at in after))
 
 

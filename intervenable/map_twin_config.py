@@ -156,11 +156,18 @@ def parts_of(config: Any) -> Iterator[Any]:
 
 
 def field_of(config: Any, name: str) -> Any:
-    """The value of a field; None where the config has none or cannot say."""
+    """The value of a field; None where the config has none. Of one that differs between layers the usual value."""
     try:
         return getattr(config, name, None)
-    except Exception:  # a field that differs between layers refuses in ways of its own
-        return None
+    except Exception:  # such fields refuse to be read, in ways of their own
+        return vars(config).get(name)
+
+
+def layer_overrides(config: Any) -> dict[int, dict[str, Any]]:
+    """Layer -> fields that have another value there."""
+    if not field_of(config, "is_heterogeneous"):
+        return {}
+    return {int(layer): dict(fields) for layer, fields in config.to_dict().get("per_layer_config", {}).items()}
 
 
 def layers_of(config: Any) -> int | None:
@@ -206,6 +213,9 @@ def _geometry(config: Any) -> _Geometry | None:
     if not heads:
         return _Geometry(hidden, 1, 0, 0, True)
     latent = [width for name in _LATENT_WIDTHS if _is_number(width := field_of(config, name)) and width]
+    latent += [
+        fields[name] for fields in layer_overrides(config).values() for name in _LATENT_WIDTHS if name in fields
+    ]
     width = _first_number(config, HEAD_DIM)
     if latent:
         return _Geometry(hidden, heads, max(latent), gcd(*latent), True)
@@ -301,6 +311,14 @@ class _Shrinking:
         for name, value in values.items():
             if name not in given and not hasattr(small, name):
                 setattr(small, name, value)
+        own = {
+            at: {name: self._small(name, value, part) for name, value in overrides[layer].items()}
+            for overrides in (layer_overrides(config),)
+            for at, layer in enumerate(part.shown)
+            if layer in overrides
+        }
+        if own:
+            small.per_layer_config = own
         implementation = getattr(config, "_attn_implementation_internal", None)
         small._attn_implementation = "eager" if implementation == "eager" else "sdpa"
         return small
