@@ -1,4 +1,4 @@
-"""From a model without a registered map to a verified one: read off a tiny twin, proved there, fitted to the model."""
+"""From a model without a registered map to a verified one: read off a tiny twin, proved there, and fitted."""
 
 from __future__ import annotations
 
