@@ -196,6 +196,7 @@ __all__ = [
     "causal",
     "collect",
     "embed_to_distrib",
+    "experts",
     "extraction_components",
     "format_token",
     "from_easyroutine",

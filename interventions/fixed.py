@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterable
 from typing import ClassVar, Literal
 
 import torch
@@ -99,21 +100,59 @@ class ZeroIntervention(CoordinatewiseIntervention):
 class KnockoutIntervention(CoordinatewiseIntervention):
     """Forbid attention: `b <- -inf`, a score that the softmax gives no weight, on the chosen coordinates.
 
-    For attention scores. What was forbidden is shared out among what is left of its row; a row of which nothing is
-    left reads nothing. Geva et al. (2023), "Dissecting Recall of Factual Associations in Auto-Regressive Language
-    Models", https://arxiv.org/abs/2304.14767, call this attention knockout.
+    For attention scores and the logits of experts. What was forbidden is shared out among what is left of its row; a
+    row of which nothing is left reads nothing. Geva et al. (2023), "Dissecting Recall of Factual Associations in
+    Auto-Regressive Language Models", https://arxiv.org/abs/2304.14767, call this attention knockout.
+
+    Args:
+        coordinates: The coordinates that calls without subspaces concern, such as the numbers of experts; None for
+            all.
+        embed_dim, subspace_partition, sees: See `Intervention`.
+
+    Raises:
+        InterventionArgumentError: `coordinates` that are no numbers from 0 on, or none.
 
     Example:
         >>> KnockoutIntervention()(torch.tensor([2.0, 1.0, 0.0]), subspaces=[1]).softmax(-1)
         tensor([0.8808, 0.0000, 0.1192])
+        >>> KnockoutIntervention([0, 2])(torch.tensor([2.0, 1.0, 0.0]))
+        tensor([-inf, 1., -inf])
     """
 
     needs_source: ClassVar[bool] = False
 
+    def __init__(
+        self,
+        coordinates: Iterable[int] | None = None,
+        *,
+        embed_dim: int | None = None,
+        subspace_partition: Parts = None,
+        sees: Sees | None = None,
+    ) -> None:
+        super().__init__(embed_dim=embed_dim, subspace_partition=subspace_partition, sees=sees)
+        chosen = None if coordinates is None else tuple(coordinates)
+        if chosen is not None and (not chosen or not all(type(one) is int and one >= 0 for one in chosen)):
+            raise InterventionArgumentError(
+                f"coordinates={list(chosen)!r}: give at least one number from 0 on, or None for all."
+            )
+        self.coordinates = chosen
+
     def forward(self, base: Tensor, source: Tensor | None = None, subspaces: Subspaces = None) -> Tensor:
         """Return -inf on the chosen coordinates, the base on the others."""
         self.check_width(base)
+        if subspaces is None and self.coordinates is not None:
+            return base.index_fill(-1, self._inside(base), -torch.inf)
         return self.edited(base, torch.full_like(base, -torch.inf), subspaces)
+
+    def _inside(self, base: Tensor) -> Tensor:
+        """The coordinates as an index."""
+        assert self.coordinates is not None
+        if max(self.coordinates) >= base.shape[-1]:
+            raise InterventionShapeError(
+                f"KnockoutIntervention is to forbid coordinate {max(self.coordinates)}, and the activation has"
+                f" 0 to {base.shape[-1] - 1}."
+            )
+        return torch.tensor(self.coordinates, device=base.device)
 
 
 class AdditionIntervention(CoordinatewiseIntervention):

@@ -84,8 +84,9 @@ def hook(
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if args:
-            new = changed(args[0])
-            return None if new is None else ((new, *args[1:]), kwargs)
+            at = site.slot or 0
+            new = changed(args[at])
+            return None if new is None else ((*args[:at], new, *args[at + 1 :]), kwargs)
         key = "input" if is_recurrent(model) else "hidden_states"
         new = changed(kwargs[key])
         return None if new is None else (args, {**kwargs, key: new})
@@ -96,9 +97,36 @@ def hook(
         new = changed(output[0])
         return None if new is None else (new, *output[1:])
 
+    if site.function == "linear":
+        return _WithOwnLinear(module, changed)
     if site.side == "input":
         return module.register_forward_pre_hook(before, with_kwargs=True)
     return module.register_forward_hook(after)
+
+
+class _WithOwnLinear:
+    """Another `torch.nn.functional.linear` while one module runs."""
+
+    def __init__(self, module: nn.Module, changed: Callable[[Tensor], Tensor | None]) -> None:
+        real = nn.functional.linear
+
+        def linear(*args: Any) -> Tensor:
+            output = real(*args)
+            new = changed(output)
+            return output if new is None else new
+
+        def enter(*_: Any) -> None:
+            nn.functional.linear = linear
+
+        def leave(*_: Any) -> None:
+            nn.functional.linear = real
+
+        self._handles = module.register_forward_pre_hook(enter), module.register_forward_hook(leave)
+
+    def remove(self) -> None:
+        """Let the module be as it was."""
+        for handle in self._handles:
+            handle.remove()
 
 
 def seen(model: nn.Module, component: str, inputs: Mapping[str, Tensor], layer: int = LAYER) -> Tensor:
