@@ -134,6 +134,11 @@ class AttentionMode(TorchFunctionMode):
             and tensor.shape[0] == self._call.batch
         )
 
+    def _is_time_first(self, tensor: Tensor) -> bool:
+        """Whether it is a matrix of a module that is given `[positions, b, ...]`."""
+        queries, batch = self._call.batch, self._call.queries
+        return self._call.keys is None and tensor.shape[:3] == (batch, self._heads, queries)
+
     def _expanded(self, tensor: Tensor) -> Tensor:
         """Keys or values `[b, heads, s, dh]` with one for each query head."""
         repeats = self._heads // tensor.shape[1]
@@ -199,7 +204,7 @@ class AttentionMode(TorchFunctionMode):
         along = rest[0] if rest and isinstance(rest[0], int) else named.get("dim")
         last = along in (-1, given.dim() - 1)
         keys = self._call.keys
-        if scores is None or not last or not self._is_matrix(scores):
+        if scores is None or not last or not (self._is_matrix(scores) or self._is_time_first(scores)):
             return func(*args, **kwargs)  # type: ignore[no-any-return]
         if keys is None:
             keys = scores.shape[3]

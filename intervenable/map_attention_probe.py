@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from intervenable.hooks import Hook
+from intervenable.linear_maps import is_conv1d
 from intervenable.map_trace import Call, Trace, trace
 from intervenable.passage import Passage
-from intervenable.sites import is_conv1d
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -72,10 +72,21 @@ class Probe:
         return list(torch.autograd.grad(total, list(leaves), retain_graph=True, allow_unused=True))
 
 
-def probe(model: nn.Module, inputs: Mapping[str, Any], blocks: Sequence[nn.Module]) -> Probe:
+def probe(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    blocks: Sequence[nn.Module],
+    stops_too: Sequence[nn.Module] = (),
+) -> Probe:
     """Run a model once; inside these blocks gradients stop at linear maps and pass norms column by column.
 
     The values are those of the model. Its parameters and their gradients are left alone.
+
+    Args:
+        model: The model.
+        inputs: Its keyword inputs.
+        blocks: The blocks.
+        stops_too: Other modules at whose outputs gradients stop.
     """
     stops: dict[int, Leaf] = {}
     given: list[Tensor] = []  # ids count while tensors live
@@ -88,7 +99,7 @@ def probe(model: nn.Module, inputs: Mapping[str, Any], blocks: Sequence[nn.Modul
             if module in done or module in inside_a_linear:
                 continue
             done.add(module)
-            if is_linear(module):
+            if is_linear(module) or module in stops_too:
                 inside_a_linear.update(module.modules())
                 hooks.append(Hook(module, "output", _stopping_output(stops, given)))
             elif keeps_columns(module) and module is not block:
@@ -96,7 +107,7 @@ def probe(model: nn.Module, inputs: Mapping[str, Any], blocks: Sequence[nn.Modul
     run = trace(model, inputs, gradients=True, extra=hooks)
     for call in run.calls:
         leaf = stops.get(id(call.main_output))
-        if leaf is not None and is_linear(call.module) and leaf.call is None:
+        if leaf is not None and leaf.call is None and leaf.slot is None:
             leaf.call = call
     return Probe(run, {id(leaf.tensor): leaf for leaf in stops.values()})
 

@@ -1,0 +1,107 @@
+"""One block of a traced pass: its calls, their names, and how its tensors count examples and positions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intervenable.map_attention_events import Attention, attentions
+from intervenable.map_attention_probe import Leaf, Probe
+from intervenable.map_trace import Call
+
+
+class BlockView:
+    """A block, as it was called first.
+
+    Args:
+        probe: The pass.
+        block: The block.
+        batch: Examples in the pass.
+    """
+
+    def __init__(self, probe: Probe, block: nn.Module, batch: int) -> None:
+        self.probe = probe
+        called = next((call for call in probe.trace.calls if call.module is block), None)
+        self.call = called
+        modules = reversed(list(block.named_modules(remove_duplicate=False)))
+        self._names = {module: name for name, module in modules}
+        self.rows, self.positions = _counts(None if called is None else called.main_input, batch)
+        found = [] if called is None else list(attentions(called, self.rows))
+        # Softmaxes over other things than positions (over layers, say) are left out where there is one over these.
+        among = [one for one in found if (one.rows, one.queries) == (self.rows, self.positions)]
+        self.attentions: list[Attention] = among or found
+
+    @property
+    def block(self) -> Call:
+        """The call of the block."""
+        assert self.call is not None
+        return self.call
+
+    def name(self, call: Call) -> str | None:
+        """A module's path from the block; None if it is no part of it."""
+        return self._names.get(call.module)
+
+    def origins(self, leaves: Sequence[Leaf]) -> list[Leaf]:
+        """The inputs of the block that tensors are made of, through however many linear maps."""
+        found: list[Leaf] = []
+        waiting, seen = list(leaves), set()
+        while waiting:
+            leaf = waiting.pop()
+            if id(leaf) in seen:
+                continue
+            seen.add(id(leaf))
+            if leaf.call is None:
+                found.append(leaf)
+            elif leaf.call.main_input is not None:
+                waiting.extend(self.probe.feeding(leaf.call.main_input))
+        return found
+
+
+def _counts(stream: Tensor | None, batch: int) -> tuple[int, int | None]:
+    """The examples and positions of what a block is given; of more than one stream no positions are known."""
+    if stream is None or stream.dim() != 3:
+        return batch, None
+    if stream.shape[0] != batch == stream.shape[1]:
+        return batch, stream.shape[0]
+    return stream.shape[0], stream.shape[1]
+
+
+def layout(tensor: Tensor | None, rows: int, positions: int) -> dict[str, Any] | None:
+    """How a tensor has examples and positions, as fields of a site; None if it is not known how."""
+    if tensor is None:
+        return None
+    shape = tensor.shape
+    if tensor.dim() == 2 and shape[0] == rows * positions:
+        return {"flat": True}
+    if tensor.dim() == 3 and shape[:2] == (rows, positions):
+        return {}
+    if tensor.dim() == 4 and shape[1] == 1 and (shape[0], shape[2]) == (rows, positions):
+        return {"axes": (0, 2)}
+    if tensor.dim() == 3 and shape[:2] == (positions, rows):
+        return {"axes": (1, 0)}
+    return None
+
+
+def ancestors(call: Call, last: Call) -> Iterator[Call]:
+    """A call and the calls around it, up to `last`."""
+    here: Call | None = call
+    while here is not None:
+        yield here
+        if here is last:
+            return
+        here = here.parent
+
+
+def within(call: Call, other: Call) -> bool:
+    """Whether a call was made inside another, or is it."""
+    return any(one is other for one in ancestors(call, other))
+
+
+def same_values(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two tensors hold the same numbers in the same order."""
+    if one is None or other is None or one.numel() != other.numel():
+        return False
+    return one is other or torch.equal(one.detach().reshape(-1), other.detach().reshape(-1))
