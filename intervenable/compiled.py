@@ -26,7 +26,7 @@ _running: list[AbstractContextManager[Any]] = []
 
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[bool]:
-    """Run the block with the model's modules as they were written, however they were compiled; tells whether they were.
+    """Run the block with the modules of a model as they were written; tells whether any of them was compiled.
 
     Warns:
         CompiledModelWarning: the first time for a model that is compiled, or has modules that are.

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from intervenable.errors import UnsupportedModelError
-from intervenable.sites import BoundSite, Kind, StreamAxes, is_conv1d
+from intervenable.linear_maps import is_conv1d
+from intervenable.sites import BoundSite, Kind, StreamAxes
 from intervenable.unwrapping import config_of, unwrapped
 from model_maps import COMPONENTS, ModelMap, Side, Site, Sizes, Stack, columns_of, is_head_component
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from intervenable.attention_mode import InsideHook, floor_of
-from intervenable.errors import EditError, LocationError, LocationRangeError, UnsupportedModelError
+from intervenable.errors import EditError, LocationError, LocationRangeError
 from intervenable.function_mode import FunctionHook
 from intervenable.hooks import Hook
 from intervenable.inputs import RunInputs
+from intervenable.linear_maps import matrix_of, parameter_of
 from intervenable.passage import Passage
 from intervenable.unit_index import UnitIndex
 from intervenable.units import Level, UnitRows, Units, Whole
@@ -402,19 +403,15 @@ class BoundSite:
 
     def output_projection(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """The output projection by heads, `[heads, dh, D]`, and its bias, `[D]`, if it has one."""
-        return self._output_weights(None, device)[0], _parameter(self.module, "bias", device)
+        return self._output_weights(None, device)[0], self._matrix(device)[1]
+
+    def _matrix(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        return matrix_of(self.module, device, f"{self.component} needs the weight of {self.path}")
 
     def _output_weights(self, heads: Tensor | None, device: torch.device) -> Tensor:
         """The output projection by heads: `[b or 1, heads, dh, D]`."""
         assert self.columns is not None
-        weight = _parameter(self.module, "weight", device)
-        if weight is None or weight.dim() != 2 or not weight.is_floating_point() or weight.is_meta:
-            raise UnsupportedModelError(
-                f"{self.component} needs the weight of {self.path} as a matrix, and {type(self.module).__name__} has"
-                " none that can be read."
-            )
-        if not is_conv1d(self.module):
-            weight = weight.T
+        weight, _ = self._matrix(device)
         columns = [self.columns.first_column(head) for head in range(self.columns.heads)]
         by_heads = torch.stack([weight[start : start + self.columns.width] for start in columns])
         return by_heads[None] if heads is None else by_heads[heads]
@@ -423,24 +420,10 @@ class BoundSite:
         self, module: nn.Module, stream: Tensor, index: UnitIndex, old: Tensor, new: Tensor
     ) -> Tensor:
         """A norm's output as if its divisor had been another; exact where it is the same."""
-        bias = _parameter(module, "bias", stream.device)
+        bias = parameter_of(module, "bias", stream.device)
         output = index.read(stream)
         scaled = output if bias is None else output - bias
         return index.add(stream, (_wide(scaled) * (old / _wide(new) - 1)).to(output.dtype))
-
-
-def _parameter(module: nn.Module, name: str, device: torch.device) -> Tensor | None:
-    """A module's parameter; from where accelerate keeps it, if it is offloaded. None if there is none."""
-    value: Any = getattr(module, name, None)
-    if not isinstance(value, Tensor):
-        return None
-    hook = vars(module).get("_hf_hook")
-    for one in (hook, *getattr(hook, "hooks", ())) if value.is_meta else ():
-        kept = getattr(one, "weights_map", None)
-        if kept is not None and name in kept:
-            value = kept[name]
-    found: Tensor = value if value.is_meta else value.to(device)
-    return found
 
 
 def norm_scale(module: nn.Module, stream: Tensor) -> Tensor:
@@ -467,11 +450,6 @@ def _rows(units: Units | UnitRows | Whole, batch: int, device: torch.device) -> 
 
 def _on(tensor: Tensor | None, device: torch.device) -> Any:
     return None if tensor is None else tensor.to(device)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether a projection keeps its weight as `[in, out]`, as GPT-2's do."""
-    return type(module).__name__ == "Conv1D"
 
 
 # --- hooking ----------------------------------------------------------------------------------------------
