@@ -10,18 +10,21 @@ from torch import nn
 
 from intervenable.map_attention import BlockAttention
 from intervenable.map_blocks import Block
-from intervenable.map_mixers import Branch, mixer_sites, mixing_calls
+from intervenable.map_layout import Layout
+from intervenable.map_mixers import BRANCHES, Branch, mixer_sites, mixing_modules
 from intervenable.map_mlp import mlp_sites, site_at
+from intervenable.map_modules import Key, has_matrix, holds, is_linear, key_of
 from intervenable.map_routers import expert_sites
-from intervenable.map_stream import Contribution, Residual, residual_of, seen_as
-from intervenable.map_trace import Call
-from intervenable.map_values import BlockValues, Key, has_matrix, is_linear, key_of
+from intervenable.map_stream import Contribution, residual_of, seen_as
+from intervenable.map_trace import Call, Trace
+from intervenable.map_values import BlockValues, Seen
 from model_maps import Site, Sizes
 from model_maps.families import FUSED_EXPERTS
 
 PARALLEL = "it adds attention and MLP in parallel, so there is no stream between them"
 NO_SUM = "the stream that leaves its blocks is no sum of what enters them and what modules of theirs return"
 SINGLE = "its block adds one thing to the stream, so there is nothing between"
+NORMED = "the stream is scaled or normed before attention is added to it"
 NO_MLP = "its block has no MLP"
 NO_MIXER = "its blocks mix positions by attention alone"
 MLP_WORDS = (
@@ -46,9 +49,11 @@ class BlockSites:
 def block_sites(
     model: nn.Module,
     inputs: Mapping[str, Any],
+    run: Trace,
     blocks: Sequence[Block],
     own: Sequence[BlockAttention],
     cross: Sequence[BlockAttention | None],
+    layout: Layout,
     sizes: Sizes,
 ) -> list[BlockSites]:
     """The components of the blocks of a stack.
@@ -56,20 +61,24 @@ def block_sites(
     Args:
         model: The model.
         inputs: Its inputs.
+        run: A trace of the model on these inputs.
         blocks: The blocks, as they were called.
         own: Their attention to their own positions.
         cross: Their attention to another stack, if they have any.
+        layout: The layout of the stack's stream.
         sizes: The sizes of the stack.
     """
+    calls: dict[nn.Module, int] = {}
+    for call in run.calls:
+        calls[call.module] = calls.get(call.module, 0) + 1
+    repeated = {module for module, times in calls.items() if times > 1}
     views = [
-        _View(block, BlockValues(block.call), attention, other, sizes)
+        _View(block, BlockValues(block.call, layout, repeated), attention, other, sizes)
         for block, attention, other in zip(blocks, own, cross, strict=True)
     ]
-    asked = [view.to_ask() for view in views]
-    mixing = mixing_calls(
-        model, inputs, blocks, [[f"{v.block.path}.{p}" for p in a] for v, a in zip(views, asked, strict=True)]
-    )
-    return [view.answer(known) for view, known in zip(views, mixing, strict=True)]
+    asked = {call.path for view in views for call in view.to_ask()}
+    mixing = mixing_modules(model, inputs, run, asked)
+    return [view.answer(mixing) for view in views]
 
 
 class _View:
@@ -85,181 +94,206 @@ class _View:
     ) -> None:
         self.block = block
         self.values = values
-        self.own = own
-        self.cross = cross
+        self.attentions = {"attention": own} | ({} if cross is None else {"cross": cross})
         self.sizes = sizes
-        self.residual: Residual | None = residual_of(values, block.entering, block.leaving)
+        self.residual = residual_of(values, block.entering, block.leaving)
         self.parts = self.residual.contributions if self.residual is not None else []
         self.stream: set[Key] = {key_of(block.entering), key_of(block.leaving)}
         for stage in self.residual.stages if self.residual is not None else ():
             if stage.base is not None:
                 self.stream.add(stage.base.key)
+        self.sites: dict[str, Site] = {}
+        self.absent: dict[str, str] = {}
+        self.branches: list[Branch] = []
 
-    def to_ask(self) -> list[str]:
-        """Paths of what is added by modules that might read other positions."""
+    # -- branches
+
+    def to_ask(self) -> list[Call]:
+        """What might read other positions, of which attention is not known."""
         return [
-            self.values.path(part.core.call)
-            for part in self.parts
+            part.core.call
+            for part in (*self.parts, *self._unsummed())
             if self._attention_in(part) is None and not is_linear(part.core.call.module)
         ]
 
     def _attention_in(self, part: Contribution) -> Branch | None:
         """Which attention a contribution comes from, if it does."""
-        for name, found in (("attention", self.own), ("cross", self.cross)):
-            if found is None or found.path is None:
+        for name, found in self.attentions.items():
+            if found.path is None:
                 continue
-            (call, *_) = [call for call in self.values.calls if self.values.path(call) == found.path]
-            if _holds(part.core.call, call) or self._reads(part.core.call, call):
-                return name  # type: ignore[return-value]
-        return None
+            for call in self.values.calls:
+                if self.values.path(call) == found.path and self._is_of(part.core.call, call):
+                    return BRANCHES[name]
+        return "attention" if _weighs(part.core.call) else None
 
-    def _reads(self, core: Call, attention: Call) -> bool:
-        """Whether a matrix is given what an attention module returned."""
-        if not is_linear(core.module) or core.main_input is None:
-            return False
-        if _holds(attention, core):
-            return True
-        given = key_of(core.main_input)
-        return any(key_of(tensor) == given for tensor in attention.outputs.values())
+    def _is_of(self, core: Call, attention: Call) -> bool:
+        """Whether a module holds the attention, is a part of it, or is given what it returns."""
+        if holds(core, attention) or holds(attention, core):
+            return core is not self.values.call
+        given = core.main_input
+        keys = {key_of(tensor) for tensor in attention.outputs.values()}
+        return given is not None and key_of(given) in keys
+
+    def _branch(self, part: Contribution, mixing: Mapping[str, bool]) -> Branch:
+        return self._attention_in(part) or ("mixer" if mixing.get(part.core.call.path) else "mlp")
+
+    def _of(self, *branches: Branch) -> list[Contribution]:
+        """The contributions of these branches, in order."""
+        return [part for part, branch in zip(self.parts, self.branches, strict=True) if branch in branches]
+
+    def _unsummed(self) -> list[Contribution]:
+        """Of a block that is no sum: its parts with a matrix that return vectors like the stream's."""
+        if self.residual is not None:
+            return []
+        found = []
+        for call in self.values.call.children:
+            returned = call.main_output
+            if returned is None or call.main_input is None or not has_matrix(call.module):
+                continue
+            if returned.shape == self.block.entering.shape == call.main_input.shape and any(call.children):
+                seen = Seen(call, "output", None, returned, key_of(returned))
+                found.append(Contribution(seen, 1.0, seen))
+        return found
+
+    # -- sites
 
     def answer(self, mixing: Mapping[str, bool]) -> BlockSites:
         """All components of the block."""
-        sites: dict[str, Site] = {
-            "block_input": Site("", "input", slot=self.block.given, width="any"),
-            "block_output": Site("", slot=self.block.returned, width="any"),
-            **self.own.sites,
+        own = self.values.call
+        entering = Seen(own, "input", self.block.given, self.block.entering, key_of(self.block.entering))
+        leaving = Seen(own, "output", self.block.returned, self.block.leaving, key_of(self.block.leaving))
+        self.sites = {
+            "block_input": site_at(self.values, entering),
+            "block_output": site_at(self.values, leaving),
         }
-        absent = dict(self.own.absent)
-        if self.cross is not None:
-            sites |= {f"cross_{word}": site for word, site in self.cross.sites.items()}
-            absent |= {f"cross_{word}": why for word, why in self.cross.absent.items()}
-        branches = [self._branch(part, mixing) for part in self.parts]
-        self._place_attention(sites, branches)
-        self._place_middle(sites, absent, branches)
-        self._place_mlp(sites, absent, branches)
-        self._place_mixer(sites, absent, branches)
-        return BlockSites(sites, {word: why for word, why in absent.items() if word not in sites})
+        for name, found in self.attentions.items():
+            prefix = "cross_" if name == "cross" else ""
+            self.sites |= {prefix + word: site for word, site in found.sites.items()}
+            self.absent |= {prefix + word: why for word, why in found.absent.items()}
+        self.branches = [self._branch(part, mixing) for part in self.parts]
+        self._place_attention()
+        self._place_middles()
+        self._place_mlp(mixing)
+        self._place_mixer(mixing)
+        missing = {word: why for word, why in self.absent.items() if word not in self.sites}
+        return BlockSites(self.sites, missing)
 
-    def _branch(self, part: Contribution, mixing: Mapping[str, bool]) -> Branch:
-        attention = self._attention_in(part)
-        if attention is not None:
-            return attention
-        return "mixer" if mixing.get(f"{self.block.path}.{self.values.path(part.core.call)}") else "mlp"
-
-    def _only(self, branches: Sequence[Branch], branch: Branch) -> Contribution | None:
-        found = [part for part, kind in zip(self.parts, branches, strict=True) if kind == branch]
-        return found[0] if len(found) == 1 else None
-
-    def _place_attention(self, sites: dict[str, Site], branches: Sequence[Branch]) -> None:
+    def _place_attention(self) -> None:
         for branch, prefix in (("attention", ""), ("cross", "cross_")):
-            part = self._only(branches, branch)  # type: ignore[arg-type]
-            output = sites.get(f"{prefix}attention_output")
-            if part is None:
+            word = f"{prefix}attention_contribution"
+            if branch not in self.attentions:
                 continue
-            place = site_at(self.values, part.seen, scale=part.scale)
+            parts = self._of(BRANCHES[branch])
+            if len(parts) != 1:
+                why = NO_SUM if self.residual is None else f"its block adds {len(parts)} results of attention"
+                if parts or self.residual is None:
+                    self.absent[word] = why
+                continue
+            place = site_at(self.values, parts[0].seen, scale=parts[0].scale)
+            output = self.sites.get(f"{prefix}attention_output")
             if output is None or (place.path, place.slot, place.scale) != (output.path, output.slot, 1.0):
-                sites[f"{prefix}attention_contribution"] = place
+                self.sites[word] = place
 
-    def _place_middle(
-        self, sites: dict[str, Site], absent: dict[str, str], branches: Sequence[Branch]
-    ) -> None:
+    def _place_middles(self) -> None:
+        """The stream between a block's branches."""
+        own, other = self._of("attention", "mixer"), self._of("cross")
+        why = ""
         if self.residual is None:
-            absent |= dict.fromkeys(("block_mid", "attention_contribution"), NO_SUM)
-            return
-        own = [
-            part
-            for part, branch in zip(self.parts, branches, strict=True)
-            if branch in ("attention", "mixer")
-        ]
-        other = [part for part, branch in zip(self.parts, branches, strict=True) if branch == "cross"]
-        if len(self.parts) < 2 or not own:
-            absent["block_mid"] = SINGLE
-            return
-        if len(own) > 1:
-            absent["block_mid"] = f"it adds {len(own)} results of attention and mixers before its MLP"
-            return
-        below = self._middle("block_mid", "block_input", own, sites, absent)
-        if len(other) == 1 and below:
-            self._middle("cross_block_mid", "block_mid", [*own, *other], sites, absent)
+            why = NO_SUM
+        elif len(self.parts) < 2 or not own:
+            why = SINGLE
+        elif len(own) > 1:
+            why = f"it adds {len(own)} results of attention and mixers before its MLP"
+        else:
+            why = self._place_middle("block_mid", "block_input", own)
+        if why:
+            self.absent["block_mid"] = why
+        if "cross" in self.attentions:
+            below = "the stream before it is not in one place"
+            why = why and below
+            if not why and len(other) == 1:
+                why = self._place_middle("cross_block_mid", "block_mid", [*own, *other])
+            if why or len(other) != 1:
+                self.absent["cross_block_mid"] = why or "its block does not add one result of it"
 
-    def _middle(
-        self,
-        word: str,
-        base: str,
-        added: Sequence[Contribution],
-        sites: dict[str, Site],
-        absent: dict[str, str],
-    ) -> bool:
-        """Place the stream after these contributions."""
+    def _place_middle(self, word: str, base: str, added: Sequence[Contribution]) -> str:
+        """Place the stream after these contributions; the reason if that cannot be done."""
         assert self.residual is not None
-        last = added[-1]
-        at = next(index for index, stage in enumerate(self.residual.stages) if last in stage.contributions)
-        stage = self.residual.stages[at]
-        if stage.contributions[-1] is last and at + 1 < len(self.residual.stages):
-            normed = self.residual.stages[at + 1].base
-            assert normed is not None
-            sites[word] = site_at(self.values, self._widest(self.values.returned_like(normed.key)))
-            return True
-        if at > 0 or stage.base is not None or stage.base_scale != 1.0:
-            absent[word] = "the stream is scaled or normed before attention is added to it"
-            return False
+        stages, last = self.residual.stages, added[-1]
+        at = next(index for index, stage in enumerate(stages) if last in stage.contributions)
+        if stages[at].contributions[-1] is last and at + 1 < len(stages):
+            normed = stages[at + 1].base
+            assert normed is not None  # all sums but the first start from a norm
+            self.sites[word] = site_at(self.values, self._widest(self.values.returned_like(normed.key)))
+            return ""
+        if at > 0 or stages[at].base is not None or stages[at].base_scale != 1.0:
+            return NORMED
         middle = self.block.entering.detach().flatten().double()
         for part in added:
             middle = middle + part.scale * part.seen.tensor.detach().flatten().double()
         passed = seen_as(self.values, middle.view(self.block.entering.shape))
+        passed = [seen for seen in passed if seen.call is not self.values.call]
         if not passed:
-            absent[word] = PARALLEL
-            return False
+            return PARALLEL
         returned = [seen for seen in passed if seen.side == "output" and has_matrix(seen.call.module)]
         if returned:
-            sites[word] = site_at(self.values, self._widest(returned))
-            return True
-        place = site_at(self.values, last.seen, scale=last.scale)
-        sites[word] = Site(
-            place.path, slot=place.slot, flat=place.flat, scale=place.scale, width="any", plus=base
-        )
-        return True
+            self.sites[word] = site_at(self.values, self._widest(returned))
+        else:
+            self.sites[word] = site_at(self.values, last.seen, scale=last.scale, plus=base)
+        return ""
 
-    def _widest(self, alike: Sequence[Any]) -> Any:
+    def _widest(self, alike: Sequence[Seen]) -> Seen:
         """Of modules that return one value the outermost, those before others that return nothing else."""
         inside = [seen for seen in alike if seen.call is not self.values.call]
         bare = [seen for seen in inside if next(iter(seen.call.outputs)) is None]
         return min(bare or inside, key=lambda seen: seen.call.entered)
 
-    def _place_mlp(self, sites: dict[str, Site], absent: dict[str, str], branches: Sequence[Branch]) -> None:
-        experts = expert_sites(self.block.call, self.sizes)
-        part = self._only(branches, "mlp")
-        if part is None:
-            count = list(branches).count("mlp")
-            why = (
-                NO_SUM if self.residual is None else NO_MLP if count == 0 else f"its block adds {count} MLPs"
-            )
-            absent |= dict.fromkeys(MLP_WORDS, why)
+    def _place_mlp(self, mixing: Mapping[str, bool]) -> None:
+        experts = expert_sites(self.values.call, self.sizes)
+        summed = self.residual is not None
+        parts = self._of("mlp") or [part for part in self._unsummed() if self._branch(part, mixing) == "mlp"]
+        if len(parts) > 1:
+            # What is small and linear beside an MLP is a gate of another kind.
+            parts = [part for part in parts if not is_linear(part.core.call.module)] or parts
+        if len(parts) != 1:
+            none = NO_MLP if summed else NO_SUM
+            self.absent |= dict.fromkeys(MLP_WORDS, f"its block adds {len(parts)} MLPs" if parts else none)
         else:
-            placed = mlp_sites(self.values, part, self.stream)
+            placed = mlp_sites(self.values, parts[0], self.stream)
             inside = FUSED_EXPERTS if experts.sites else {}
-            sites |= {word: site for word, site in placed.sites.items() if word not in inside}
-            absent |= placed.absent | inside
-        sites |= experts.sites
-        absent |= experts.absent
+            self.sites |= {word: site for word, site in placed.sites.items() if word not in inside}
+            self.absent |= placed.absent | inside
+            if not summed:
+                self.absent["mlp_contribution"] = NO_SUM
+        self.sites |= experts.sites
+        self.absent |= experts.absent
 
-    def _place_mixer(
-        self, sites: dict[str, Site], absent: dict[str, str], branches: Sequence[Branch]
-    ) -> None:
-        part = self._only(branches, "mixer")
-        if part is None:
-            count = list(branches).count("mixer")
-            absent |= dict.fromkeys(MIXER_WORDS, NO_MIXER if count == 0 else f"its block adds {count} mixers")
+    def _place_mixer(self, mixing: Mapping[str, bool]) -> None:
+        summed = self.residual is not None
+        parts = self._of("mixer") or [
+            part for part in self._unsummed() if self._branch(part, mixing) == "mixer"
+        ]
+        if len(parts) != 1:
+            why = f"its block adds {len(parts)} mixers" if parts else NO_MIXER
+            self.absent |= dict.fromkeys(MIXER_WORDS, why)
             return
-        placed = mixer_sites(self.values, part, self.stream)
-        sites |= placed.sites
-        absent |= placed.absent
+        placed = mixer_sites(self.values, parts[0], self.stream)
+        self.sites |= placed.sites
+        self.absent |= placed.absent
+        if not summed:
+            self.absent["mixer_contribution"] = NO_SUM
 
 
-def _holds(call: Call, other: Call) -> bool:
-    around: Call | None = other
-    while around is not None:
-        if around is call:
-            return True
-        around = around.parent
-    return False
+def _weighs(core: Call) -> bool:
+    """Whether a module computes attention: a fused kernel, or a softmax whose result multiplies something."""
+    met = core.met_inside()
+    if any(one.name == "fused" for one in met):
+        return True
+    patterns = {
+        key_of(one.returned)
+        for one in met
+        if one.name == "softmax" and one.returned is not None and one.returned.dim() >= 3
+    }
+    return any(
+        key_of(tensor) in patterns for one in met if one.name in ("product", "einsum") for tensor in one.given
+    )

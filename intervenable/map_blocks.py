@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from intervenable.map_modules import Key, has_matrix, key_of, output_slot
 from intervenable.map_trace import Call, Slot, Trace
-from intervenable.map_values import Key, has_matrix, key_of, output_slot
 from model_maps import Stack
 
 
@@ -167,7 +167,7 @@ def _keyed(call: Call, side: str, slot: Slot) -> Key:
 # --- which stack is which ---------------------------------------------------------------------------------
 
 _SIGNALS = {
-    "vision": re.compile(r"pixel|image|vision|visual|video|patch"),
+    "vision": re.compile(r"pixel|image|vision|visual|video"),
     "audio": re.compile(r"input_features|input_values|audio|speech|sound|mel"),
 }
 """What the inputs of towers, and the modules around them, are called."""
@@ -182,8 +182,7 @@ def with_roles(stacks: Sequence[BlockStack], trace: Trace) -> list[BlockStack]:
     whole = [stack for stack in stacks if stack.linked == len(stack.blocks) - 1] or list(stacks)
     if not whole:
         return []
-    longest = max(len(stack.blocks) for stack in whole)
-    large = [stack for stack in whole if len(stack.blocks) > longest / 4 or tower_of(stack, trace)]
+    large = [stack for stack in whole if len(stack.blocks) > 1 or _attends(stack)] or whole
     main = _main(large, trace)
     encoder = next(
         (stack for stack in reversed(large) if stack is not main and reads_end_of(main, stack, trace)), None
@@ -199,6 +198,11 @@ def with_roles(stacks: Sequence[BlockStack], trace: Trace) -> list[BlockStack]:
         if stack not in (main, encoder) and role and role not in {known.role for known in found}:
             found.append(replace(stack, role=role))
     return sorted(found, key=lambda stack: stack.first.call.entered)
+
+
+def _attends(stack: BlockStack) -> bool:
+    """Whether blocks compute attention: a list of a single one might be anything."""
+    return any(met.name in ("fused", "softmax") for met in stack.first.call.met_inside())
 
 
 def _main(stacks: Sequence[BlockStack], trace: Trace) -> BlockStack:

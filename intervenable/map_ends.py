@@ -8,23 +8,24 @@ from typing import Any
 from torch import Tensor, nn
 
 from intervenable.map_blocks import BlockStack
+from intervenable.map_layout import Layout
 from intervenable.map_mlp import Placed
+from intervenable.map_modules import Key, is_norm, key_of, output_slot
 from intervenable.map_trace import Call, Trace
-from intervenable.map_values import Key, is_norm, key_of, output_slot
-from model_maps import Site
+from model_maps import Side, Site
 
 NO_NORM = "no norm follows its last block"
 NORMED_BLOCKS = "each of its blocks ends in a norm and none follows the last block"
 NO_HEAD = "it is the bare stack of blocks, without a head"
 
 
-def end_sites(trace: Trace, stack: BlockStack, *, flat: bool = False) -> Placed:
+def end_sites(trace: Trace, stack: BlockStack, layout: Layout) -> Placed:
     """The embedding before a stack and the norm behind it.
 
     Args:
         trace: The forward pass.
         stack: The stack.
-        flat: Whether its stream has batch and positions on one axis.
+        layout: The layout of its stream.
     """
     sites: dict[str, Site] = {}
     absent: dict[str, str] = {}
@@ -32,27 +33,34 @@ def end_sites(trace: Trace, stack: BlockStack, *, flat: bool = False) -> Placed:
     if embedding is None:
         absent["embedding_output"] = "no module looks up the embeddings of the tokens that its blocks read"
     else:
-        sites["embedding_output"] = Site(embedding.path, width="any")
+        sites["embedding_output"] = _placed(layout, embedding, "output")
     norm = _norm_behind(trace, stack)
     if norm is None:
         reason = NORMED_BLOCKS if _ends_in_norm(stack) else NO_NORM
         absent |= dict.fromkeys(("final_norm_input", "final_norm_output"), reason)
     else:
-        sites["final_norm_input"] = Site(norm.path, "input", width="any")
-        sites["final_norm_output"] = Site(norm.path, width="any")
+        sites["final_norm_input"] = _placed(layout, norm, "input")
+        sites["final_norm_output"] = _placed(layout, norm, "output")
     return Placed(sites, absent)
+
+
+def _placed(layout: Layout, call: Call, side: Side) -> Site:
+    tensor = call.main_input if side == "input" else call.main_output
+    site = Site(call.path, side, width="any")
+    return site if tensor is None else layout.placed(site, tensor)
 
 
 def _embedding(trace: Trace, stack: BlockStack) -> Call | None:
     """The module that turns tokens into vectors: a table that is given whole numbers of as many positions."""
     entering = stack.first.entering
-    tokens = {key_of(tensor) for tensor in _whole_numbers(trace.root.inputs)}
+    whole = _whole_numbers(trace.root.inputs)
+    tokens = {key_of(tensor) for tensor in (*whole, *(tensor.mT for tensor in whole if tensor.dim() == 2))}
     found = None
     for call in trace.calls:
         if call.entered > stack.first.call.entered:
             break
         given, returned = call.main_input, call.main_output
-        if given is None or returned is None or given.is_floating_point() or any(call.module.children()):
+        if given is None or returned is None or given.is_floating_point() or not _is_table(call.module):
             continue
         if (
             returned.dim() == given.dim() + 1
@@ -63,6 +71,10 @@ def _embedding(trace: Trace, stack: BlockStack) -> Call | None:
             if same and found is None:
                 found = call
     return found
+
+
+def _is_table(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) or not any(module.children())
 
 
 def _whole_numbers(inputs: Mapping[Any, Tensor]) -> list[Tensor]:

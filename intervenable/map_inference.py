@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intervenable.hooks import Hook, hooked
 from intervenable.map_attention import BlockAttention, attention_sites
 from intervenable.map_block_sites import BlockSites, block_sites
 from intervenable.map_blocks import BlockStack, find_stacks, with_roles
 from intervenable.map_ends import end_sites, head_sites
+from intervenable.map_layout import layout_of
 from intervenable.map_mlp import Placed
 from intervenable.map_trace import Trace, trace
 from intervenable.site_binding import module_at
@@ -36,8 +38,9 @@ def infer_map(model: nn.Module, inputs: Mapping[str, Any], run: Trace | None = N
     run = trace(model, inputs) if run is None else run
     stacks = with_roles(find_stacks(run, model), run)
     found = _Found({}, {}, [])
+    attention = _attention(stacks, model, inputs, run)
     for stack in stacks:
-        _place_stack(found, stack, model, inputs, run)
+        _place_stack(found, stack, model, inputs, run, attention)
     main = next((stack for stack in stacks if stack.role in (None, "decoder")), None)
     if main is None:
         found.absent |= {word: NO_BLOCKS for word in COMPONENTS if word not in found.absent}
@@ -65,8 +68,8 @@ def infer_map(model: nn.Module, inputs: Mapping[str, Any], run: Trace | None = N
         blocks=None if one is None else one.path,
         sites=sites,
         absent=found.absent,
-        sequential="block_mid" in "".join(sites),
-        causal=_is_causal(model, inputs, run, main) if main is not None else False,
+        sequential=any(COMPONENTS[name].word == "block_mid" for name in sites),
+        causal=_is_causal(model, inputs, main) if main is not None else False,
         stacks=named,
         decoder_reads=_decoder_reads(model),
         kinds=tuple(kinds),
@@ -92,17 +95,22 @@ def one_or(stacks: Sequence[BlockStack], name: str) -> BlockStack | None:
 
 
 def _place_stack(
-    found: _Found, stack: BlockStack, model: nn.Module, inputs: Mapping[str, Any], run: Trace
+    found: _Found,
+    stack: BlockStack,
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    run: Trace,
+    attention: _Attention,
 ) -> None:
     """Put the components of one stack where they are."""
     prefix = f"{stack.role}_" if stack.role else ""
-    ends = end_sites(run, stack)
+    ends = end_sites(run, stack, layout_of(stack, inputs))
     if stack.refused:
         layers: list[BlockSites] = []
         refused = {name: stack.refused for name, known in COMPONENTS.items() if known.scope == "block"}
         found.absent |= {name: why for name, why in refused.items() if name.startswith(prefix)}
     else:
-        layers = _layers(stack, model, inputs, run)
+        layers = _layers(stack, model, inputs, run, attention)
     for name, site in ends.sites.items():
         found.sites[prefix + name] = site
     for name, why in ends.absent.items():
@@ -135,14 +143,32 @@ def _place_stack(
         found.kinds.append(LayerKind(stack.uncalled, stack.role, {}, nothing))
 
 
-def _layers(stack: BlockStack, model: nn.Module, inputs: Mapping[str, Any], run: Trace) -> list[BlockSites]:
+def _layers(
+    stack: BlockStack, model: nn.Module, inputs: Mapping[str, Any], run: Trace, attention: _Attention
+) -> list[BlockSites]:
     """What is in each block of a stack."""
-    paths = [block.path for block in stack.blocks]
-    own = attention_sites(model, inputs, run, paths)
-    cross: list[BlockAttention | None] = [None] * len(paths)
-    if stack.role == "decoder":
-        cross = list(attention_sites(model, inputs, run, paths, cross=True))
-    return block_sites(model, inputs, stack.blocks, own, cross, _sizes(model, stack))
+    own = [attention.own[block.path] for block in stack.blocks]
+    cross = [attention.cross.get(block.path) for block in stack.blocks]
+    layout, sizes = layout_of(stack, inputs), _sizes(model, stack)
+    return block_sites(model, inputs, run, stack.blocks, own, cross, layout, sizes)
+
+
+@dataclass
+class _Attention:
+    """The attention of all blocks, by their paths."""
+
+    own: dict[str, BlockAttention]
+    cross: dict[str, BlockAttention]
+
+
+def _attention(
+    stacks: Sequence[BlockStack], model: nn.Module, inputs: Mapping[str, Any], run: Trace
+) -> _Attention:
+    paths = [block.path for stack in stacks if not stack.refused for block in stack.blocks]
+    across = [block.path for stack in stacks if stack.role == "decoder" for block in stack.blocks]
+    own = attention_sites(model, inputs, run, paths) if paths else []
+    cross = attention_sites(model, inputs, run, across, cross=True) if across else []
+    return _Attention(dict(zip(paths, own, strict=True)), dict(zip(across, cross, strict=True)))
 
 
 def _called_once(placed: BlockSites, path: str, model: nn.Module, run: Trace) -> BlockSites:
@@ -241,18 +267,29 @@ def _decoder_reads(model: nn.Module) -> Any:
     return "labels" if hasattr(model, "prepare_decoder_input_ids_from_labels") else None
 
 
-def _is_causal(model: nn.Module, inputs: Mapping[str, Any], run: Trace, stack: BlockStack) -> bool:
-    """Whether no position of a stack's end depends on later tokens: the last token of each example is exchanged."""
-    name = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
-    tokens = inputs.get(name)
-    end = stack.last.leaving
-    if not isinstance(tokens, Tensor) or end.dim() < 3 or tokens.shape[:2] != end.shape[:2]:
+def _is_causal(model: nn.Module, inputs: Mapping[str, Any], stack: BlockStack) -> bool:
+    """Whether no position of a stack's end depends on a later one of what enters it: the last one is changed."""
+    layout = layout_of(stack, inputs)
+    entering, end = stack.first.entering, stack.last.leaving
+    placed = layout.placed(Site(""), entering)
+    axis = 1 if placed.axes is None else placed.axes[1]
+    if placed.flat or entering.shape != end.shape:
         return False
-    other = tokens.clone()
-    other[:, -1] = torch.where(tokens[:, -1] == tokens[:, 0], tokens[:, 1], tokens[:, 0])
-    again = trace(model, {**inputs, name: other})
-    (call, *_) = again.of(stack.last.path)
-    slot = next(iter(call.outputs)) if stack.last.returned is None else stack.last.returned
-    return torch.allclose(
-        call.outputs[slot][:, :-1], end[:, :-1], rtol=1e-4, atol=1e-5 * float(end.abs().max())
+    other = entering.clone()
+    last = other.select(axis, entering.shape[axis] - 1)
+    last += 1.0 + last.abs()
+    seen: list[Tensor] = []
+    first, behind = stack.first, stack.last
+    hooks = [
+        Hook(first.call.module, "input", lambda passage: passage.put("input", first.given, other)),
+        Hook(
+            behind.call.module, "output", lambda at: seen.append(at.take("output", behind.returned).clone())
+        ),
+    ]
+    with torch.no_grad(), hooked(hooks, model):
+        model(**inputs)
+    before = range(entering.shape[axis] - 1)
+    wanted, got = (
+        each.index_select(axis, torch.tensor(before, device=end.device)) for each in (end, seen[0])
     )
+    return torch.allclose(got, wanted, rtol=1e-4, atol=1e-4 * float(end.abs().max()))

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from intervenable.hooks import Hook
-from intervenable.map_blocks import Block
+from intervenable.hooks import Hook, hooked
 from intervenable.map_mlp import Placed, entry_of, site_at
+from intervenable.map_modules import Key
 from intervenable.map_stream import Contribution
-from intervenable.map_trace import Trace, trace
-from intervenable.map_values import BlockValues, Key
+from intervenable.map_trace import Call, Trace
+from intervenable.map_values import BlockValues
 from intervenable.passage import Passage
 
 Branch = Literal["attention", "cross", "mixer", "mlp"]
+BRANCHES: Mapping[str, Branch] = {"attention": "attention", "cross": "cross"}
 
 
 def mixer_sites(values: BlockValues, part: Contribution, stream: set[Key]) -> Placed:
@@ -36,53 +37,64 @@ def mixer_sites(values: BlockValues, part: Contribution, stream: set[Key]) -> Pl
     return Placed({"mixer_input": site_at(values, entry), **sites}, {})
 
 
-def mixing_calls(
-    model: nn.Module, inputs: Mapping[str, Any], blocks: Sequence[Block], paths: Sequence[Sequence[str]]
-) -> list[dict[str, bool]]:
-    """Which modules of blocks read more than one position, told by gradients: for each block path -> whether.
+def mixing_modules(
+    model: nn.Module, inputs: Mapping[str, Any], run: Trace, paths: Collection[str]
+) -> dict[str, bool]:
+    """Which modules read more than one position: one vector of their input is changed, and others come out changed.
 
     Args:
         model: The model.
         inputs: Its inputs.
-        blocks: Blocks.
-        paths: For each of them the paths in the model of the modules to ask.
+        run: A trace of the model on these inputs.
+        paths: Paths of the modules.
     """
-    wanted = {path for of_block in paths for path in of_block}
-    hooks = [Hook(module, "input", _cut(module)) for path, module in model.named_modules() if path in wanted]
-    if not hooks:
-        return [{} for _ in blocks]
-    with torch.enable_grad():
-        run = trace(model, inputs, gradients=True, extra=hooks)
-    return [{path: _mixes(run, path) for path in of_block} for of_block in paths]
+    wanted = [path for path in paths if run.of(path)[0].main_input is not None]
+    seen: dict[str, Tensor] = {}
+    hooks: list[Hook] = []
+    for path in wanted:
+        call = run.of(path)[0]
+        hooks.append(Hook(call.module, "input", _changing(call)))
+        hooks.append(Hook(call.module, "output", _keeping(path, seen)))
+    if hooks:
+        with torch.no_grad(), hooked(hooks, model):
+            model(**inputs)
+    return {path: _spreads(run.of(path)[0], seen[path]) for path in wanted}
 
 
-def _cut(module: nn.Module) -> Callable[[Passage], None]:
-    def cut(passage: Passage) -> None:
-        tensor = passage.take("input", None)
-        passage.put("input", None, tensor.detach().requires_grad_())
+def _changing(call: Call) -> Callable[[Passage], None]:
+    """Give a module what it was given in the trace, with one vector changed."""
 
-    return cut
+    def change(passage: Passage) -> None:
+        assert call.main_input is not None  # modules without one are not asked
+        tensor = call.main_input.clone()
+        vectors = tensor.view(-1, tensor.shape[-1])
+        vectors[_changed_row(tensor)] += 1.0 + vectors[_changed_row(tensor)].abs()
+        passage.put("input", None, tensor)
+
+    return change
 
 
-def _mixes(run: Trace, path: str) -> bool:
-    """Whether one position of a module's output depends on other positions of its input."""
-    (call, *_) = run.of(path)
+def _changed_row(tensor: Tensor) -> int:
+    """A vector with others of its example before and behind it, if there are two examples or more."""
+    rows = tensor.numel() // tensor.shape[-1]
+    return rows // 4
+
+
+def _keeping(path: str, seen: dict[str, Tensor]) -> Callable[[Passage], None]:
+    def keep(passage: Passage) -> None:
+        seen.setdefault(path, passage.take("output", None).clone())
+
+    return keep
+
+
+def _spreads(call: Call, changed: Tensor) -> bool:
+    """Whether vectors other than the changed one come out changed."""
     given, returned = call.main_input, call.main_output
-    if given is None or returned is None or not returned.requires_grad:
+    if given is None or returned is None:
         return False
-    if given.dim() != returned.dim() or given.dim() < 2:
-        return False
-    axis = given.dim() - 2
-    if returned.shape[axis] != given.shape[axis] or given.shape[axis] < 2:
+    rows = given.numel() // given.shape[-1]
+    if returned.numel() // returned.shape[-1] != rows or returned.shape != changed.shape:
         return True
-    for at in (returned.shape[axis] - 1, 0):
-        chosen = returned.select(axis, at)
-        code = torch.randn(chosen.shape, generator=torch.Generator().manual_seed(at)).to(chosen)
-        slopes: Any = torch.autograd.grad((chosen * code).sum(), given, retain_graph=True, allow_unused=True)
-        if slopes[0] is None:
-            continue
-        slope: Tensor = slopes[0]
-        others = [other for other in range(given.shape[axis]) if other != at]
-        if float(slope.index_select(axis, torch.tensor(others, device=slope.device)).abs().max()) > 0:
-            return True
-    return False
+    difference = (returned - changed).abs().reshape(rows, -1).amax(-1)
+    difference[_changed_row(given)] = 0.0
+    return bool(difference.max() > 1e-4 * returned.abs().max())

@@ -4,20 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
+from intervenable.map_modules import Key, has_matrix, holds, is_elementwise, is_linear, is_norm, key_of
 from intervenable.map_stream import Contribution
 from intervenable.map_trace import Call
-from intervenable.map_values import (
-    BlockValues,
-    Key,
-    Seen,
-    has_matrix,
-    is_elementwise,
-    is_linear,
-    is_norm,
-    key_of,
-)
+from intervenable.map_values import BlockValues, Seen
 from model_maps import Side, Site
 
 FUNCTION = "its nonlinearity is a function, which no module computes"
@@ -74,22 +64,10 @@ def main(call: Call, side: Side) -> Seen:
     return Seen(call, side, None, tensor, key_of(tensor))
 
 
-def site_at(values: BlockValues, seen: Seen, *, scale: float = 1.0) -> Site:
+def site_at(values: BlockValues, seen: Seen, *, scale: float = 1.0, plus: str | None = None) -> Site:
     """The site of a tensor, from the block; its width is told later."""
-    return Site(
-        values.path(seen.call),
-        seen.side,
-        seen.slot,
-        flat=is_flat(values, seen.tensor),
-        scale=scale,
-        width="any",
-    )
-
-
-def is_flat(values: BlockValues, tensor: Tensor) -> bool:
-    """Whether batch and positions are one axis of a tensor that has an axis less than the block's input."""
-    stream = values.call.main_input
-    return stream is not None and stream.dim() == 3 and tensor.dim() == 2
+    site = Site(values.path(seen.call), seen.side, seen.slot, scale=scale, plus=plus, width="any")
+    return values.layout.placed(site, seen.tensor)
 
 
 def entry_of(values: BlockValues, core: Call, stream: set[Key]) -> Seen | None:
@@ -104,7 +82,7 @@ def entry_of(values: BlockValues, core: Call, stream: set[Key]) -> Seen | None:
     if key is None:
         return None
     readers = [
-        seen for seen in values.given_like(key) if seen.call.left <= core.left or _holds(seen.call, core)
+        seen for seen in values.given_like(key) if seen.call.left <= core.left or holds(seen.call, core)
     ]
     readers = [seen for seen in readers if seen.slot is None and has_matrix(seen.call.module)]
     readers = [seen for seen in readers if not is_norm(seen.call) and seen.call is not values.call]
@@ -143,15 +121,6 @@ def _start_of(values: BlockValues, core: Call, stream: set[Key]) -> Key | None:
         and (seen.key in stream or any(is_norm(other.call) for other in values.returned_like(seen.key)))
     ]
     return normed[-1].key if normed else None
-
-
-def _holds(call: Call, other: Call) -> bool:
-    around: Call | None = other
-    while around is not None:
-        if around is call:
-            return True
-        around = around.parent
-    return False
 
 
 def _between(values: BlockValues, first: Call, last: Call) -> list[Call]:

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from intervenable.map_modules import Key, has_matrix, holds, is_convolution, is_norm, key_of
 from intervenable.map_trace import Call
-from intervenable.map_values import BlockValues, Key, Seen, has_matrix, is_norm, key_of
+from intervenable.map_values import BlockValues, Seen
 
 NEAR = 2e-5
 """Two sides of a sum are equal up to this part of the largest value: float32 is rounded at each step."""
 
-MOST = 4
+MOST = 6
 """Most contributions that one sum is searched for."""
 
 MOST_SUBSETS = 30_000
@@ -137,6 +138,8 @@ def _candidates(
     for seen in values.returned:
         if seen.call is values.call or seen.call.left >= before or seen.key in banned:
             continue
+        if seen.key in found and seen.call.module in values.repeated:
+            continue
         if seen.tensor.numel() != entering.numel() or seen.key[0] != entering.shape[-1]:
             continue
         if seen.tensor.is_floating_point():
@@ -151,13 +154,9 @@ def _candidates(
 
 def _follows(call: Call, other: Call) -> bool:
     """Whether a call hands on what another returned: it holds it, or takes it and gives it back."""
-    around: Call | None = other
-    while around is not None:
-        if around is call:
-            return True
-        around = around.parent
     given = call.main_input
-    return given is not None and other.main_output is not None and key_of(given) == key_of(other.main_output)
+    taken = given is not None and other.main_output is not None and key_of(given) == key_of(other.main_output)
+    return taken or holds(call, other)
 
 
 def _is_read(values: BlockValues, key: Key) -> bool:
@@ -240,7 +239,12 @@ def core_of(values: BlockValues, seen: Seen) -> Seen:
         holders = [other for other in alike if has_matrix(other.call.module) and not is_norm(other.call)]
         if holders:
             inner = min(holders, key=lambda other: other.call.left)
-            return _outermost(values, inner, holders)
+            found = _outermost(values, inner, holders)
+            behind = _convolved(values, found)
+            if behind is None:
+                return found
+            seen = behind
+            continue
         first = alike[0] if alike else seen
         before = first.call.main_input
         back = [] if before is None else values.returned_like(key_of(before))
@@ -248,6 +252,17 @@ def core_of(values: BlockValues, seen: Seen) -> Seen:
         if not back or not (is_norm(first.call) or not has_matrix(first.call.module)):
             return first
         seen = back[-1]
+
+
+def _convolved(values: BlockValues, seen: Seen) -> Seen | None:
+    """The result that a convolution behind a branch is given, if a module is one."""
+    given = seen.call.main_input
+    if not is_convolution(seen.call.module) or given is None:
+        return None
+    makers = [other for other in values.returned_like(key_of(given)) if other.call.left < seen.call.entered]
+    return next(
+        (other for other in makers if has_matrix(other.call.module) and not is_norm(other.call)), None
+    )
 
 
 def _outermost(values: BlockValues, inner: Seen, holders: Sequence[Seen]) -> Seen:

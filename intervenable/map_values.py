@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
+from intervenable.map_layout import Layout
+from intervenable.map_modules import Key, key_of, output_slot
 from intervenable.map_trace import Call, Slot
 from model_maps import Side
-
-Key = tuple[int, int, int]
-"""What equal tensors have in common, however their leading axes are folded."""
-
-
-def key_of(tensor: Tensor) -> Key:
-    """The same for tensors that are equal bit for bit, whether batch and positions are one axis or two."""
-    plain = tensor.detach().contiguous()
-    if plain.dtype == torch.bfloat16:
-        plain = plain.float()
-    last = plain.shape[-1] if plain.dim() else 1
-    return last, plain.numel(), hash(plain.cpu().numpy().tobytes())
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,12 +30,15 @@ class BlockValues:
     """All tensors that passed the modules inside one call, and where.
 
     Args:
-        call: The call, of a block or of the model.
-        module: Its module, from which paths are counted.
+        call: The call, of a block.
+        layout: The layout of its stack.
+        repeated: Modules that the forward pass calls more than once.
     """
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, layout: Layout, repeated: Collection[nn.Module] = ()) -> None:
         self.call = call
+        self.layout = layout
+        self.repeated = repeated
         self.calls = [call, *call.inside()]
         self._paths = {part: path for path, part in reversed(list(call.module.named_modules()))}
         self.given = [
@@ -77,61 +69,8 @@ class BlockValues:
         return self._returns.get(key, [])
 
 
-def output_slot(outputs: Mapping[Slot, Tensor], slot: Slot) -> Slot:
-    """The slot of an output as a `Site` says it."""
-    usual = slot in (None, 0) or (isinstance(slot, str) and slot == next(iter(outputs)))
-    return None if usual else slot
-
-
 def _by_key(seen: Iterable[Seen]) -> dict[Key, list[Seen]]:
     found: dict[Key, list[Seen]] = {}
     for one in seen:
         found.setdefault(one.key, []).append(one)
     return found
-
-
-# --- what kind of module ----------------------------------------------------------------------------------
-
-
-def has_matrix(module: nn.Module) -> bool:
-    """Whether there is a weight matrix in a module or in its parts."""
-    return any(parameter.dim() >= 2 for parameter in module.parameters())
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is one linear map: a matrix of its own, of which it may be the quantised or adapted form."""
-    weight = getattr(module, "weight", None)
-    sized = isinstance(getattr(module, "in_features", None), int)
-    return not isinstance(module, nn.Embedding) and (
-        sized or (isinstance(weight, Tensor) and weight.dim() >= 2 and not any(module.children()))
-    )
-
-
-def is_norm(call: Call) -> bool:
-    """Whether a module rescales vectors: it has no matrix, keeps the shape and is called a norm or has gains."""
-    given, returned = call.main_input, call.main_output
-    if given is None or returned is None or given.shape != returned.shape or not given.is_floating_point():
-        return False
-    if "norm" in type(call.module).__name__.lower():
-        return True
-    gains = [parameter for parameter in call.module.parameters() if parameter.numel() > 1]
-    return bool(gains) and all(gain.shape == given.shape[-1:] for gain in gains)
-
-
-def is_elementwise(call: Call) -> bool:
-    """Whether a module maps each number by itself: shuffling all numbers before or after is the same."""
-    given, returned = call.main_input, call.main_output
-    if given is None or returned is None or given.shape != returned.shape or has_matrix(call.module):
-        return False
-    if not given.is_floating_point() or key_of(given) == key_of(returned):
-        return False
-    order = torch.randperm(given.numel(), generator=torch.Generator().manual_seed(0)).to(given.device)
-    shuffled = given.detach().flatten()[order].view_as(given)
-    try:
-        with torch.no_grad():
-            result = call.module(shuffled)
-    except (RuntimeError, TypeError, ValueError):
-        return False
-    if not isinstance(result, Tensor) or result.shape != returned.shape:
-        return False
-    return torch.allclose(result.flatten(), returned.detach().flatten()[order], rtol=1e-4, atol=1e-6)
