@@ -39,6 +39,7 @@ from intervenable.errors import (
     LayerRangeError,
     LocationError,
     LocationRangeError,
+    MapError,
     MetricError,
     MissingActivationError,
     MissingExtraError,
@@ -56,6 +57,9 @@ from intervenable.errors import (
     UnsupportedModelError,
 )
 from intervenable.locations import get_loc
+from intervenable.map_making import make_map as _make_map
+from intervenable.map_verification import Verification, verify
+from intervenable.maps import use_maker as _use_maker
 from intervenable.model import IntervenableModel
 from intervenable.output import IntervenableOutput
 from intervenable.pattern_statistics import pattern_blocks, uniform_pattern, value_weighted_pattern
@@ -146,6 +150,7 @@ __all__ = [
     "LoreftIntervention",
     "LowRankRotatedSpaceIntervention",
     "MLPClassifier",
+    "MapError",
     "MetricError",
     "MissingActivationError",
     "MissingExtraError",
@@ -187,6 +192,7 @@ __all__ = [
     "UnknownNameError",
     "UnsupportedModelError",
     "VanillaIntervention",
+    "Verification",
     "Words",
     "ZeroIntervention",
     "__version__",
@@ -216,10 +222,13 @@ __all__ = [
     "training",
     "uniform_pattern",
     "value_weighted_pattern",
+    "verify",
 ]
 
 if _TYPE_CHECKING:
     from intervenable import plots as plots
+
+_use_maker(_make_map)  # which runs models, as those do who look maps up
 
 _RENAMED = {
     "GET_LOC": "get_loc",

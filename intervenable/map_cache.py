@@ -11,11 +11,11 @@ import sys
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from intervenable._version import __version__
@@ -125,7 +125,7 @@ def fingerprint(model: nn.Module) -> str | None:
     versions of torch, transformers and this library. None if the source of a class cannot be read.
     """
     digest = hashlib.sha256()
-    digest.update(f"{torch.__version__} {transformers.__version__} {__version__} {_own_source()}".encode())
+    digest.update(f"{torch.__version__} {_version_of_transformers()} {__version__} {_own_source()}".encode())
     digest.update(json.dumps(_structure_of(model), sort_keys=True, default=str).encode())
     sources: set[str] = set()
     for path, module in model.named_modules():
@@ -171,6 +171,14 @@ def _without_names(values: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in values.items()
         if name not in _NOT_STRUCTURE
     }
+
+
+@functools.cache
+def _version_of_transformers() -> str:
+    try:
+        return version("transformers")
+    except PackageNotFoundError:
+        return ""
 
 
 @functools.cache

@@ -8,13 +8,13 @@ from typing import Any
 from torch import nn
 
 from intervenable.errors import InputError, UnsupportedModelError
+from intervenable.map_cache import KeptMap, keep, look_up, note
 from intervenable.map_fitting import fitted
 from intervenable.map_inference import infer_map
 from intervenable.map_inputs import example_inputs
 from intervenable.map_towers import with_towers
 from intervenable.map_twin import twin_of
 from intervenable.map_verification import check_map
-from intervenable.maps import use_maker
 from model_maps import ModelMap, UnmappedModelError
 
 
@@ -26,6 +26,8 @@ def proved_map(model: nn.Module, inputs: Mapping[str, Any]) -> ModelMap:
 def make_map(model: nn.Module, example: Mapping[str, Any] | None = None) -> ModelMap:
     """The verified map of a model, found on a tiny twin of it, or on itself where its class has no config.
 
+    What is found out is kept, and taken from there for models of the same structure.
+
     Args:
         model: The model.
         example: Keyword inputs of the model, of two examples at least. They are run on the model itself.
@@ -35,6 +37,18 @@ def make_map(model: nn.Module, example: Mapping[str, Any] | None = None) -> Mode
     """
     if example is not None:
         return with_towers(model, proved_map(model, example), proved_map)
+    found = look_up(model)
+    if found.kept is not None:
+        note(model, "kept from an earlier time")
+        return found.kept.map
+    if found.note:
+        note(model, found.note)
+    made = _made(model)
+    keep(model, KeptMap(made))
+    return made
+
+
+def _made(model: nn.Module) -> ModelMap:
     try:
         if not hasattr(getattr(model, "config", None), "to_dict"):
             return proved_map(model, example_inputs(model))
@@ -47,6 +61,3 @@ def make_map(model: nn.Module, example: Mapping[str, Any] | None = None) -> Mode
             " register_map() it, or name the place by its module path, such as 'model.layers[3].mlp.output'."
         ) from error
     return fitted(record, twin, model)
-
-
-use_maker(make_map)
