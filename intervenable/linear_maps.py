@@ -37,7 +37,7 @@ def matrix_of(module: nn.Module, device: torch.device, needed_by: str) -> tuple[
         (True, True)
     """
     weight = parameter_of(module, "weight", device)
-    if weight is not None and _is_its_weight(module, weight):
+    if weight is not None and is_its_weight(module, weight):
         return weight if is_conv1d(module) else weight.T, parameter_of(module, "bias", device)
     width = getattr(module, "in_features", None)
     if not isinstance(width, int) or (weight is not None and weight.is_meta):
@@ -66,7 +66,7 @@ def parameter_of(module: nn.Module, name: str, device: torch.device) -> Tensor |
     return found
 
 
-def _is_its_weight(module: nn.Module, weight: Tensor) -> bool:
+def is_its_weight(module: nn.Module, weight: Tensor) -> bool:
     """Whether all that a module does is to multiply with its weight, and the weight is a plain matrix."""
     forward = type(module).forward
     replaced = "forward" in vars(module) and "_hf_hook" not in vars(module)

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from intervenable.errors import UnsupportedModelError
 from intervenable.hooks import Hook
+from intervenable.linear_maps import is_its_weight
 from intervenable.passage import Passage
 from intervenable.sites import BoundSite
+from intervenable.unwrapping import unwrapped
 from intervenable.wave_rows import NoShortcutError
 
 
@@ -79,15 +81,17 @@ def logits_of(output: Any, model: nn.Module) -> Tensor:
 
 def output_embedding(model: nn.Module) -> nn.Module | None:
     """The module that makes logits, if the model names one that is a plain product."""
-    get = getattr(model, "get_output_embeddings", None)
+    get = getattr(unwrapped(model).module, "get_output_embeddings", None)
     head = get() if callable(get) else None
-    return head if isinstance(head, nn.Linear) else None
+    plain = isinstance(head, nn.Linear) and is_its_weight(head, head.weight)
+    return head if plain else None
 
 
 def reads_head(model: nn.Module, sites: Iterable[BoundSite]) -> bool:
     """Whether a place is at the output embedding, which then has to compute all logits, or is the model itself."""
     head = output_embedding(model)
-    return any(site.module is head or site.module is model for site in sites)
+    whole = (model, unwrapped(model).module)
+    return any(site.module is head or site.module in whole for site in sites)
 
 
 class Readout:
