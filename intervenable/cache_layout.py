@@ -106,7 +106,9 @@ def axes_of(component: str, dimensions: int) -> tuple[str, ...]:
     name = component.removesuffix(".gradient")
     known = COMPONENTS.get("attention_pattern" if name == "value_weighted_pattern" else name)
     axes: tuple[str, ...] = (BATCH, POSITION, "hidden")
-    if name == "input_ids":
+    if known is not None and known.axes == "state":
+        axes = ()
+    elif name == "input_ids":
         axes = (BATCH, POSITION)
     elif known is not None and known.axes == "matrix":
         axes = (BATCH, HEAD, QUERY, KEY)

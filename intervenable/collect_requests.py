@@ -332,6 +332,8 @@ def axes_over_tokens(site: BoundSite) -> tuple[tuple[str, Stack | None], ...]:
     """The axes of a site that run over tokens, each with the stack that counts them."""
     if site.matrix:
         return (QUERY, site.stack), (KEY, site.key_stack)
+    if site.kind == "state":
+        return ()
     return ((POSITION, site.stack),)
 
 
@@ -348,15 +350,16 @@ def units_of(
     site = reading.site
     heads = None
     if site.heads is not None:
-        heads = (reading.heads if reading.heads is not None else tuple(range(site.heads)),) * inputs.batch
+        every = reading.heads if reading.heads is not None else tuple(range(site.heads))
+        heads = (every,) * inputs.of(site.stack).batch
     axes = axes_over_tokens(site)
     found = [located[axis] for axis in axes]
-    if reading.heads is None and not any(found):
+    if (reading.heads is None and not any(found)) or site.kind == "state":
         return Whole()
     if not site.matrix:
         return Units(None if found[0] is None else found[0].rows, heads)
     sides = [
-        (tuple(range(inputs.of(stack).length)),) * inputs.batch if one is None else one.rows
+        (tuple(range(inputs.of(stack).length)),) * inputs.of(site.stack).batch if one is None else one.rows
         for one, (_, stack) in zip(found, axes, strict=True)
     ]
     return Units(heads=heads, queries=sides[0], keys=sides[1])

@@ -23,6 +23,7 @@ from intervenable.collect_requests import (
 )
 from intervenable.errors import InputError, LocationError, NotFiredError
 from intervenable.hooks import EarlyStop, Hook
+from intervenable.mixer_state import with_cache
 from intervenable.passage import Passage
 from intervenable.plan import Plan
 from intervenable.runs import Observers, gather_added, run_base, run_source, without_cache
@@ -140,6 +141,8 @@ class CollectingRun:
                 sources |= run_source(self.model, run.inputs, run.captures)
         with torch.set_grad_enabled(self.metric is not None):
             options = without_cache(self.model, self.inputs)
+            if any(site.kind == "state" for site in sites):
+                options = with_cache(self.model, self.inputs.kwargs)
             output = run_base(self.model, self.plan, sources, options, observers).output
             missing = [
                 reading.site.label
@@ -215,7 +218,7 @@ class CollectingRun:
         tokens = {
             name: self._axis(name, stacks[name], value.shape[axis])
             for axis, name in enumerate(axes)
-            if name in stacks and value.shape[0] == self.inputs.batch
+            if name in stacks and value.shape[0] == self.inputs.of(stacks[name]).batch
         }
         return Layout(axes, tokens, reading.heads if reading is not None and HEAD in axes else None)
 

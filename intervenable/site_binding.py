@@ -58,6 +58,8 @@ def bind_site(
         )
     if COMPONENTS[component].word == "head_attention_output":
         kind, side, slot, width = "per_head", "output", None, live_width(module, "output")
+    elif COMPONENTS[component].axes == "state":
+        kind, width = "state", None
     elif derived is not None:
         kind, side, slot, width = "norm_scale", "output", None, 1
     return BoundSite(

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from intervenable.attention_mode import InsideHook, floor_of
-from intervenable.errors import EditError, LocationError, LocationRangeError
+from intervenable.errors import EditError, LocationError, LocationRangeError, UnsupportedModelError
 from intervenable.function_mode import FunctionHook
 from intervenable.hooks import Hook
 from intervenable.inputs import RunInputs
 from intervenable.linear_maps import matrix_of, parameter_of
+from intervenable.mixer_state import state_after
 from intervenable.passage import Passage
 from intervenable.unit_index import UnitIndex
 from intervenable.units import Level, UnitRows, Units, Whole
@@ -27,7 +28,7 @@ from model_maps import COMPONENTS, FunctionName, HeadColumns, Side, Stack
 
 # --- a component in a model -------------------------------------------------------------------------------
 
-Kind = Literal["stored", "sum", "per_head", "norm_scale", "inside"]
+Kind = Literal["stored", "sum", "per_head", "norm_scale", "inside", "state"]
 
 
 class StreamAxes(NamedTuple):
@@ -274,6 +275,8 @@ class BoundSite:
             return added_by_heads.to(passage.take(self.side, self.slot).dtype)  # autocast may have another
         if self.kind == "inside":
             return self._protected(self._read_inside(passage.take(self.side, None), index))
+        if self.kind == "state":
+            return self._state(passage, index)
         if self.kind == "norm_scale":
             return index.read(
                 norm_scale(passage.module, self._as_stream(passage.take("input", None), inputs))
@@ -320,6 +323,8 @@ class BoundSite:
     def write(self, passage: Passage, index: UnitIndex, inputs: RunInputs, old: Tensor, new: Tensor) -> None:
         """Let the model go on with `new` where it had `old` (as `read` gave it)."""
         tensor = passage.take(self.side, self.slot)
+        if self.kind == "state":
+            return  # nothing in this pass reads it
         if self.kind == "inside":
             passage.put(self.side, None, self._written_inside(tensor, index, new))
             return
@@ -341,6 +346,20 @@ class BoundSite:
         else:
             result = index.write(stream, new)
         passage.put(self.side, self.slot, self._from_stream(result, tensor, inputs))
+
+    def _state(self, passage: Passage, index: UnitIndex) -> Tensor:
+        if index.last_position >= 0:
+            raise LocationError(
+                f"{self.label} is what is kept of all positions, so that none can be named in it: leave its locations"
+                " out to have it whole."
+            )
+        state = state_after(passage, self.layer)
+        if state is None:
+            raise UnsupportedModelError(
+                f"{self.label}: {type(passage.module).__name__} left no state behind. It does so where the model"
+                " fills a cache: not with use_cache=False, and not while training."
+            )
+        return state
 
     # -- inside an attention module
 

@@ -52,9 +52,16 @@ NO_EXPERTS = lacking(
 """What architectures without a mixture of experts lack."""
 
 NO_MIXER = lacking(
-    "mixer_input", "mixer_output", "mixer_contribution", why="its blocks mix positions by attention alone"
+    "mixer_input",
+    "mixer_output",
+    "mixer_contribution",
+    "mixer_state",
+    why="its blocks mix positions by attention alone",
 )
 """What architectures without state spaces, linear attention or convolutions lack."""
+
+STATE_IS_READ = "nothing reads it before the next token; write 'mixer_input' or 'mixer_output' instead"
+"""Why a mixer's state is not to be written."""
 
 CHOICE_IS_READ = "its numbers name experts; write 'router_output' or 'expert_weight' instead"
 """Why the numbers of the chosen experts are not to be written."""

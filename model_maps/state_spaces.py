@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from model_maps.families import Head, family, lacking
+from model_maps.families import STATE_IS_READ, Head, family, lacking
 from model_maps.schema import ModelMap, Site
 from model_maps.vocabulary import COMPONENTS
 
@@ -13,7 +13,12 @@ _STREAM = {
     "final_norm_input": Site("norm_f", "input"),
     "final_norm_output": Site("norm_f"),
 }
-_DERIVED = ("final_norm_scale", "logits")
+_MIXER = {
+    "mixer_input": Site("mixer", "input"),
+    "mixer_output": Site("mixer"),
+    "mixer_state": Site("mixer", width="any", read_only=STATE_IS_READ),
+}
+_DERIVED = ("final_norm_scale", "logits", "mixer_contribution")
 
 MAMBA = family(
     heads=[
@@ -26,9 +31,9 @@ MAMBA = family(
         ),
     ],
     blocks="layers",
-    sites=_STREAM,
+    sites=_STREAM | _MIXER,
     absent=lacking(
-        *(name for name in COMPONENTS if name not in (*_STREAM, *_DERIVED)),
+        *(name for name in COMPONENTS if name not in (*_STREAM, *_MIXER, *_DERIVED)),
         why="its blocks mix positions by a state space and have neither attention nor an MLP",
     ),
     sequential=False,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 Scope = Literal["block", "model"]
-Axes = Literal["stream", "heads", "matrix"]
+Axes = Literal["stream", "heads", "matrix", "state"]
 Stack = Literal["encoder", "decoder", "vision", "audio", "text"]
 Prefix = Literal["", "encoder", "decoder", "vision", "audio", "text", "cross"]
 
@@ -24,6 +24,7 @@ UNITS: Mapping[Axes, tuple[str, ...]] = {
     "stream": ("pos",),
     "heads": ("h", "h.pos"),
     "matrix": ("h", "h.query", "h.query.key"),
+    "state": ("pos",),
 }
 """The units in which the tensors of each kind are located."""
 
@@ -54,7 +55,8 @@ class Component:
     """The component at whose module this one is computed, by a function and not by a module of its own."""
 
     axes: Axes = "stream"
-    """Whether it is a vector at each position, one for each head there, or a matrix of queries by keys."""
+    """Whether it is a vector at each position, one for each head there, a matrix of queries by keys, or a state: one
+    tensor for each example, in which no position can be named."""
 
     word: str = ""
     """The component's name without its prefix."""
@@ -167,6 +169,9 @@ _WORDS: Mapping[str, Component] = {
     "mixer_output": Component("[b, s, D]", "output of what mixes positions without a pattern"),
     "mixer_contribution": Component(
         "[b, s, D]", "what the mixer adds to the residual stream", fallback="mixer_output"
+    ),
+    "mixer_state": Component(
+        "[b, ...]", "what the mixer keeps of all positions for the next token", axes="state"
     ),
     "mlp_input": Component("[b, s, D]", "input of the MLP, after its norm"),
     "mlp_pre_activation": Component("[b, s, M]", "input of the nonlinearity (gate projection if gated)"),

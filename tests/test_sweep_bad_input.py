@@ -353,7 +353,7 @@ def test_what_can_be_read_and_not_written_is_refused():
     refused(
         ConfigError,
         "can be read and not written",
-        "router_output",
+        "expert_choice",
         family="mixtral",
     )
 
