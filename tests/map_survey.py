@@ -1,0 +1,222 @@
+"""The map of one architecture after another, inferred and verified on tiny models; and the page that reports it.
+
+python tests/map_survey.py                            # every type of every task, docs/architectures.md written anew
+python tests/map_survey.py --task masked-lm           # the types of one task, to the terminal
+python tests/map_survey.py --only mamba t5            # these types, in every task that has them
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from tiny_registry import TASKS, build, model_types
+from torch import nn
+
+from intervenable.map_inference import infer_map
+from intervenable.map_verification import Verification, check_map
+from model_maps import COMPONENTS, ModelMap
+
+SECONDS = 120
+"""How long one type may take."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What became of the map of one type."""
+
+    task: str
+    model_type: str
+    stacks: Mapping[str, int] = field(default_factory=dict)
+    """Prefix of each stack -> how many blocks it has."""
+    components: tuple[str, ...] = ()
+    """What is offered: every law holds."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """What was inferred and breaks a law -> which, in words."""
+    laws: Mapping[str, str] = field(default_factory=dict)
+    """The same, as names of laws and layers."""
+    absent: Mapping[str, str] = field(default_factory=dict)
+    """What the architecture does not have, or not where it could be told -> why."""
+    seconds: float = 0.0
+    """How long it took to infer and verify."""
+    error: str = ""
+    """What ended the survey of this type, if something did."""
+
+
+def survey(model_type: str, task: str) -> Record:
+    """Infer the map of a tiny model of this type, and look at its laws."""
+    tiny = build(model_type, task)
+    begun = time.process_time()
+    found = infer_map(tiny.model, tiny.inputs)
+    verified = check_map(tiny.model, found, tiny.inputs)
+    return recorded(task, model_type, tiny.model, verified, time.process_time() - begun)
+
+
+def recorded(
+    task: str, model_type: str, model: nn.Module, verified: Verification, seconds: float = 0.0
+) -> Record:
+    """A verification as a record."""
+    laws: dict[str, str] = {}
+    for name in verified.refused:
+        broken: dict[str, list[int | None]] = {}
+        for finding in verified.findings:
+            if finding.component == name and not finding.passed:
+                broken.setdefault(finding.law, []).append(finding.layer)
+        laws[name] = ", ".join(law + _of_layers(layers) for law, layers in broken.items()) or "nothing told"
+    return Record(
+        task,
+        model_type,
+        dict(_stacks(model, verified.map)),
+        verified.components,
+        dict(verified.refused),
+        laws,
+        dict(verified.absent),
+        seconds,
+    )
+
+
+def _of_layers(layers: Sequence[int | None]) -> str:
+    numbers = sorted({layer for layer in layers if layer is not None})
+    return f"@{'/'.join(map(str, numbers))}" if numbers else ""
+
+
+def _stacks(model: nn.Module, found: ModelMap) -> Iterator[tuple[str, int]]:
+    paths = {"": found.blocks, **found.stacks} if found.blocks is not None else dict(found.stacks)
+    for prefix, path in paths.items():
+        blocks: Any = model.get_submodule(path or "")
+        yield prefix, len(blocks) if path else 1
+
+
+# --- a process for each type ------------------------------------------------------------------------------
+
+
+class Asker:
+    """Asks about one type after another, each in a process of its own: one that crashes or hangs is a record too.
+
+    A process that has imported everything and done nothing else is forked for each type, which takes no time.
+    """
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._ours, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs,))
+        self._process.start()
+        theirs.close()
+
+    def ask(
+        self, function: Callable[..., Record], model_type: str, task: str, seconds: float = SECONDS
+    ) -> Record:
+        """What a function finds about a type."""
+        self._ours.send((function, model_type, task, seconds))
+        answer: Record | str = self._ours.recv()
+        return answer if isinstance(answer, Record) else Record(task, model_type, error=answer)
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.join()
+        self._ours.close()
+
+
+def _serve(theirs: Connection) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    context = multiprocessing.get_context("fork")
+    while True:
+        function, model_type, task, seconds = theirs.recv()
+        reader, writer = context.Pipe(duplex=False)
+        child = context.Process(target=_answer, args=(writer, function, model_type, task))
+        child.start()
+        writer.close()
+        try:
+            theirs.send(reader.recv() if reader.poll(seconds) else f"no answer after {seconds:g} seconds")
+        except EOFError:
+            child.join()
+            theirs.send(f"the process ended with code {child.exitcode}")
+        child.kill()
+        child.join()
+        reader.close()
+
+
+def _answer(writer: Connection, function: Callable[..., Record], model_type: str, task: str) -> None:
+    try:
+        writer.send(function(model_type, task))
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[:-5:-1]]
+        text = f"{type(error).__name__}: {error}"[:500].replace("\n", " ")
+        writer.send(f"{text} [{' < '.join(places)}]")
+
+
+def survey_all(wanted: Sequence[tuple[str, str]], jobs: int = 2) -> Iterator[Record]:
+    """The records of (task, type)s, in order."""
+    idle: SimpleQueue[Asker] = SimpleQueue()
+    askers = [Asker() for _ in range(jobs)]
+    for asker in askers:
+        idle.put(asker)
+
+    def record_of(pair: tuple[str, str]) -> Record:
+        asker = idle.get()
+        try:
+            return asker.ask(survey, pair[1], pair[0])
+        finally:
+            idle.put(asker)
+
+    with ThreadPoolExecutor(jobs) as pool, contextlib.ExitStack() as stack:
+        for asker in askers:
+            stack.callback(asker.close)
+        yield from pool.map(record_of, wanted)
+
+
+# --- the command ------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Survey, show what was found, and write the page if it was all types."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--task", nargs="*", choices=TASKS, default=None, help="the types of these tasks")
+    parser.add_argument("--only", nargs="*", default=None, help="these types, to the terminal")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="a file for the records")
+    options = parser.parse_args(arguments)
+    wanted = [
+        (task, model_type)
+        for task in options.task or TASKS
+        for model_type in model_types(task)
+        if options.only is None or model_type in options.only
+    ]
+    records = []
+    for record in survey_all(wanted, options.jobs):
+        records.append(record)
+        print(line(record), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(record) for record in records], indent=1))
+
+
+def line(record: Record) -> str:
+    """A record in a line of the terminal."""
+    stacks = " ".join(f"{prefix or 'blocks'}:{count}" for prefix, count in record.stacks.items())
+    refused = "; ".join(f"{name} {law}" for name, law in record.laws.items())
+    said = record.error or f"{len(record.components)} of {len(COMPONENTS)} {stacks}" + (
+        f" REFUSED {refused}" if refused else ""
+    )
+    return f"{record.task:20} {record.model_type:26} {record.seconds:5.2f} s  {said}"
+
+
+if __name__ == "__main__":
+    main()
