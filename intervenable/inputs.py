@@ -15,8 +15,8 @@ from intervenable.errors import InputError, NotAvailableError, UnsupportedModelE
 from intervenable.maps import map_of
 from intervenable.media_tokens import media_tokens
 from intervenable.signatures import Signature, forward_signature, misfit
-from intervenable.stack_lengths import StackSize, is_of_towers, main_stack, stack_size
-from intervenable.unwrapping import unwrapped
+from intervenable.stack_lengths import is_of_towers, main_size, mask_in_tower, stack_size
+from intervenable.unwrapping import unwrapped, virtual_tokens
 from model_maps import Stack, UnmappedModelError
 
 TOKENS = ("input_ids", "inputs_embeds")
@@ -64,7 +64,7 @@ class RunInputs:
     """The same run, counted in the positions of its decoder; None if the model has none, or was given none."""
 
     model: nn.Module | None = field(default=None, repr=False, compare=False)
-    """What runs; it tells how long its towers are. None if it is given nothing for a tower."""
+    """What runs; it tells how long its towers are, and which tokens stand for pictures."""
 
     groups: int = 1
     """How many times the model is given what is in the inputs, where it is given that several times in one batch."""
@@ -87,6 +87,11 @@ class RunInputs:
         return self.decoder
 
     @cached_property
+    def media(self) -> Mapping[str, tuple[int, ...]]:
+        """The token ids that stand for pictures and sounds, by medium."""
+        return {} if self.model is None else media_tokens(unwrapped(self.model).module)
+
+    @cached_property
     def _towers(self) -> dict[Stack, RunInputs]:
         return {}
 
@@ -96,7 +101,7 @@ class RunInputs:
             return self
         if stack not in self._towers:
             size = stack_size(self.model, stack, self.args, self.kwargs)
-            mask = _mask_in_tower(self.kwargs, size, self.input_ids is not None)
+            mask = mask_in_tower(self.kwargs, size, self.input_ids is not None)
             self._towers[stack] = replace(
                 self,
                 batch=size.batch * self.groups,
@@ -175,6 +180,13 @@ def read_inputs(given: object, model: nn.Module, name: str) -> RunInputs:
             f"{name} is a {type(given).__name__}. Give a mapping of the model's inputs (what the tokenizer returns"
             " with return_tensors='pt'), a tensor, or a tuple of tensors."
         )
+    added = virtual_tokens(model)
+    if added:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} puts {added} virtual tokens before every prompt, so that positions would not be"
+            f" those of {name}. Give the model inside, model.get_base_model(), or switch them off:"
+            " with model.disable_adapter()."
+        )
     signature = forward_signature(model)
     _check_names(args, kwargs, signature, model, name)
     main_name, main = _main_input(args, kwargs, signature, model, name)
@@ -186,53 +198,17 @@ def read_inputs(given: object, model: nn.Module, name: str) -> RunInputs:
     if ids is None and args and not args[0].is_floating_point() and args[0].dim() == 2:
         ids = args[0]
     of_towers = any(is_of_towers(key) and isinstance(item, Tensor) for key, item in named.items())
-    measured = _measured(main_name, model, args, kwargs) if of_towers else None
+    measured = main_size(main_name, model, args, kwargs) if of_towers else None
     if measured is None:
         mask = _mask(named, "attention_mask", (batch, length), name)
     else:
         ids = ids if isinstance(ids, Tensor) and tuple(ids.shape) == measured else None
         batch, length = measured
-        mask = _mask_in_tower(named, measured, False)
-    tells = model if of_towers else None
-    inputs = RunInputs(args, kwargs, given, batch, length, mask, ids, time_first, model=tells)
+        mask = mask_in_tower(named, measured, False)
+    inputs = RunInputs(args, kwargs, given, batch, length, mask, ids, time_first, model=model)
     if "decoder_input_ids" not in signature.parameters:
         return inputs
     return replace(inputs, decoder=_decoder(inputs, named, model, name))
-
-
-def _measured(
-    main: str, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> StackSize | None:
-    """What the blocks count that the main input goes to, where that does not follow from tokens; None where it does.
-
-    It does not follow where the input is a picture or a sound, and where the places of one are put before or behind
-    those of the tokens, which models do that have no token for them.
-    """
-    if not is_of_towers(main) and media_tokens(unwrapped(model).module):
-        return None
-    try:
-        stack = main_stack(model)
-        if not is_of_towers(main) and stack is not None:
-            return None
-        return stack_size(model, stack, args, kwargs)
-    except UnmappedModelError:
-        return None
-
-
-MASKS = ("attention_mask", "feature_attention_mask", "input_features_mask", "pixel_attention_mask")
-"""Inputs that may say which positions of a tower are real."""
-
-
-def _mask_in_tower(named: Mapping[str, Any], size: StackSize, tokens: bool) -> Tensor | None:
-    """A mask with an entry for each position of a tower: one of what goes in, before it is made shorter, has others.
-
-    Args:
-        named: Inputs by name.
-        size: What the tower counts.
-        tokens: Whether the model is given tokens too, which its `attention_mask` is then about.
-    """
-    masks = (named.get(key) for key in MASKS[1 if tokens else 0 :])
-    return next((mask for mask in masks if isinstance(mask, Tensor) and tuple(mask.shape) == size), None)
 
 
 def _time_first(model: nn.Module) -> bool:

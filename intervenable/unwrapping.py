@@ -69,6 +69,18 @@ def _step(model: nn.Module) -> tuple[str, nn.Module] | None:
     return None
 
 
+def virtual_tokens(model: nn.Module) -> int:
+    """How many positions an adapter puts before those of the inputs, as tuned prompts and prefixes do; 0 for none."""
+    found = 0
+    while (step := _step(model)) is not None:
+        adapter = getattr(model, "active_peft_config", None)
+        # A disabled one has the model's own forward in its place.
+        if getattr(adapter, "is_prompt_learning", False) and "forward" not in vars(model):
+            found += int(getattr(adapter, "num_virtual_tokens", None) or 0)
+        model = step[1]
+    return found
+
+
 def class_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the class of the model inside and of its bases, nearest first.
 
