@@ -22,6 +22,7 @@ LAWS: Mapping[str, str] = {
     "chain": "a block is given what the one before returned, bit for bit",
     "lookup": "the vector at a position depends on its token alone",
     "reads": "what is multiplied with the first weights is this, bit for bit",
+    "projects": "it comes straight from, or goes straight into, a matrix of weights",
     "rows": "rows of the pattern sum to one, or to less where a sink takes a share",
     "causal": "no query reads a key behind itself, if the map says so",
     "sum": "pattern times values is what the head view has",
@@ -41,7 +42,7 @@ LAWS: Mapping[str, str] = {
 }
 """Every law by its name, in the order of tables."""
 
-TELLS_NOTHING = ("bound", "once", "layout", "identity", "moves", "causal")
+TELLS_NOTHING = ("bound", "once", "layout", "projects", "identity", "moves", "causal")
 """Laws that a place with another meaning keeps as well."""
 
 
@@ -77,7 +78,10 @@ TRANSFERS: tuple[Transfer, ...] = (
     Transfer(("mlp_hidden",), "mlp_output"),
     Transfer(("mlp_output",), "mlp_contribution"),
     Transfer(("router_input",), "router_output"),
+    Transfer(("router_output",), "expert_choice"),
+    Transfer(("router_output",), "expert_weight"),
     Transfer(("router_input", "expert_input"), "expert_output"),
+    Transfer(("router_output", "expert_input"), "expert_output"),
 )
 """What determines what inside a block whose input is held at the base's."""
 

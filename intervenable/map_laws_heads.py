@@ -7,7 +7,7 @@ all heads makes of it, as it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,8 @@ class Coded:
 
 
 CODED = (
+    Coded("query_output", "attention_scores", "row"),
+    Coded("key_output", "attention_scores", "column"),
     Coded("head_query_output", "attention_scores", "row"),
     Coded("head_key_output", "attention_scores", "column"),
     Coded("rotary_query", "attention_scores", "row"),
@@ -53,7 +55,7 @@ def heads(bench: Bench) -> Judge:
             layers = [layer for layer in bench.layers(written) if bench.has(read, layer)]
             if not layers:
                 continue
-            count = max(bench.sites[written, layer].heads or 0 for layer in layers)
+            count = max(bench.sites[written, layer].heads or 1 for layer in layers)
             for bit in range(count.bit_length()):
                 change = _changed(coded, bit)
                 stack = "decoder" if prefix == "cross" else prefix
@@ -69,27 +71,51 @@ def heads(bench: Bench) -> Judge:
                 key = (read, layer)
                 if not bench.has(*key) or key not in group.seen or key not in bench.base.seen:
                     continue
-                count = bench.sites[written, layer].heads or 0
+                count = bench.sites[written, layer].heads or 1
                 why = f"{read} of heads with bit {bit} alone"
                 limit = limit_of(group.seen[key].dtype)
                 off, right = _told(group.seen[key], bench.base.seen[key], coded, bit, count, limit)
                 yield Finding(written, "heads", layer, right, off, limit, why)
                 if coded.written in ("attention_pattern",):
                     yield Finding(read, "heads", layer, right, off, limit, why)
+        yield from _as_wide(bench)
 
     return judge
+
+
+WHOLE = {
+    "head_query_output": "rotary_query",
+    "head_key_output": "expanded_head_key",
+    "head_value_output": "expanded_head_value",
+}
+"""Views by heads, and what the model makes of one head of theirs."""
+
+
+def _as_wide(bench: Bench) -> Iterator[Finding]:
+    """A head is not wider than what the model multiplies for one head."""
+    for (name, layer), site in bench.sites.items():
+        known = COMPONENTS[name]
+        other = bench.plainly.get((named(WHOLE.get(known.word, known.word), known.prefix), layer))
+        if known.word not in WHOLE or site.columns is None or other is None:
+            continue
+        width, limit = site.columns.width, other.shape[-1]
+        why = f"{width} columns of the {limit} that one head has"
+        yield Finding(name, "heads", layer, width <= limit, max(0.0, width - limit), 0.0, why)
 
 
 def _has_bit(head: int, bit: int) -> bool:
     return bool((head + 1) >> bit & 1)
 
 
-def _changed(coded: Coded, bit: int) -> object:
+def _changed(coded: Coded, bit: int) -> Callable[[Bench], Change]:
     def for_bench(bench: Bench) -> Change:
         def change(groups: Tensor) -> Tensor:
             value = groups[bench.base.index].clone()
+            if value.dim() == 3:  # all heads at once
+                value[:, value.shape[1] // 2] = value[:, value.shape[1] // 2].flip(-1)
+                return value
             chosen = [head for head in range(value.shape[1]) if _has_bit(head, bit)]
-            if coded.written == "attention_pattern" or coded.written == "attention_scores":
+            if coded.written in ("attention_pattern", "attention_scores"):
                 value[:, chosen] = value[:, chosen] * 0.5
             elif coded.at:
                 position = value.shape[2] // 2

@@ -237,7 +237,7 @@ class Bench:
         given = {name: self._stacked(name, value, groups) for name, value in self.inputs.items()}
         with torch.no_grad(), hooked(self._hooks(groups), self.model):
             output = _main_tensor(self.model(**given))
-        by_group = output.unflatten(0, (len(groups), -1))
+        by_group = _by_group(output, len(groups))
         for group in groups:
             group.output = by_group[group.index].detach().clone()
 
@@ -293,7 +293,7 @@ class Bench:
                     return
                 try:
                     old = reading(key, passage, site)
-                    new = old.clone().unflatten(0, (len(groups), -1))
+                    new = _by_group(old.clone(), len(groups))
                     for (
                         group,
                         change,
@@ -315,7 +315,7 @@ class Bench:
                 if key in self.faults:
                     return
                 try:
-                    by_group = reading(key, passage, site).unflatten(0, (len(groups), -1))
+                    by_group = _by_group(reading(key, passage, site), len(groups))
                     for group in wanting:
                         group.seen[key] = by_group[group.index].detach().clone()
                 except Exception as error:
@@ -339,6 +339,10 @@ class Bench:
 
 DERIVED = ("per_head", "norm_scale")
 """Kinds of sites that are computed from what goes into a module."""
+
+
+def _by_group(tensor: Tensor, groups: int) -> Tensor:
+    return tensor.reshape(groups, -1, *tensor.shape[1:])
 
 
 def taken_from(group: Group) -> Change:

@@ -206,7 +206,7 @@ def elementwise(bench: Bench, swaps: Swaps) -> Judge:
         for word, read in (("mlp_pre_activation", "mlp_activation"), ("mlp_activation", "mlp_hidden")):
             if _writable(bench, named(word, prefix)) and bench.layers(named(read, prefix)):
                 for source in swaps.sources(prefix, [word]):
-                    group = swaps.swap(prefix, [word], source, [read], part=_even_columns, tag="even")
+                    group = swaps.swap(prefix, [word], source, [read, word], part=_even_columns, tag="even")
                     made.append((named(word, prefix), named(read, prefix), group))
 
     def judge() -> Iterator[Finding]:
@@ -218,6 +218,12 @@ def elementwise(bench: Bench, swaps: Swaps) -> Judge:
                 new, old = group.seen[key], bench.base.seen[key]
                 why = f"odd columns of {name} as before, even ones not"
                 if new.shape != old.shape or new.shape[-1] < 2:
+                    continue
+                own = bench.base.seen.get((word, layer))
+                if own is not None and torch.equal(own, old) and word.endswith("mlp_pre_activation"):
+                    same = "another vector before the nonlinearity than behind it"
+                    for one in (word, name):
+                        yield Finding(one, "elementwise", layer, False, 0.0, 0.0, same)
                     continue
                 off = deviation(new[..., 1::2], old[..., 1::2])
                 moved = deviation(new[..., ::2], old[..., ::2])
@@ -320,9 +326,10 @@ def single_layers(bench: Bench, swaps: Swaps) -> Judge:
     def judge() -> Iterator[Finding]:
         for (name, layer), group in made:
             prefix = COMPONENTS[name].prefix
-            if group.output is None or bench.base.output is None or bench.sources[prefix].output is None:
+            whole = bench.sources[prefix].output
+            if group.output is None or bench.base.output is None or whole is None:
                 continue
-            off = deviation(bench.sources[prefix].output, bench.base.output)
+            off = deviation(whole, bench.base.output)
             if prefix and off < MOVED * limit_of(group.output.dtype):
                 continue
             yield _moved(name, layer, group.output, bench.base.output, "what the model returns changes")

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from intervenable.map_laws import ADDED, Finding, deviation, limit_of, named
-from intervenable.map_laws_runs import Bench, Key
+from intervenable.map_laws_runs import Bench
 from intervenable.map_trace import Call, Trace
-from intervenable.sites import norm_scale
 from model_maps import COMPONENTS
 
 INFINITE = float("inf")
@@ -90,6 +89,25 @@ def reads(bench: Bench, traced: Trace) -> Iterator[Finding]:
             yield Finding(name, "reads", layer, right, 0.0 if right else INFINITE, 0.0, why)
 
 
+def projects(bench: Bench, traced: Trace) -> Iterator[Finding]:
+    """Queries, keys and values are what a matrix gives; heads and the MLP's hidden vector what one is given."""
+    sides = {"query_output": "output", "key_output": "output", "value_output": "output"}
+    sides |= {"attention_value_output": "input", "mlp_hidden": "input"}
+    for (name, layer), site in bench.sites.items():
+        side = sides.get(COMPONENTS[name].word)
+        if side is None or (name, layer) in bench.faults:
+            continue
+        function = None if site.function is None else site.function[0]
+        right = function == "linear" or (site.side == side and _has_matrix(site.module))
+        why = f"the {side} of a module with a matrix of weights"
+        yield Finding(name, "projects", layer, right, 0.0 if right else INFINITE, 0.0, why)
+        given = bench.plainly.get((named("mlp_input", COMPONENTS[name].prefix), layer))
+        if COMPONENTS[name].word == "mlp_hidden" and given is not None and (name, layer) in bench.plainly:
+            right = not _holds(bench.plainly[name, layer], given)
+            why = "another matrix than the one that is given the MLP's input"
+            yield Finding(name, "projects", layer, right, 0.0 if right else INFINITE, 0.0, why)
+
+
 def rows(bench: Bench, traced: Trace) -> Iterator[Finding]:
     """Rows of a pattern sum to one; to less where the softmax has one column more than there are keys."""
     for (name, layer), site in bench.sites.items():
@@ -145,7 +163,7 @@ def projection(bench: Bench, _: Trace) -> Iterator[Finding]:
 
 
 def residual(bench: Bench, traced: Trace) -> Iterator[Finding]:
-    """Adding what is said to be added to the stream gives a stream that the model has, at the end the block's output."""
+    """The stream and what is said to be added are a stream that the model has, in the end the block's output."""
     for prefix in bench.prefixes:
         for layer in bench.layers(named("block_output", prefix)):
             yield from _residual_of(bench, traced, prefix, layer)
@@ -165,13 +183,9 @@ def _residual_of(bench: Bench, traced: Trace, prefix: str, layer: int | None) ->
     for word in ADDED:
         for one in prefixes:
             name = named(word, one)
-            if (
-                COMPONENTS.get(name)
-                and COMPONENTS[name].word == word
-                and (value := seen.get((name, layer))) is not None
-            ):
-                if value.shape == start.shape:
-                    added.append((name, value))
+            value = seen.get((name, layer)) if COMPONENTS[name].word == word else None
+            if value is not None and value.shape == start.shape:
+                added.append((name, value))
     block = next(iter(traced.of(site.path)), None)
     if block is None:
         return
@@ -330,20 +344,3 @@ def _like(tensor: Tensor, stream: Tensor) -> Tensor | None:
 
 def _equal(found: Tensor, expected: Tensor, limit: float | None = None) -> bool:
     return deviation(found, expected) <= (limit_of(expected.dtype) if limit is None else limit)
-
-
-__all__ = [
-    "Key",
-    "bound",
-    "chain",
-    "layout",
-    "logits",
-    "norm",
-    "norm_scale",
-    "once",
-    "projection",
-    "reads",
-    "residual",
-    "rows",
-    "weighted",
-]

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from intervenable.errors import MapError, UnknownNameError, unknown_name
@@ -31,6 +32,7 @@ from intervenable.map_laws_values import (
     norm,
     once,
     projection,
+    projects,
     reads,
     residual,
     rows,
@@ -120,7 +122,8 @@ def check_map(
     wanted = None if components is None else _known(components)
     bench = Bench(model, described, inputs)
     output = _steady_output(bench)
-    findings = _findings(bench, output)
+    with torch.no_grad():
+        findings = _findings(bench, output)
     if wanted is not None:
         findings = [finding for finding in findings if finding.component in wanted]
     return _verification(bench, findings, wanted)
@@ -187,7 +190,7 @@ def _findings(bench: Bench, output: Tensor) -> list[Finding]:
     bench.run()
     found = [finding for judge in judges for finding in judge()]
     found += _identity(bench, output)
-    for law in (once, layout, chain, reads, rows, weighted, projection, residual, norm):
+    for law in (once, layout, chain, reads, projects, rows, weighted, projection, residual, norm):
         found += law(bench, traced)
     found += logits(bench, traced, output)
     return [*bound(bench, traced), *found]
@@ -261,7 +264,11 @@ def _verification(bench: Bench, findings: Sequence[Finding], wanted: frozenset[s
         for name, known in COMPONENTS.items()
         if described.site(name) is None
         and name not in names
-        and ((known.prefix in bench.prefixes) or (known.prefix == "cross" and "decoder" in bench.prefixes))
+        and (
+            described.blocks_of(name) is not None
+            if known.prefix != "cross"
+            else "decoder" in described.stacks
+        )
     }
     result = _without(described, bench, refused, partly)
     passed = tuple(name for name in names if name not in refused)
@@ -360,5 +367,9 @@ def _table(verification: Verification) -> str:
     for name in names:
         lines.append(f"{name.ljust(width)}  " + " ".join(marks[results.get((name, law))] for law in laws))
     lines += [f"refused {name}: {why}." for name, why in verification.refused.items()]
-    lines += [f"absent {name}: {why}." for name, why in verification.absent.items()]
+    reasons = dict.fromkeys(verification.absent.values())
+    for why in reasons:
+        lines.append(
+            f"absent {', '.join(name for name, own in verification.absent.items() if own == why)}: {why}."
+        )
     return "\n".join(line.rstrip() for line in lines)
