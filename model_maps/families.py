@@ -116,7 +116,7 @@ def family(
     variants = (SWITCHED_OFF, *variants) if causal else variants
     for head in heads:
         placed = _below(head.prefix, sites)
-        missing = {**NO_MIXER, **absent}
+        missing = {**({} if "mixer_output" in sites else NO_MIXER), **absent}
         if head.path is None:
             missing["logits"] = "it is the bare stack of blocks, without a head"
         else:
