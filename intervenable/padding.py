@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intervenable.compiled import uncompiled
 from intervenable.errors import InputError
 from intervenable.evaluation_mode import evaluating
 from intervenable.inputs import RunInputs
@@ -65,7 +66,7 @@ def _needs_position_ids(model: nn.Module, inputs: RunInputs) -> bool:
     padded = torch.cat([padding, alone], dim=1)
     ones = inputs.attention_mask.new_ones(1, alone.shape[1])
     mask = torch.cat([ones.new_zeros(1, 2), ones], dim=1)
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), uncompiled(model), torch.no_grad():
         truth = first_tensor(model(**{key: alone, "attention_mask": ones}))
         bare = first_tensor(model(**{key: padded, "attention_mask": mask}))
         filled = first_tensor(model(**{key: padded, "attention_mask": mask, "position_ids": _counted(mask)}))

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from intervenable.binding import Places
+from intervenable.compiled import uncompiled
 from intervenable.metrics import as_metrics
 from intervenable.progress import Progress
 from intervenable.sweep_axes import Axis, read_axes
@@ -158,6 +159,7 @@ def sweep(
     )
     found = Found(cells, baseline)
     with (
+        uncompiled(pair.model),
         _kept(checkpoint, print_of, len(engine.waves)) as done,
         Progress(len(cells), progress, "sweep") as bar,
     ):

@@ -9,11 +9,13 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from intervenable.compiled import uncompiled
 from intervenable.errors import InputError, UnsupportedModelError
 from intervenable.evaluation_mode import evaluating
 from intervenable.padding import first_tensor
 from intervenable.signatures import forward_signature, takes
 from intervenable.token_text import Decodes
+from intervenable.unwrapping import unwrapped
 
 
 def embed_to_distrib(model: nn.Module, embed: Tensor, log: bool = False, logits: bool = False) -> Tensor:
@@ -36,6 +38,7 @@ def embed_to_distrib(model: nn.Module, embed: Tensor, log: bool = False, logits:
         UnsupportedModelError: the model has no head, or one that does more than can be redone here.
         InputError: `embed` is not as wide as the head's input.
     """
+    model = unwrapped(model).module
     head, weight = _head(model)
     if embed.shape[-1:] != weight.shape[-1:]:
         raise InputError(
@@ -102,7 +105,7 @@ def _is_all(model: nn.Module, head: Head) -> bool:
     if model not in _all_there:
         ids = torch.arange(3, device=next(base.parameters()).device)[None]
         inputs = {name: ids for name in ("input_ids", "decoder_input_ids") if takes(base, name)}
-        with evaluating(model), torch.no_grad():
+        with evaluating(model), uncompiled(model), torch.no_grad():
             made = _scores(model, head, first_tensor(base(**inputs)))
             own = first_tensor(model(**inputs))
         error = (made - own).abs().max() if made.shape == own.shape else torch.inf
