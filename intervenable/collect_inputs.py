@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from intervenable.errors import InputError
 from intervenable.signatures import forward_signature
+from intervenable.stack_lengths import check_divisible
 
 DEFAULT_BATCH = 32
 """Examples in a batch, of texts and datasets."""
@@ -87,6 +88,7 @@ def _cut(given: Any, start: int, stop: int, examples: int) -> Any:
     if start == 0 and stop >= examples:
         return given
     if isinstance(given, Mapping):
+        check_divisible(given, examples, -1, "the batch cannot be cut into smaller ones")
         return {name: _cut(value, start, stop, examples) for name, value in given.items()}
     if isinstance(given, (tuple, list)):
         return type(given)(_cut(value, start, stop, examples) for value in given)

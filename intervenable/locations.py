@@ -324,9 +324,10 @@ def _units(slot: Any, place: _Place) -> Units:
     if _is_mask(slot):
         return _masked(slot, subject, inputs, where)
     relation = None
-    levels = _by_level(slot, subject, inputs.batch, where)
+    batch = inputs.of(subject.stack).batch
+    levels = _by_level(slot, subject, batch, where)
     if levels.get("keys") in RELATIONS:
-        relation, levels["keys"] = levels["keys"], [[slice(None)]] * inputs.batch
+        relation, levels["keys"] = levels["keys"], [[slice(None)]] * batch
         if subject.key_stack != subject.stack:
             raise LocationError(
                 f"The {where} name the keys {relation!r} of each query, and in attention from one stack to another no"
@@ -439,15 +440,14 @@ def _check_reach(units: Units, inputs: RunInputs, where: str) -> None:
 
 
 def _level(level: Any, name: Level, place: _Place) -> tuple[tuple[int, ...], ...]:
-    inputs, where = place.inputs, place.where
+    where, place = place.where, place.counted_in(name)
     if not isinstance(level, list) or not all(isinstance(row, list) for row in level):
         raise LocationError(f"The {where} must list the {name} of each example, [[...], ...], not {level!r}.")
-    if len(level) != inputs.batch:
+    if len(level) != place.inputs.batch:
         raise LocationError(
-            f"The {where} list {name} for {len(level)} examples, and the batch has {inputs.batch}."
+            f"The {where} list {name} for {len(level)} examples, and the batch has {place.inputs.batch}."
         )
     rows = []
-    place = place.counted_in(name)
     real = None if place.texts.padding_counts else place.inputs.real_positions
     for example, row in enumerate(level):
         units = _counted(row, name, example, place)

@@ -128,7 +128,7 @@ def make_plan(
         try:
             if waits:
                 raise _missing_source(entry, sources)
-            _check_subspaces(entry, ids, base_inputs.batch)
+            _check_subspaces(entry, ids, base_inputs.of(entry.site.stack).batch)
             _check_units(entry, slot, base_inputs)
             if feed is not None:
                 _run_for(runs, feed, entry.group).captures.append(
@@ -325,8 +325,21 @@ def _fed_from(
             f"{entry.name!r} has base locations and None for its source locations."
             " Give both, or None in both to skip it."
         )
+    _check_examples(entry, source_inputs, base_inputs)
     _check_pair(entry, source, base, source_inputs, base_inputs)
     return source
+
+
+def _check_examples(entry: BoundRepresentation, source: RunInputs, base: RunInputs) -> None:
+    """That a source has as many pictures or sounds as the base, or one for all."""
+    if entry.site.stack in (None, "encoder", "decoder"):
+        return
+    have, want = source.of(entry.site.stack).batch, base.of(entry.site.stack).batch
+    if have not in (1, want):
+        raise SourceError(
+            f"{entry.name!r} is in the {entry.site.stack} tower, which has {want} examples in the base and {have} in"
+            " the source. Give as many, or one for all."
+        )
 
 
 def _check_pair(
@@ -334,7 +347,7 @@ def _check_pair(
 ) -> None:
     """That the source has a unit for each unit of the base, or one for all."""
     if isinstance(source, Units) and isinstance(base, Units):
-        counts = source.counts * (base_inputs.batch if len(source) == 1 else 1)
+        counts = source.counts * (base_inputs.of(entry.site.stack).batch if len(source) == 1 else 1)
         for example, (have, want) in enumerate(zip(counts, base.counts, strict=True)):
             if any(h not in (1, w) for h, w in zip(have, want, strict=True)):
                 raise LocationError(

@@ -26,6 +26,8 @@ from intervenable.position_entries import (
     Span,
     Words,
 )
+from intervenable.position_media import NAMES as MEDIA_NAMES
+from intervenable.position_media import positions_of_medium
 from intervenable.token_classes import Markers, TokensOfClass, tokens_of_class
 from intervenable.token_text import TokenView, align
 
@@ -51,7 +53,7 @@ class NameTable:
 
 
 NO_NAMES = NameTable()
-GROUP_NAME = re.compile(r"(random-)?(all|special|inputs-partition|start|end|text|image)(-|$)")
+GROUP_NAME = re.compile(r"(random-)?(all|special|inputs-partition|start|end|text|image|audio|video)(-|$)")
 """Names that stand for groups of tokens, more or fewer of them."""
 NAMES = ("all", "first", "last", "special")
 PATTERNS = ("last-n", "inputs-partition-i", "random-inputs-partition-i-n")
@@ -346,6 +348,8 @@ class _Reading:
             return self._read(known[entry])
         if entry == "special":
             return self.view.special
+        if entry in MEDIA_NAMES:
+            return positions_of_medium(self.view, entry, self.table.classes, self.where)
         if counted := _COUNTED.fullmatch(entry):
             return self._from_the_end(int(counted[1]))
         if part := _PARTITION.fullmatch(entry):
@@ -395,6 +399,7 @@ class _Reading:
         if entry in self._text(entry):
             return self._words(Words(entry))
         names = [*self.table.names, *NAMES]
+        names += [*self.view.media, "text"] if self.view.media else []
         for name, markers in self.table.classes.items():
             kinds = (
                 "all",

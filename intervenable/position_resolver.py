@@ -9,6 +9,7 @@ from typing import Any, TextIO
 import torch
 
 from intervenable.errors import InputError, LocationError
+from intervenable.media_tokens import media_tokens
 from intervenable.position_entries import Entry, Span, checked_pivots
 from intervenable.position_reading import NameTable, is_name, resolve
 from intervenable.token_classes import Markers
@@ -30,6 +31,8 @@ class PositionResolver:
             `special-image` and `random-image-3`; any class brings `all-text` and `random-text-3`.
         seed: Seed of random names.
         generator: Draws them instead.
+        model: Its config says which tokens `"image"`, `"audio"` and `"text"` name; without one the tokenizer or
+            processor does, or the classes.
 
     Raises:
         LocationError: a name that has a meaning already, or something else that says nothing sensible.
@@ -52,6 +55,7 @@ class PositionResolver:
         classes: Mapping[str, Markers] | None = None,
         seed: int = 0,
         generator: torch.Generator | None = None,
+        model: object = None,
     ) -> None:
         taken = [name for name in names or () if is_name(name)]
         if taken:
@@ -60,6 +64,7 @@ class PositionResolver:
             )
         marked = {name: _checked_markers(name, markers) for name, markers in (classes or {}).items()}
         self.tokenizer = tokenizer
+        self.media = media_tokens(model)
         self.table = NameTable(dict(names or {}), checked_pivots(pivots), marked, seed, generator)
 
     def decode(self, token_ids: Any) -> str:
@@ -82,7 +87,7 @@ class PositionResolver:
         """
         rows = self._rows(inputs)
         return [
-            TokenView(tuple(row), self.tokenizer, example, batch=len(rows))
+            TokenView(tuple(row), self.tokenizer, example, batch=len(rows), media=self.media)
             for example, row in enumerate(rows)
         ]
 
@@ -158,13 +163,14 @@ class PositionResolver:
         return f"PositionResolver({type(self.tokenizer).__name__}{f', names={{{named}}}' if named else ''})"
 
 
-def positions(tokenizer: Decodes | None, inputs: Inputs, entry: Entry) -> list[Any]:
+def positions(tokenizer: Decodes | None, inputs: Inputs, entry: Entry, model: object = None) -> list[Any]:
     """The positions that an entry chooses in a text, counted in tokens from 0; a list for each of several texts.
 
     Args:
         tokenizer: A tokenizer, or a `PositionResolver`.
         inputs: A text, texts, or what a tokenizer made of them.
         entry: A name (`"last"`), a part of the text, an object such as `Words`, an int, a slice, or a list of them.
+        model: Its config says which tokens `"image"` and `"text"` name, where the tokenizer does not.
 
     Raises:
         LocationError: it says nothing sensible, does not occur, or chooses nothing.
@@ -178,7 +184,9 @@ def positions(tokenizer: Decodes | None, inputs: Inputs, entry: Entry) -> list[A
         >>> positions(tokenizer, ["The capital of Spain is", "Spain"], ["Spain", "last"])
         [[3, 4], [0, 0]]
     """
-    resolver = tokenizer if isinstance(tokenizer, PositionResolver) else PositionResolver(tokenizer)
+    resolver = (
+        tokenizer if isinstance(tokenizer, PositionResolver) else PositionResolver(tokenizer, model=model)
+    )
     return resolver.positions(inputs, entry)
 
 

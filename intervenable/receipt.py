@@ -86,7 +86,8 @@ class Receipt(Sequence[ReceiptLine]):
     def _made(self) -> Iterator[ReceiptLine]:
         base = self._plan.base
         for edit, record in zip(self._plan.edits, self._fired, strict=True):
-            for example, change in enumerate(record.change(base.batch).tolist()):
+            examples = base.of(edit.bound.site.stack).batch
+            for example, change in enumerate(record.change(examples).tolist()):
                 yield ReceiptLine(
                     name=edit.bound.name,
                     intervention=type(edit.bound.intervention).__name__,

@@ -27,6 +27,7 @@ class Texts:
         resolver = tokenizer if isinstance(tokenizer, PositionResolver) else None
         self.tokenizer = tokenizer if resolver is None else resolver.tokenizer
         self.table = NO_NAMES if resolver is None else resolver.table
+        self.media = {} if resolver is None else resolver.media
         self.padding_counts = padding_counts
         self._views: dict[tuple[int, int], tuple[RunInputs, TokenView]] = {}
         self._alike: dict[tuple[int, ...], TokenView] = {}
@@ -74,7 +75,7 @@ class Texts:
             return TokenView(None, self.tokenizer, example, length, inputs.batch)
         row = inputs.input_ids[example].tolist()
         ids = tuple(row if real is None else (row[index] for index in real[example]))
-        view = TokenView(ids, self.tokenizer, example, length, inputs.batch)
+        view = TokenView(ids, self.tokenizer, example, length, inputs.batch, inputs.media or self.media)
         twin = self._alike.setdefault(ids, view)
         if twin is not view:
             view = replace(twin, example=example, batch=inputs.batch)

@@ -20,8 +20,10 @@ from intervenable.errors import InputError
 from intervenable.evaluation_mode import evaluating
 from intervenable.hooks import EarlyStop, Hook, hooked
 from intervenable.maps import map_of
+from intervenable.media_tokens import media_tokens
 from intervenable.passage import Passage
 from intervenable.signatures import forward_signature
+from intervenable.unwrapping import unwrapped
 from model_maps import ModelMap, Site, Stack, UnmappedModelError
 
 OF_TOWERS = (
@@ -62,7 +64,42 @@ def is_of_towers(name: str) -> bool:
     return name.startswith(OF_TOWERS)
 
 
-def main_stack(model: nn.Module) -> Stack | None:
+def is_by_picture(name: str, item: Tensor, batch: int, length: int) -> bool:
+    """Whether an input has an entry for each picture or sound, or for each patch of one, and not for each example.
+
+    Those of all examples lie behind each other then, so that what is given several times is given as a whole.
+
+    Args:
+        name: Of the input.
+        item: The input.
+        batch: Examples of the run.
+        length: Positions of each.
+    """
+    of_tokens = not item.is_floating_point() and tuple(item.shape[:2]) == (batch, length)
+    return is_of_towers(name) and not of_tokens
+
+
+def check_divisible(kwargs: Mapping[str, Any], batch: int, length: int, what: str) -> None:
+    """That some of the examples can be taken out of a batch: each has one picture or sound, or there are none.
+
+    Args:
+        kwargs: The inputs of the run.
+        batch: Its examples.
+        length: Positions of each.
+        what: What is to be done, for the message.
+
+    Raises:
+        InputError: they cannot.
+    """
+    for name, item in kwargs.items():
+        if isinstance(item, Tensor) and is_by_picture(name, item, batch, length) and len(item) != batch:
+            raise InputError(
+                f"{name} has {len(item)} entries for {batch} examples, so that it is not known which belong to which:"
+                f" {what}. Give one picture or sound for each example, or examples one at a time."
+            )
+
+
+def _main_stack(model: nn.Module) -> Stack | None:
     """The stack that the first input of a model goes to; None if it has blocks without a name.
 
     Raises:
@@ -206,3 +243,47 @@ def _grid(name: str, item: Any, stack: Stack | None) -> list[int] | None:
     if not says or item.shape[1] not in (2, 3) or not ("grid" in name or name == "spatial_shapes"):
         return None
     return [int(size) for size in item.prod(-1).tolist()]
+
+
+# --- of whole runs ----------------------------------------------------------------------------------------
+
+
+def main_size(
+    main: str, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> StackSize | None:
+    """What the blocks count that the main input goes to, where that does not follow from tokens; None where it does.
+
+    It does not follow where the input is a picture or a sound, and where the places of one are put before or behind
+    those of the tokens, which models do that have no token for them.
+
+    Args:
+        main: The name of the main input.
+        model: The model.
+        args: Inputs by position.
+        kwargs: Inputs by name.
+    """
+    if not is_of_towers(main) and media_tokens(unwrapped(model).module):
+        return None
+    try:
+        stack = _main_stack(model)
+        if not is_of_towers(main) and stack is not None:
+            return None
+        return stack_size(model, stack, args, kwargs)
+    except UnmappedModelError:
+        return None
+
+
+MASKS = ("attention_mask", "feature_attention_mask", "input_features_mask", "pixel_attention_mask")
+"""Inputs that may say which positions of a tower are real."""
+
+
+def mask_in_tower(named: Mapping[str, Any], size: StackSize, tokens: bool) -> Tensor | None:
+    """A mask with an entry for each position of a tower: one of what goes in, before it is made shorter, has others.
+
+    Args:
+        named: Inputs by name.
+        size: What the tower counts.
+        tokens: Whether the model is given tokens too, which its `attention_mask` is then about.
+    """
+    masks = (named.get(key) for key in MASKS[1 if tokens else 0 :])
+    return next((mask for mask in masks if isinstance(mask, Tensor) and tuple(mask.shape) == size), None)

@@ -89,10 +89,13 @@ def _parts(alike: Sequence[Patches]) -> Iterator[Sequence[Patches]]:
 
 
 def changed_cells(edits: Sequence[Edits]) -> dict[int, int]:
-    """For each cell that changes anything the first token that it changes."""
+    """For each cell that changes anything the first token that it changes; of what is at other positions than tokens
+    have, such as those of an encoder or a tower, any token may be the first.
+    """
     first: dict[int, int] = {}
     for one in edits:
+        elsewhere = one.site.stack not in (None, "decoder")
         for cell, token in zip(one.cells, one.first, strict=True):
             if token < one.nowhere:
-                first[cell] = min(first.get(cell, token), token)
+                first[cell] = 0 if elsewhere else min(first.get(cell, token), token)
     return dict(sorted(first.items()))

@@ -14,6 +14,7 @@ from intervenable.errors import ConfigError, InputError, UnknownNameError, unkno
 from intervenable.inputs import RunInputs, read_inputs
 from intervenable.model import IntervenableModel
 from intervenable.plan import Plan
+from intervenable.stack_lengths import is_by_picture
 
 Direction = Literal["denoise", "noise"]
 DIRECTIONS: tuple[Direction, ...] = ("denoise", "noise")
@@ -127,13 +128,14 @@ def repeated(inputs: RunInputs, times: int) -> RunInputs:
     Also of several examples, group after group.
     """
 
-    def more(item: Any, axis: int = 0) -> Any:
-        if not isinstance(item, Tensor) or item.dim() <= axis or item.shape[axis] != inputs.batch:
+    def more(item: Any, axis: int = 0, name: str = "") -> Any:
+        if not isinstance(item, Tensor) or item.dim() <= axis:
             return item
-        return torch.cat([item] * times, axis)
+        by_picture = is_by_picture(name, item, inputs.batch, inputs.length)
+        return torch.cat([item] * times, axis) if by_picture or item.shape[axis] == inputs.batch else item
 
     axis = 1 if inputs.time_first else 0
-    kwargs: Mapping[str, Any] = {key: more(item, axis) for key, item in inputs.kwargs.items()}
+    kwargs: Mapping[str, Any] = {key: more(item, axis, key) for key, item in inputs.kwargs.items()}
     args = tuple(more(item, axis) for item in inputs.args)
     decoder = inputs.decoder
     return replace(

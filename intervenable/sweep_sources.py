@@ -14,6 +14,7 @@ from intervenable.errors import ConfigError, InputError, ModelMismatchError, Unk
 from intervenable.inputs import RunInputs, read_inputs
 from intervenable.plan import Plan
 from intervenable.sites import BoundSite
+from intervenable.stack_lengths import check_divisible
 from intervenable.sweep_pairs import Pair
 from intervenable.sweep_runs import Unpatched, run_unpatched
 from intervenable.sweep_values import Place, constant_like, mean_of
@@ -136,6 +137,9 @@ def resampled(reference: RunInputs, batch: int, itself: bool, seed: int) -> RunI
         raise InputError(
             "value='resample' draws examples from inputs by name (input_ids=...). Give such a mapping."
         )
+    check_divisible(
+        reference.kwargs, reference.batch, reference.length, "value='resample' cannot draw examples"
+    )
     kwargs = {
         key: item[drawn]
         if isinstance(item, Tensor) and item.dim() and item.shape[0] == reference.batch

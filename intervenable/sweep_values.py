@@ -511,6 +511,7 @@ def rows_of(inputs: RunInputs, groups: int, start: int = 0) -> RunInputs:
     return replace(
         inputs,
         batch=inputs.batch * groups,
+        groups=inputs.groups * groups,
         length=inputs.length - start,
         attention_mask=None,
         input_ids=None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from functools import cached_property
@@ -55,6 +55,9 @@ class TokenView:
 
     batch: int | None = None
     """How many examples there are, where that is known."""
+
+    media: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)
+    """The ids that stand for pictures and sounds in the model, by medium; none if no model is known."""
 
     def __post_init__(self) -> None:
         if self.length < 0:

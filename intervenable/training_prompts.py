@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from intervenable.inputs import RunInputs
+from intervenable.stack_lengths import check_divisible
 from intervenable.units import UnitRows, Units, Whole
 
 
 def picked_inputs(inputs: RunInputs, rows: Sequence[int]) -> RunInputs:
     """The run of some of the examples of a run."""
     index = torch.tensor(rows)
+    check_divisible(inputs.kwargs, inputs.batch, inputs.length, "no examples can be picked out")
 
     def of(item: Any) -> Any:
         return item.index_select(_row_axis(inputs), index.to(item.device)) if _by_row(item, inputs) else item

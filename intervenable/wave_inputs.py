@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from intervenable.inputs import RunInputs
 from intervenable.padding import with_position_ids
 from intervenable.signatures import forward_signature, takes
+from intervenable.stack_lengths import is_by_picture
 
 MASK = "attention_mask"
 POSITIONS = "position_ids"
@@ -36,12 +37,16 @@ class WaveInputs:
         self.padded = inputs.real_positions is not None
         real: Sequence[Sequence[int]] = inputs.real_positions or [()] * inputs.batch
         self._order = sorted(range(inputs.batch), key=lambda example: len(real[example]))
+        self.has_pictures = any(self._by_picture(name, item) for name, item in self._kwargs.items())
+        """Whether a part of the tokens cannot be run alone, because pictures or sounds belong to some of them."""
 
     @property
     def kind(self) -> tuple[tuple[str, bool], ...]:
         """Which inputs there are, and whether each is given example by example."""
         items = sorted(self._kwargs.items())
-        return tuple((name, isinstance(item, Tensor) and self._counts_rows(item)) for name, item in items)
+        return tuple(
+            (name, isinstance(item, Tensor) and self._counts_rows(name, item)) for name, item in items
+        )
 
     def call(
         self, groups: int, start: int = 0, stop: int | None = None, cache: Any = None, keep: int = 0
@@ -70,19 +75,19 @@ class WaveInputs:
     def tensors(self, groups: int, start: int = 0, stop: int | None = None) -> dict[str, Any]:
         """The inputs of several groups, from a token to another."""
         return {
-            name: self._repeated(self._cut(name, item, start, stop), groups)
+            name: self._repeated(name, self._cut(name, item, start, stop), groups)
             for name, item in self._kwargs.items()
         }
 
     def sample(self, examples: int) -> WaveInputs:
-        """The same with a few examples alone, the one with most padding first."""
-        if examples >= self.batch:
+        """The same with a few examples alone, the one with most padding first; with all where they have pictures."""
+        if examples >= self.batch or not self.is_divisible:
             return self
         part = copy.copy(self)
         rows = torch.tensor(self._order[: examples - 1] + self._order[-1:])
         part._kwargs = {
             name: item.index_select(self._row_axis, rows.to(item.device))
-            if isinstance(item, Tensor) and self._counts_rows(item)
+            if isinstance(item, Tensor) and self._counts_rows(name, item)
             else item
             for name, item in self._kwargs.items()
         }
@@ -95,7 +100,7 @@ class WaveInputs:
         length = self.length + more
         times = -(-length // self.length)
         part._kwargs = {
-            name: torch.cat([item] * times, 1)[:, :length] if self._counts_tokens(item) else item
+            name: torch.cat([item] * times, 1)[:, :length] if self._counts_tokens(name, item) else item
             for name, item in self._kwargs.items()
         }
         part.length = length
@@ -115,7 +120,7 @@ class WaveInputs:
                 if item is not there and item != there:
                     return None
                 joined[name] = item
-            elif self._counts_rows(item) and item.shape == there.shape and item.dtype == there.dtype:
+            elif self._counts_rows(name, item) and item.shape == there.shape and item.dtype == there.dtype:
                 joined[name] = torch.cat([item, there], self._row_axis)
             elif item.shape == there.shape and torch.equal(item, there):
                 joined[name] = item
@@ -131,14 +136,30 @@ class WaveInputs:
         parameters = forward_signature(self.model).parameters
         return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
-    def _counts_rows(self, item: Tensor) -> bool:
+    @property
+    def is_divisible(self) -> bool:
+        """Whether each example can be run without the others: whose pictures are whose is not known."""
+        return all(
+            item.shape[0] == self.batch
+            for name, item in self._kwargs.items()
+            if self._by_picture(name, item) and item.dim()
+        )
+
+    def _by_picture(self, name: str, item: Any) -> bool:
+        return isinstance(item, Tensor) and is_by_picture(name, item, self.batch, self.length)
+
+    def _counts_rows(self, name: str, item: Tensor) -> bool:
+        if self._by_picture(name, item):
+            return item.dim() > 0
         return item.dim() > self._row_axis and item.shape[self._row_axis] == self.batch
 
-    def _counts_tokens(self, item: Any) -> bool:
+    def _counts_tokens(self, name: str, item: Any) -> bool:
+        if self._by_picture(name, item):
+            return False
         return isinstance(item, Tensor) and item.dim() > 1 and item.shape[1] == self.length
 
-    def _repeated(self, item: Any, groups: int) -> Any:
-        if groups == 1 or not isinstance(item, Tensor) or not self._counts_rows(item):
+    def _repeated(self, name: str, item: Any, groups: int) -> Any:
+        if groups == 1 or not isinstance(item, Tensor) or not self._counts_rows(name, item):
             return item
         times = [1] * item.dim()
         times[self._row_axis] = groups
@@ -149,6 +170,6 @@ class WaveInputs:
             return item
         if name == POSITIONS and item.shape[-1] == self.length:
             return item[..., start:stop]
-        if not self._counts_tokens(item) or self.time_first:
+        if not self._counts_tokens(name, item) or self.time_first:
             return item
         return item[:, :stop] if name == MASK else item[:, start:stop]

@@ -129,7 +129,7 @@ def knowledge_of(model: nn.Module, inputs: WaveInputs) -> Learnt:
     key = (
         inputs.kind,
         inputs.padded,
-        inputs.batch > 1,
+        inputs.batch > 1 if inputs.is_divisible else inputs.batch,
         getattr(config, "_attn_implementation", None),
         None if first is None else (first.dtype, str(first.device)),
     )
@@ -137,7 +137,7 @@ def knowledge_of(model: nn.Module, inputs: WaveInputs) -> Learnt:
         known = _known.setdefault(model, {})
         if key not in known:
             # Two examples are told from one, and from more in nothing.
-            known[key] = Learnt(examples=min(inputs.batch, 2))
+            known[key] = Learnt(examples=min(inputs.batch, 2) if inputs.is_divisible else inputs.batch)
         return known[key]
 
 
@@ -223,7 +223,7 @@ def learn_calls(
     """
     inputs = inputs.sample(learnt.examples)
     # Padding makes masks; without any a part of the prompt tells as much.
-    stop = None if inputs.padded or start is not None else min(inputs.length, SHORT)
+    stop = None if inputs.padded or inputs.has_pictures or start is not None else min(inputs.length, SHORT)
     length = inputs.length if stop is None else stop
     if start is None:
         start = 0 if how == "none" else max(1, length // 2)
