@@ -142,7 +142,8 @@ def sweep(
     baseline = reader.measure(reading.of_run(base), "the run that is patched, without a patch")
 
     plain = PlainRuns(pair.model, base, edits)
-    engine = _engine(begun, blocks, edits, reading, plain, changed_cells(edits), components, budget)
+    with uncompiled(pair.model):  # it compares runs with hooks and without
+        engine = _engine(begun, blocks, edits, reading, plain, changed_cells(edits), components, budget)
     about = settings_of(pair, components, asked, kind, subsets)
     print_of = (
         {}
