@@ -85,7 +85,12 @@ class _Drawn:
 
     def tokens(self, length: int) -> Tensor:
         """Ids of ordinary tokens."""
-        vocabulary = self.number("vocab_size") or self.number("text_vocab_size") or 100
+        embeddings = [
+            module.num_embeddings for module in self.model.modules() if isinstance(module, nn.Embedding)
+        ]
+        vocabulary = (
+            self.number("vocab_size") or self.number("text_vocab_size") or min(embeddings, default=100)
+        )
         special = {item for part in self._parts() for item in _special_tokens(part)}
         plain = [token for token in _PLAIN_TOKENS if token < vocabulary and token not in special]
         allowed = torch.tensor(plain or [token for token in range(vocabulary) if token not in special] or [0])

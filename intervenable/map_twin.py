@@ -19,10 +19,10 @@ from intervenable.unwrapping import unwrapped
 
 SHAPES = (
     TwinShape(),
+    TwinShape(narrow=16),
     TwinShape(stated_fields_alone=True),
     TwinShape(window=64),
     TwinShape(even_stacks=True),
-    TwinShape(narrow=16),
     TwinShape(heads_divide=True),
     TwinShape(most_columns=0),
     TwinShape(most_columns=0, stated_fields_alone=True),

@@ -244,7 +244,7 @@ def _hidden_sizes(config: Any, shape: TwinShape) -> dict[int, int]:
     return sizes
 
 
-_WIDE = 1024
+_WIDE = 256
 """Columns of all heads together from which on they become narrower still."""
 
 
