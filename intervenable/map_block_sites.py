@@ -13,7 +13,7 @@ from intervenable.map_blocks import Block
 from intervenable.map_layout import Layout
 from intervenable.map_mixers import BRANCHES, Branch, mixer_sites, mixing_modules
 from intervenable.map_mlp import mlp_sites, site_at
-from intervenable.map_modules import Key, has_matrix, holds, is_linear, key_of
+from intervenable.map_modules import Key, has_matrix, holds, is_elementwise, is_linear, is_norm, key_of
 from intervenable.map_routers import expert_sites
 from intervenable.map_stream import Contribution, residual_of, seen_as
 from intervenable.map_trace import Call, Trace
@@ -137,6 +137,13 @@ class _View:
     def _branch(self, part: Contribution, mixing: Mapping[str, bool]) -> Branch:
         return self._attention_in(part) or ("mixer" if mixing.get(part.core.call.path) else "mlp")
 
+    def _branches(self, mixing: Mapping[str, bool]) -> list[Branch]:
+        """The branch of each contribution."""
+        found = [self._branch(part, mixing) for part in self.parts]
+        if found == ["mixer", "mixer"]:
+            found[-1] = "mlp"  # RWKV's, which looks one position back
+        return found
+
     def _of(self, *branches: Branch) -> list[Contribution]:
         """The contributions of these branches, in order."""
         return [part for part, branch in zip(self.parts, self.branches, strict=True) if branch in branches]
@@ -146,11 +153,13 @@ class _View:
         if self.residual is not None:
             return []
         found = []
+        layout = self.values.layout
         for call in self.values.call.children:
-            returned = call.main_output
-            if returned is None or call.main_input is None or not has_matrix(call.module):
+            given, returned = call.main_input, call.main_output
+            if returned is None or given is None or is_norm(call) or not has_matrix(call.module):
                 continue
-            if returned.shape == self.block.entering.shape == call.main_input.shape and any(call.children):
+            as_stream = given.dim() == 3 and given.shape[:2] == (layout.examples, layout.positions)
+            if as_stream and returned.shape == given.shape and any(call.children):
                 seen = Seen(call, "output", None, returned, key_of(returned))
                 found.append(Contribution(seen, 1.0, seen))
         return found
@@ -170,7 +179,7 @@ class _View:
             prefix = "cross_" if name == "cross" else ""
             self.sites |= {prefix + word: site for word, site in found.sites.items()}
             self.absent |= {prefix + word: why for word, why in found.absent.items()}
-        self.branches = [self._branch(part, mixing) for part in self.parts]
+        self.branches = self._branches(mixing)
         self._place_attention()
         self._place_middles()
         self._place_mlp(mixing)
@@ -253,8 +262,8 @@ class _View:
         summed = self.residual is not None
         parts = self._of("mlp") or [part for part in self._unsummed() if self._branch(part, mixing) == "mlp"]
         if len(parts) > 1:
-            # What is small and linear beside an MLP is a gate of another kind.
-            parts = [part for part in parts if not is_linear(part.core.call.module)] or parts
+            # What is linear beside an MLP is a gate, or a short cut.
+            parts = [part for part in parts if self._is_nonlinear(part.core.call)] or parts
         if len(parts) != 1:
             none = NO_MLP if summed else NO_SUM
             self.absent |= dict.fromkeys(MLP_WORDS, f"its block adds {len(parts)} MLPs" if parts else none)
@@ -267,6 +276,11 @@ class _View:
                 self.absent["mlp_contribution"] = NO_SUM
         self.sites |= experts.sites
         self.absent |= experts.absent
+
+    def _is_nonlinear(self, core: Call) -> bool:
+        """Whether there is a nonlinearity or a choice among experts inside a module."""
+        chooses = any(met.name in ("top", "softmax") for met in core.met_inside())
+        return chooses or any(is_elementwise(call) for call in core.inside())
 
     def _place_mixer(self, mixing: Mapping[str, bool]) -> None:
         summed = self.residual is not None

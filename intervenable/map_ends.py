@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
 from intervenable.map_blocks import BlockStack
 from intervenable.map_layout import Layout
 from intervenable.map_mlp import Placed
-from intervenable.map_modules import Key, is_norm, key_of, output_slot
+from intervenable.map_modules import Key, holds, is_norm, key_of, output_slot
 from intervenable.map_trace import Call, Trace
 from model_maps import Side, Site
 
+NO_TABLE = "no module looks up the embeddings of the tokens that its blocks read"
 NO_NORM = "no norm follows its last block"
 NORMED_BLOCKS = "each of its blocks ends in a norm and none follows the last block"
 NO_HEAD = "it is the bare stack of blocks, without a head"
@@ -31,7 +31,7 @@ def end_sites(trace: Trace, stack: BlockStack, layout: Layout) -> Placed:
     absent: dict[str, str] = {}
     embedding = _embedding(trace, stack)
     if embedding is None:
-        absent["embedding_output"] = "no module looks up the embeddings of the tokens that its blocks read"
+        absent["embedding_output"] = NO_TABLE
     else:
         sites["embedding_output"] = _placed(layout, embedding, "output")
     norm = _norm_behind(trace, stack)
@@ -51,44 +51,32 @@ def _placed(layout: Layout, call: Call, side: Side) -> Site:
 
 
 def _embedding(trace: Trace, stack: BlockStack) -> Call | None:
-    """The module that turns tokens into vectors: a table that is given whole numbers of as many positions."""
-    entering = stack.first.entering
-    whole = _whole_numbers(trace.root.inputs)
-    tokens = {key_of(tensor) for tensor in (*whole, *(tensor.mT for tensor in whole if tensor.dim() == 2))}
-    found = None
+    """The module that turns tokens into vectors: the first table that is given the stack's tokens."""
+    names = ("decoder_input_ids", "input_ids") if stack.role == "decoder" else ("input_ids",)
+    whole = [trace.root.inputs[name] for name in names if name in trace.root.inputs]
+    tokens = {key_of(tensor) for tensor in (*whole[:1], *(tensor.mT for tensor in whole[:1]))}
     for call in trace.calls:
         if call.entered > stack.first.call.entered:
             break
         given, returned = call.main_input, call.main_output
         if given is None or returned is None or given.is_floating_point() or not _is_table(call.module):
             continue
-        if (
-            returned.dim() == given.dim() + 1
-            and returned.shape[:-1] == given.shape
-            and key_of(given) in tokens
-        ):
-            same = returned.shape[:2].numel() == entering.shape[:2].numel()
-            if same and found is None:
-                found = call
-    return found
+        if returned.shape[:-1] == given.shape and key_of(given) in tokens:
+            return call
+    return None
 
 
 def _is_table(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) or not any(module.children())
 
 
-def _whole_numbers(inputs: Mapping[Any, Tensor]) -> list[Tensor]:
-    named = {name: tensor for name, tensor in inputs.items() if not tensor.is_floating_point()}
-    return [tensor for name, tensor in named.items() if not isinstance(name, str) or "mask" not in name]
-
-
 def _norm_behind(trace: Trace, stack: BlockStack) -> Call | None:
-    """The norm that is given what the last block returned."""
+    """The norm that is given what the last block returned, or what the modules around the blocks make of that."""
     end, last = key_of(stack.last.leaving), stack.last.call
-    for call in trace.calls:
-        if call.entered > last.left and is_norm(call) and _given(call) == end:
-            return call
-    return None
+    behind = [call for call in trace.calls if call.entered > last.left and is_norm(call)]
+    beside = [call for call in behind if call.parent is not None and holds(call.parent, last)]
+    found = next((call for call in behind if _given(call) == end), None)
+    return found or (beside[-1] if beside and not _ends_in_norm(stack) else None)
 
 
 def _given(call: Call) -> Key | None:

@@ -21,8 +21,10 @@ from intervenable.map_ends import end_sites, head_sites
 from intervenable.map_layout import layout_of
 from intervenable.map_mlp import Placed
 from intervenable.map_trace import Trace, trace
+from intervenable.mixer_state import layers_with_state
 from intervenable.site_binding import module_at
 from model_maps import COMPONENTS, LayerKind, ModelMap, Site, Sizes, Stack, Width, sizes_of
+from model_maps.families import STATE_IS_READ
 
 NO_BLOCKS = "no list of its modules hands a stream of vectors from one entry to the next"
 
@@ -150,7 +152,28 @@ def _layers(
     own = [attention.own[block.path] for block in stack.blocks]
     cross = [attention.cross.get(block.path) for block in stack.blocks]
     layout, sizes = layout_of(stack, inputs), _sizes(model, stack)
-    return block_sites(model, inputs, run, stack.blocks, own, cross, layout, sizes)
+    found = block_sites(model, inputs, run, stack.blocks, own, cross, layout, sizes)
+    _place_states(found, stack, model, inputs)
+    return found
+
+
+def _place_states(
+    found: Sequence[BlockSites], stack: BlockStack, model: nn.Module, inputs: Mapping[str, Any]
+) -> None:
+    """The states of mixers that keep one."""
+    mixers = {
+        block.layer: f"{block.path}.{sites.sites['mixer_output'].path}"
+        for block, sites in zip(stack.blocks, found, strict=True)
+        if "mixer_output" in sites.sites
+    }
+    shapes = layers_with_state(model, inputs, mixers) if mixers else {}
+    for block, sites in zip(stack.blocks, found, strict=True):
+        if block.layer in shapes:
+            path = sites.sites["mixer_output"].path
+            sites.sites["mixer_state"] = Site(path, width="any", read_only=STATE_IS_READ)
+        else:
+            no_state = "its mixer keeps no state for the next token"
+            sites.absent["mixer_state"] = no_state if block.layer in mixers else sites.absent["mixer_output"]
 
 
 @dataclass
@@ -235,7 +258,7 @@ def _with_width(
     tensor = calls[0].main_input if site.side == "input" else calls[0].main_output
     if site.slot is not None:
         tensor = (calls[0].inputs if site.side == "input" else calls[0].outputs).get(site.slot)
-    if tensor is None:
+    if tensor is None or tensor.dim() > 3:  # several streams side by side
         return site
     sizes = _sizes(model, stack)
     widths = _WIDTHS.get(known.word, ("hidden",))

@@ -50,7 +50,10 @@ def is_norm(call: Call) -> bool:
     given, returned = call.main_input, call.main_output
     if given is None or returned is None or given.shape != returned.shape or not given.is_floating_point():
         return False
-    if "norm" in type(call.module).__name__.lower():
+    name = type(call.module).__name__.lower()
+    if has_matrix(call.module):
+        return name.endswith("norm")
+    if "norm" in name:
         return True
     gains = [parameter for parameter in call.module.parameters() if parameter.numel() > 1]
     return bool(gains) and all(gain.shape == given.shape[-1:] for gain in gains)
