@@ -51,6 +51,9 @@ class InsideHook(NamedTuple):
     key_value_heads: int
     """Key-value heads of the module."""
 
+    time_first: bool = False
+    """Whether the module is given positions before examples."""
+
 
 @dataclass
 class _Call:
@@ -72,7 +75,8 @@ class AttentionMode(TorchFunctionMode):
     Args:
         module: The module.
         hooks: What to do with what, in this order where several are at one component.
-        hidden_states: What goes into the module, `[b, q, ...]`: tells attention from other uses of a softmax.
+        hidden_states: What goes into the module, `[b, q, ...]` (`[q, b, ...]` if the hooks say so): tells attention
+            from other uses of a softmax.
     """
 
     def __init__(self, module: nn.Module, hooks: Sequence[InsideHook], hidden_states: Tensor) -> None:
@@ -81,7 +85,8 @@ class AttentionMode(TorchFunctionMode):
         self._hooks = hooks
         self._components = {hook.component for hook in hooks}
         self._heads, self._key_value_heads = hooks[0].heads, hooks[0].key_value_heads
-        self._call = _Call(*hidden_states.shape[:2])
+        first, second = hidden_states.shape[:2]
+        self._call = _Call(second, first) if hooks[0].time_first else _Call(first, second)
         self.awake = True
         """Whether it looks at what is computed; not at what edits inside the module compute."""
 
@@ -133,11 +138,6 @@ class AttentionMode(TorchFunctionMode):
             and tensor.shape[2] == self._call.queries
             and tensor.shape[0] == self._call.batch
         )
-
-    def _is_time_first(self, tensor: Tensor) -> bool:
-        """Whether it is a matrix of a module that is given `[positions, b, ...]`."""
-        queries, batch = self._call.batch, self._call.queries
-        return self._call.keys is None and tensor.shape[:3] == (batch, self._heads, queries)
 
     def _expanded(self, tensor: Tensor) -> Tensor:
         """Keys or values `[b, heads, s, dh]` with one for each query head."""
@@ -204,7 +204,7 @@ class AttentionMode(TorchFunctionMode):
         along = rest[0] if rest and isinstance(rest[0], int) else named.get("dim")
         last = along in (-1, given.dim() - 1)
         keys = self._call.keys
-        if scores is None or not last or not (self._is_matrix(scores) or self._is_time_first(scores)):
+        if scores is None or not last or not self._is_matrix(scores):
             return func(*args, **kwargs)  # type: ignore[no-any-return]
         if keys is None:
             keys = scores.shape[3]

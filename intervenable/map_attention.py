@@ -127,8 +127,11 @@ def _nothing(why: str) -> BlockAttention:
 
 def _is_cross(view: BlockView, operands: Operands) -> bool:
     """Whether its keys are made of nothing of the block's own stream."""
-    slots = {leaf.slot for leaf in view.origins(operands.feeding.get("key", []))}
-    return bool(slots) and view.block.main_input_slot not in slots
+    own = view.block.main_input
+    origins = view.origins(view.probe.feeding(operands.attention.source))
+    return bool(origins) and not any(
+        leaf.slot == view.block.main_input_slot or same_values(leaf.tensor, own) for leaf in origins
+    )
 
 
 class _Answer:
@@ -202,8 +205,11 @@ class _Answer:
         """What cannot be seen of the functions that compute attention, and why."""
         attention, view = self._attention, self._view
         if not all(
-            same_values(one.attention.query, attention.query)
-            and same_values(one.attention.key, attention.key)
+            one is self._found[0]
+            or (
+                same_values(one.attention.query, attention.query)
+                and same_values(one.attention.key, attention.key)
+            )
             for one in self._found
         ):
             return dict.fromkeys(
@@ -215,7 +221,7 @@ class _Answer:
                 f" {view.positions} in {view.rows} examples"
             )
             return dict.fromkeys(INSIDE, why)
-        if attention.query is None or attention.key is None:
+        if not attention.plain:
             return dict.fromkeys(VECTORS, "its scores are no plain product of queries and keys")
         absent = {
             f"rotary_{role}": NO_ROTARY

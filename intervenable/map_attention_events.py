@@ -22,7 +22,7 @@ class Attention:
     """When the pattern was there, in events of the pass."""
 
     query: Tensor | None
-    """The queries as they are multiplied, `[b, H, q, dh]`; None if not by a plain product of matrices."""
+    """The queries as they are multiplied, `[b, H, q, dh]`; None if it is not known how their axes lie."""
 
     key: Tensor | None
     """The keys, `[b, H or K, k, dh]`."""
@@ -44,6 +44,12 @@ class Attention:
 
     rows: int
     """Its first axis: examples, or examples times windows."""
+
+    source: Tensor
+    """The keys as the function was given them."""
+
+    plain: bool = True
+    """Whether queries, keys and values are multiplied by functions that hooks inside a module see."""
 
 
 def attentions(call: Call, batch: int) -> Iterator[Attention]:
@@ -69,6 +75,7 @@ def attentions(call: Call, batch: int) -> Iterator[Attention]:
                     query.shape[2],
                     key.shape[2],
                     query.shape[0],
+                    met.given[1],
                 )
         elif met.name == "softmax":
             found = _around(met, functions[since:index], functions[index + 1 :], batch)
@@ -88,7 +95,7 @@ def by_heads(tensor: Tensor, batch: int) -> Tensor | None:
 
 def _around(softmax: Met, before: Sequence[Met], after: Sequence[Met], batch: int) -> Attention | None:
     """The attention of which a softmax is the middle, if it is one."""
-    scores, pattern = softmax.given[0], softmax.returned
+    pattern = softmax.returned
     if pattern is None or pattern.dim() not in (3, 4):
         return None
     matrix = by_heads(pattern, batch)
@@ -97,17 +104,56 @@ def _around(softmax: Met, before: Sequence[Met], after: Sequence[Met], batch: in
     rows, heads, queries, columns = matrix.shape
     first = next((met for met in before if _returns(met, softmax, pattern)), None)
     second = next((met for met in after if _reads(met, softmax, pattern)), None)
-    if first is None or second is None or second.returned is None or scores is None:
+    if first is None or second is None or first.returned is None or second.returned is None:
         return None
-    assert first.returned is not None
-    keys = columns if first.name == "einsum" else first.returned.shape[-1]
-    query = key = value = None
-    if first.name == "product":
-        query, right = (by_heads(one, batch) for one in first.given[-2:])
-        key = None if right is None else right.transpose(2, 3)
-    if second.name == "product":
-        value = by_heads(second.given[-1], batch)
-    return Attention(softmax.call, softmax.at, query, key, value, second.returned, heads, queries, keys, rows)
+    query, key = _operands(first, batch)
+    _, value = _operands(second, batch)
+    return Attention(
+        softmax.call,
+        softmax.at,
+        query,
+        None if key is None else key.transpose(2, 3),
+        value,
+        second.returned,
+        heads,
+        queries,
+        columns if key is None else key.shape[3],
+        rows,
+        first.given[-1],
+        first.name == second.name == "product",
+    )
+
+
+ORDERS = ((0, 1, 2, 3), (0, 2, 1, 3), (1, 2, 0, 3))
+"""Orders in which an `einsum` may have examples, heads and positions."""
+
+
+def _operands(met: Met, batch: int) -> tuple[Tensor | None, Tensor | None]:
+    """The two factors of a product, by heads; of an `einsum` those whose product is what it returned."""
+    left, right = met.given[-2:]
+    if met.name == "product":
+        return by_heads(left, batch), by_heads(right, batch)
+    returned = met.returned
+    if returned is None or left.dim() != 4 or right.dim() != 4:
+        return None, None
+    for one in ORDERS:
+        for other in ORDERS:
+            for last in ((0, 1, 2, 3), (0, 1, 3, 2)):
+                first, second = left.permute(one), right.permute(other).permute(last)
+                if first.shape[:2] != second.shape[:2] or first.shape[3] != second.shape[2]:
+                    continue
+                if _is_product(first.detach(), second.detach(), returned.detach()):
+                    return first, second
+    return None, None
+
+
+def _is_product(left: Tensor, right: Tensor, returned: Tensor) -> bool:
+    """Whether a tensor is the product of two others, with its axes in any of the usual orders."""
+    made = left @ right
+    return any(
+        made.shape == other.shape and torch.allclose(made, other, rtol=1e-4, atol=1e-5)
+        for other in (returned.permute(order) for order in ORDERS)
+    )
 
 
 def _returns(met: Met, softmax: Met, pattern: Tensor) -> bool:

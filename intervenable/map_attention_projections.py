@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from intervenable.map_attention_events import Attention
 from intervenable.map_attention_heads import ColumnHeads, Moments, column_heads, head_columns, head_sums
 from intervenable.map_attention_probe import Leaf, Probe, is_linear, keeps_columns, made_of
-from intervenable.map_attention_view import BlockView, layout, same_values
+from intervenable.map_attention_view import BlockView, layout, same_values, within
 from intervenable.map_trace import Call
 from model_maps import HeadColumns
 
@@ -126,6 +126,10 @@ def operand_projection(view: BlockView, found: Sequence[Operands], role: Role) -
     total: int = getattr(first.attention, role).shape[1]
     if len(candidates) > 1:  # latent attention: a part of each key is the same for all heads
         candidates = [one for one in candidates if one[2] < total] or candidates
+    if len(candidates) > len({call.module for call, *_ in candidates}) == 1:
+        raise RefusedError(
+            f"{view.name(candidates[0][0])} makes {PLURAL[role]} {len(candidates)} times in a pass"
+        )
     if len(candidates) > 1:
         names = ", ".join(dict.fromkeys(str(view.name(call)) for call, *_ in candidates))
         raise RefusedError(f"its {PLURAL[role]} are made by several linear maps: {names}")
@@ -231,6 +235,8 @@ def output_projection(view: BlockView, found: Sequence[Operands]) -> Projection:
         raise RefusedError(f"it multiplies its pattern with values {len(found)} times")
     (reader, *_) = calls
     mixing = _mixing_heads(view, attention, reader)
+    if mixing is not None and not within(reader, attention.call):  # a matrix further on
+        raise RefusedError("no linear module reads the pattern times the values")
     if mixing is not None:
         raise RefusedError(
             f"{mixing}, between the pattern times the values and {view.name(reader)}, mixes the heads"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intervenable.map_attention_events import Attention, attentions
+from intervenable.map_attention_events import attentions
 from intervenable.map_attention_probe import Leaf, Probe
 from intervenable.map_trace import Call
 
@@ -30,9 +30,10 @@ class BlockView:
         self._names = {module: name for name, module in modules}
         self.rows, self.positions = _counts(None if called is None else called.main_input, batch)
         found = [] if called is None else list(attentions(called, self.rows))
-        # Softmaxes over other things than positions (over layers, say) are left out where there is one over these.
-        among = [one for one in found if (one.rows, one.queries) == (self.rows, self.positions)]
-        self.attentions: list[Attention] = among or found
+        # Where positions are what others have as heads, something else is attended to: the layers below, say.
+        self.attentions = [
+            one for one in found if one.queries == self.positions or one.heads != self.positions
+        ]
 
     @property
     def block(self) -> Call:

@@ -132,6 +132,7 @@ def _bind_inside(
         by_heads=not matrix,
         stack=stack,
         key_stack=COMPONENTS[component].key_stack,
+        axes=None if site.axes is None else StreamAxes(*site.axes),
     )
 
 

@@ -487,4 +487,5 @@ def hook_at(site: BoundSite, act: Callable[[Passage], None], *, writes: bool = F
         return Hook(site.module, site.side, act, FunctionHook(site.function[0], act, site.function[1], slot))
     if site.kind != "inside":
         return Hook(site.module, site.side, act)
-    return Hook(site.module, site.side, act, InsideHook(site.word, act, writes, *site.head_counts))
+    time_first = site.axes is not None and site.axes.rows > site.axes.positions
+    return Hook(site.module, site.side, act, InsideHook(site.word, act, writes, *site.head_counts, time_first))

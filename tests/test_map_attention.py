@@ -368,7 +368,9 @@ def test_scores_and_pattern_are_seen_where_positions_come_first():
     site = one.sites["attention_input"]
     module = made.model.transformer.layer[0].get_submodule(site.path)
     seen = []
-    inside = InsideHook("attention_pattern", lambda p: seen.append(p.take("output", None)), False, 4, 4)
+    inside = InsideHook(
+        "attention_pattern", lambda p: seen.append(p.take("output", None)), False, 4, 4, time_first=True
+    )
     with torch.no_grad(), hooked([Hook(module, "output", inside.act, inside)], made.model):
         made.model(**made.inputs)
 
