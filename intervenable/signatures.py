@@ -11,10 +11,33 @@ from torch import nn
 
 from intervenable.unwrapping import unwrapped
 
+TORCH_TRANSFORMERS = (
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+    nn.MultiheadAttention,
+)
+
 
 def takes(model: nn.Module, name: str) -> bool:
     """Whether a model's `forward` has a parameter of this name."""
     return name in forward_signature(model).parameters
+
+
+def counts_time_first(model: nn.Module) -> bool:
+    """Whether the tensors given to a model have positions on their first axis and examples on the second.
+
+    So it is in torch's recurrent nets and transformers unless they were made with `batch_first`.
+    """
+    inside = unwrapped(model).module
+    if isinstance(inside, nn.RNNBase):
+        return not inside.batch_first
+    if not isinstance(inside, TORCH_TRANSFORMERS):
+        return False
+    attentions = (part for part in inside.modules() if isinstance(part, nn.MultiheadAttention))
+    return any(not part.batch_first for part in attentions)
 
 
 class Signature(inspect.Signature):
