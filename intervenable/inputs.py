@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from intervenable.errors import InputError, NotAvailableError, UnsupportedModelError
 from intervenable.maps import map_of
 from intervenable.media_tokens import media_tokens
-from intervenable.signatures import Signature, forward_signature, misfit
-from intervenable.stack_lengths import is_of_towers, main_size, mask_in_tower, stack_size
+from intervenable.signatures import Signature, counts_time_first, forward_signature, misfit
+from intervenable.stack_lengths import StackSize, is_of_towers, main_size, mask_in_tower, stack_size
 from intervenable.unwrapping import unwrapped, virtual_tokens
 from model_maps import Stack, UnmappedModelError
 
@@ -101,6 +101,10 @@ class RunInputs:
             return self
         if stack not in self._towers:
             size = stack_size(self.model, stack, self.args, self.kwargs)
+            if stack == "cross":  # keys of all pictures of an example lie behind each other
+                size = StackSize(
+                    self.batch // self.groups, size.batch * size.length * self.groups // self.batch
+                )
             mask = mask_in_tower(self.kwargs, size, self.input_ids is not None)
             self._towers[stack] = replace(
                 self,
@@ -191,7 +195,7 @@ def read_inputs(given: object, model: nn.Module, name: str) -> RunInputs:
     _check_names(args, kwargs, signature, model, name)
     main_name, main = _main_input(args, kwargs, signature, model, name)
     _check_values(main, model, name)
-    time_first = _time_first(model) and main.dim() == 3
+    time_first = counts_time_first(model) and main.dim() == 3
     batch, length = _batch_and_length(main, time_first, name)
     named = {**dict(zip(signature.parameters, args, strict=False)), **kwargs}
     ids = named.get("input_ids")
@@ -209,11 +213,6 @@ def read_inputs(given: object, model: nn.Module, name: str) -> RunInputs:
     if "decoder_input_ids" not in signature.parameters:
         return inputs
     return replace(inputs, decoder=_decoder(inputs, named, model, name))
-
-
-def _time_first(model: nn.Module) -> bool:
-    inside = unwrapped(model).module
-    return isinstance(inside, nn.RNNBase) and not inside.batch_first
 
 
 def _mask(named: Mapping[str, Any], key: str, shape: tuple[int, int], name: str) -> Tensor | None:

@@ -131,9 +131,15 @@ def _bind_inside(
         causal=causal and matrix,
         by_heads=not matrix,
         stack=stack,
-        key_stack=COMPONENTS[component].key_stack,
+        key_stack=_key_stack(component, stack),
         axes=None if site.axes is None else StreamAxes(*site.axes),
     )
+
+
+def _key_stack(component: str, stack: Stack | None) -> Stack | None:
+    """The stack whose positions the keys of a matrix have, given that of its queries."""
+    known = COMPONENTS[component]
+    return "cross" if known.prefix == "cross" and stack is None else known.key_stack
 
 
 def bind_path(model: nn.Module, component: str, model_map: ModelMap | None = None) -> BoundSite:

@@ -211,12 +211,24 @@ def _parameters(model: nn.Module) -> Mapping[str, Any]:
 
 def _entrance(described: ModelMap, stack: Stack | None) -> tuple[str, Site]:
     """Where the first block of a stack is entered: the module's path, and what is read there."""
+    if stack == "cross":
+        return _crossing(described)
     blocks = described.stacks.get(stack) if stack is not None else described.blocks
     if not blocks:
         raise UnmappedModelError(f"{described.classes[0]} has no stack {stack!r}.")
     word = "block_input" if stack is None else f"{stack}_block_input"
     site = described.site(word, 0) or Site("", "input")
     return ".".join(part for part in (blocks, "0", site.path) if part), site
+
+
+def _crossing(described: ModelMap) -> tuple[str, Site]:
+    """Where the keys are made that blocks have of a tower beside them: the module's path, and what is read there."""
+    layers = [layer for kind in described.kinds if kind.stack is None for layer in kind.layers]
+    found = ((layer, described.site("cross_key_output", layer)) for layer in [*sorted(layers), 0])
+    layer, site = next(((layer, site) for layer, site in found if site is not None), (0, None))
+    if site is None:
+        raise UnmappedModelError(f"{described.classes[0]} has no keys of a tower.")
+    return f"{described.blocks}.{layer}.{site.path}", Site(site.path, site.side, site.slot)
 
 
 def _of_flat(positions: int, stack: Stack | None, named: Mapping[str, Any], model: nn.Module) -> StackSize:

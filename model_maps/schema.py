@@ -263,6 +263,8 @@ class ModelMap:
         """
         prefix = COMPONENTS[component].prefix
         stack = ("decoder" if prefix == "cross" else prefix) or None
+        if prefix == "cross" and "decoder" not in self.stacks:
+            stack = None
         which = tuple(
             number for number, kind in enumerate(self.kinds) if kind.stack == stack and layer in kind.layers
         )
@@ -318,12 +320,17 @@ class ModelMap:
         prefix = COMPONENTS[component].prefix
         if prefix == "":
             return self.blocks
-        return self.stacks.get("decoder" if prefix == "cross" else prefix)
+        if prefix == "cross":  # of a decoder to its encoder, or of the blocks to a tower beside them
+            return self.stacks.get("decoder", self.blocks)
+        return self.stacks.get(prefix)
 
     def stack_of(self, component: str) -> Stack | None:
         """The stack whose positions a component has (a matrix: in its rows); None if there is but one."""
+        known = COMPONENTS[component]
+        if known.prefix == "cross" and "decoder" not in self.stacks:
+            return "cross" if known.word in OF_KEYS else None
         # Of what has no prefix, an encoder-decoder has its head alone, which is the decoder's.
-        return COMPONENTS[component].stack or ("decoder" if "decoder" in self.stacks else None)
+        return known.stack or ("decoder" if "decoder" in self.stacks else None)
 
     def stack_at(self, path: str, side: Side = "output") -> Stack | None:
         """The stack whose positions the tensors on a side of a module have; None if there is but one."""
@@ -358,6 +365,8 @@ class ModelMap:
         if self.stacks and self.blocks is None and not known.prefix and component not in self.absent:
             return self._has_two_stacks(component)
         holder = "decoder" if known.prefix == "cross" else known.prefix
+        if known.prefix == "cross" and holder not in self.stacks and component not in self.absent:
+            return "it attends to no tower there"
         if holder and holder not in self.stacks and component not in self.absent:
             return f"it has no {'stack' if holder in ('encoder', 'decoder') else 'tower'} {holder!r}"
         if component in self.absent or known.word in self.absent:

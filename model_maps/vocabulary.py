@@ -17,7 +17,9 @@ from typing import Literal
 
 Scope = Literal["block", "model"]
 Axes = Literal["stream", "heads", "matrix", "state"]
-Stack = Literal["encoder", "decoder", "vision", "audio", "text"]
+Stack = Literal["encoder", "decoder", "vision", "audio", "text", "cross"]
+"""A list of blocks with positions of its own; `cross` is none, but what blocks beside a tower attend to."""
+
 Prefix = Literal["", "encoder", "decoder", "vision", "audio", "text", "cross"]
 
 UNITS: Mapping[Axes, tuple[str, ...]] = {
