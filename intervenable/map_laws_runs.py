@@ -22,7 +22,7 @@ from intervenable.inputs import RunInputs
 from intervenable.map_laws import named
 from intervenable.map_trace import Trace, trace
 from intervenable.passage import Passage
-from intervenable.signatures import takes
+from intervenable.signatures import counts_time_first, takes
 from intervenable.sites import BoundSite, hook_at
 from intervenable.unit_index import UnitIndex
 from intervenable.units import Whole
@@ -85,8 +85,9 @@ class Bench:
         self.model = model
         self.map = model_map
         self.places = GivenPlaces(model, model_map)
+        keeping = any(COMPONENTS[name].axes == "state" for name in model_map.components())
         self.inputs: dict[str, Any] = {
-            **({"use_cache": False} if takes(model, "use_cache") else {}),
+            **({"use_cache": keeping} if takes(model, "use_cache") else {}),  # states are kept in caches
             **inputs,
         }
         self.batch, self.time_first = _batch_of(model, inputs)
@@ -201,7 +202,7 @@ class Bench:
     def plain(self) -> Tensor:
         """What the model returns without hooks."""
         with torch.no_grad():
-            return _main_tensor(self.model(**self.inputs)).detach().clone()
+            return self._examples_first(_main_tensor(self.model(**self.inputs))).detach().clone()
 
     def traced(self) -> Trace:
         """The plain pass written down; what the places of the map have is put into the base, bit for bit."""
@@ -224,7 +225,7 @@ class Bench:
         """What the model returns if at these places everything is written back as it was read."""
         group = Group("identity", dict.fromkeys(keys, _back))
         with torch.no_grad(), hooked(self._hooks([group]), self.model):
-            return _main_tensor(self.model(**self.inputs)).detach().clone()
+            return self._examples_first(_main_tensor(self.model(**self.inputs))).detach().clone()
 
     def _room(self) -> int:
         ids = next((v for v in self.inputs.values() if isinstance(v, Tensor) and v.dim() >= 2), None)
@@ -237,9 +238,12 @@ class Bench:
         given = {name: self._stacked(name, value, groups) for name, value in self.inputs.items()}
         with torch.no_grad(), hooked(self._hooks(groups), self.model):
             output = _main_tensor(self.model(**given))
-        by_group = _by_group(output, len(groups))
+        by_group = _by_group(self._examples_first(output), len(groups))
         for group in groups:
             group.output = by_group[group.index].detach().clone()
+
+    def _examples_first(self, output: Tensor) -> Tensor:
+        return output.transpose(0, 1) if self.time_first and output.dim() == 3 else output
 
     def _stacked(self, name: str, value: Any, groups: Sequence[Group]) -> Any:
         if not isinstance(value, Tensor) or value.dim() == 0 or name == "cache_position":
@@ -363,7 +367,7 @@ def _batch_of(model: nn.Module, inputs: Inputs) -> tuple[int, bool]:
     """How many examples inputs have, and whether the axis of positions comes first."""
     names = ("input_ids", "inputs_embeds", getattr(model, "main_input_name", ""), *inputs)
     main = next(v for name in names if isinstance(v := inputs.get(name), Tensor) and v.dim() > 0)
-    time_first = isinstance(model, nn.RNNBase) and not model.batch_first and main.dim() == 3
+    time_first = counts_time_first(model) and main.dim() == 3
     return main.shape[1 if time_first else 0], time_first
 
 
