@@ -73,7 +73,6 @@ TRANSFERS: tuple[Transfer, ...] = (
     Transfer(("attention_output",), "attention_contribution"),
     Transfer(("mixer_input",), "mixer_output"),
     Transfer(("mixer_input",), "mixer_state"),
-    Transfer(("mixer_input",), "mixer_state"),
     Transfer(("mixer_output",), "mixer_contribution"),
     Transfer(("mlp_input",), "mlp_output"),
     Transfer(("mlp_pre_activation",), "mlp_activation"),
