@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from intervenable.errors import InputError, UnsupportedModelError
+from intervenable.errors import IntervenableError
 from intervenable.map_cache import KeptMap, keep, look_up, note
 from intervenable.map_fitting import fitted
 from intervenable.map_inference import infer_map
@@ -54,9 +54,10 @@ def _made(model: nn.Module) -> ModelMap:
             return proved_map(model, example_inputs(model))
         twin = twin_of(model)
         record = with_towers(twin, proved_map(twin, example_inputs(twin)), proved_map)
-    except (InputError, UnsupportedModelError) as error:
+    except Exception as error:  # whatever the code of a model that we know nothing of may raise
+        why = str(error) if isinstance(error, IntervenableError) else f"{type(error).__name__}: {error}"
         raise UnmappedModelError(
-            f"No map describes {type(model).__name__}, and none could be made: {error}"
+            f"No map describes {type(model).__name__}, and none could be made: {why}"
             "\nCall iv.model_map(model, example_inputs=...) once with inputs that it runs on, write a ModelMap and"
             " register_map() it, or name the place by its module path, such as 'model.layers[3].mlp.output'."
         ) from error
