@@ -42,9 +42,14 @@ def fitted(record: ModelMap, twin: nn.Module, model: nn.Module) -> ModelMap:
             continue
         commonest = max(set(layers), key=layers.count)
         sites.update(commonest.sites)
-        own = {*commonest.sites, *commonest.absent}
-        absent = {**{name: why for name, why in absent.items() if name not in own}, **commonest.absent}
-        kinds += _kinds(stack, layers, commonest)
+        mentioned = {name for layer in layers for name in (*layer.sites, *layer.absent)}
+        nowhere = {
+            name: commonest.absent[name]
+            for name in commonest.absent
+            if all(name in layer.absent for layer in layers)
+        }
+        absent = {**{name: why for name, why in absent.items() if name not in mentioned}, **nowhere}
+        kinds += _kinds(stack, layers, commonest, nowhere)
     return replace(record, sites=sites, absent=absent, kinds=tuple(kinds))
 
 
@@ -154,15 +159,23 @@ def _heads(heads: AttentionHeads, small: Site | None, large: Site | None) -> Att
     return AttentionHeads(heads.query, heads.key_value, width)
 
 
-def _kinds(stack: Stack | None, layers: Sequence[_Layer], commonest: _Layer) -> list[LayerKind]:
+def _kinds(
+    stack: Stack | None, layers: Sequence[_Layer], commonest: _Layer, nowhere: Mapping[str, str]
+) -> list[LayerKind]:
+    """What the layers of each kind have that the commonest have not, and the other way round.
+
+    What some layers lack is said of each kind that lacks it and not of all: views and the like follow from what a
+    layer has, and a reason given for all would hide them in the layers that have them.
+    """
     kinds = []
     for other in dict.fromkeys(layers):
-        if other == commonest:
-            continue
         sites = {name: site for name, site in other.sites.items() if commonest.sites.get(name) != site}
-        absent = {name: why for name, why in other.absent.items() if commonest.absent.get(name) != why}
-        which = tuple(at for at, layer in enumerate(layers) if layer == other)
-        kinds.append(LayerKind(which, stack, sites, absent))
+        absent = {name: why for name, why in other.absent.items() if nowhere.get(name) != why}
+        lost = (name for name in commonest.sites if name not in other.sites and name not in other.absent)
+        absent.update(dict.fromkeys(lost, "its map does not place it there"))
+        if sites or absent:
+            which = tuple(at for at, layer in enumerate(layers) if layer == other)
+            kinds.append(LayerKind(which, stack, sites, absent))
     return kinds
 
 
@@ -181,6 +194,14 @@ class _Widths:
         self._small, self._large = small, large
         self._expected = expected
         self.seen: dict[str, Fraction] = {}
+
+    def has(self, path: str) -> bool:
+        """Whether the live block has a module at a path."""
+        try:
+            self._large.get_submodule(path)
+        except AttributeError:  # also where the model has None in its place
+            return False
+        return True
 
     def at(self, site: Site) -> tuple[Fraction, int] | str:
         """The factor at a site and the live width there, or why neither can be told."""
@@ -204,7 +225,7 @@ class _Widths:
 def _scaled(site: Site, widths: _Widths) -> Site | str:
     """A site with its columns and heads as wide as the model's; the reason if they cannot be."""
     if site.columns is None:
-        return site
+        return site if widths.has(site.path) else f"the model has no module {site.path!r} there"
     found = widths.at(site)
     if isinstance(found, str):
         return found

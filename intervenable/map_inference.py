@@ -125,20 +125,21 @@ def _place_stack(
     }
     usual = _commonest(list(of_layer.values()))
     found.sites |= usual.sites
-    found.absent |= usual.absent
+    # What only some layers lack is said of these: said of all, it would hide views where the layer has them.
+    nowhere = {
+        name: why
+        for name, why in usual.absent.items()
+        if all(name in placed.absent for placed in of_layer.values())
+    }
+    found.absent |= nowhere
     others: dict[str, tuple[Placed, list[int]]] = {}
     for layer, placed in of_layer.items():
-        if placed != usual:
-            others.setdefault(repr(placed), (placed, []))[1].append(layer)
+        others.setdefault(repr(placed), (placed, []))[1].append(layer)
     for placed, numbers in others.values():
-        found.kinds.append(
-            LayerKind(
-                tuple(numbers),
-                stack.role,
-                {name: site for name, site in placed.sites.items() if usual.sites.get(name) != site},
-                {name: why for name, why in placed.absent.items() if usual.absent.get(name) != why},
-            )
-        )
+        sites = {name: site for name, site in placed.sites.items() if usual.sites.get(name) != site}
+        absent = {name: why for name, why in placed.absent.items() if nowhere.get(name) != why}
+        if sites or absent:
+            found.kinds.append(LayerKind(tuple(numbers), stack.role, sites, absent))
     if stack.uncalled:
         why = "a forward pass does not call it"
         nothing = dict.fromkeys((*usual.sites, *usual.absent), why)
@@ -291,16 +292,20 @@ def _decoder_reads(model: nn.Module) -> Any:
 
 
 def _is_causal(model: nn.Module, inputs: Mapping[str, Any], stack: BlockStack) -> bool:
-    """Whether no position of a stack's end depends on a later one of what enters it: the last one is changed."""
+    """Whether the first positions at a stack's end depend on none of the later ones that enter it: these are changed."""
     layout = layout_of(stack, inputs)
     entering, end = stack.first.entering, stack.last.leaving
     placed = layout.placed(Site(""), entering)
     axis = 1 if placed.axes is None else placed.axes[1]
     if placed.flat or entering.shape != end.shape:
         return False
+    # Behind the tokens there may be padding that nothing reads.
+    tokens = inputs.get("input_ids")
+    positions = tokens.shape[-1] if isinstance(tokens, Tensor) else layout.positions
+    cut = min(positions, layout.positions) // 2
     other = entering.clone()
-    last = other.select(axis, entering.shape[axis] - 1)
-    last += 1.0 + last.abs()
+    later = other.narrow(axis, cut, other.shape[axis] - cut)
+    later += 1.0 + later.abs()
     seen: list[Tensor] = []
     first, behind = stack.first, stack.last
     hooks = [
@@ -311,8 +316,5 @@ def _is_causal(model: nn.Module, inputs: Mapping[str, Any], stack: BlockStack) -
     ]
     with torch.no_grad(), hooked(hooks, model):
         model(**inputs)
-    before = range(entering.shape[axis] - 1)
-    wanted, got = (
-        each.index_select(axis, torch.tensor(before, device=end.device)) for each in (end, seen[0])
-    )
+    wanted, got = (each.narrow(axis, 0, cut) for each in (end, seen[0]))
     return torch.allclose(got, wanted, rtol=1e-4, atol=1e-4 * float(end.abs().max()))

@@ -60,6 +60,9 @@ def _wanted(model: nn.Module, takes: Mapping[str, inspect.Parameter]) -> list[st
     ]
     config = getattr(model, "config", None)
     main = getattr(model, "main_input_name", None) if config is not None else None
+    placeholders = ("image_token_id", "image_token_index", "audio_token_id")
+    if "input_ids" in takes and main != "input_ids" and any(_says(config, name) for name in placeholders):
+        main = "input_ids"  # a text without a picture will do
     if main in takes and main not in names:
         names.insert(0, str(main))
     if "decoder_input_ids" in takes and (field_of(config, "is_encoder_decoder") or main != "input_ids"):
@@ -72,6 +75,10 @@ def _wanted(model: nn.Module, takes: Mapping[str, inspect.Parameter]) -> list[st
     if "input_ids" in takes and "bbox" in takes and "pixel_values" in takes and "input_ids" not in names:
         names.append("input_ids")
     return list(dict.fromkeys(names))
+
+
+def _says(config: Any, name: str) -> bool:
+    return isinstance(field_of(config, name), int)
 
 
 class _Drawn:
