@@ -33,6 +33,11 @@ class Passage:
             raise UnsupportedModelError(
                 f"{type(self.module).__name__} has no tensor in the {where} {side} slot, but {type(found).__name__}."
             )
+        if found.is_nested:
+            raise UnsupportedModelError(
+                f"{type(self.module).__name__} is given or gives a nested tensor, which has no positions to count."
+                " In torch's TransformerEncoder set enable_nested_tensor = False."
+            )
         return found
 
     def put(self, side: Side, slot: str | int | None, value: Tensor) -> None:
