@@ -19,6 +19,8 @@ from model_maps.families import CHOICE_IS_READ, NO_EXPERTS, lacking
 
 DENSE = "each of its experts is given every position, multiplied by its weight before"
 SORTED = "its experts are given the positions that are sent to each of them, one after another"
+MASKED = "its experts are told by a mask of all of them which positions are theirs"
+UNTOLD = "it chooses among experts in a way that none of its modules hands over"
 
 
 class Experts(NamedTuple):
@@ -39,12 +41,12 @@ def expert_sites(block: Call, sizes: Sizes) -> Experts:
         sizes: The sizes of the model it was traced in.
     """
     search = _Search(block, sizes)
-    sites, why = search.told(), ""
+    sites, why = search.told(), MASKED
     if not sites:
         sites = search.only_routed()
         why = SORTED if "expert_weight" in sites else DENSE
     if not sites:
-        return Experts({}, dict(NO_EXPERTS))
+        return Experts({}, lacking(*NO_EXPERTS, why=UNTOLD) if search.chooses() else dict(NO_EXPERTS))
     return Experts(sites, lacking(*(word for word in NO_EXPERTS if word not in sites), why=why))
 
 
@@ -64,17 +66,25 @@ class _Search:
             logits = None if router is None else self._logits(router)
             if router is None or logits is None:
                 continue
-            return {
+            numbers, weights = experts.inputs[choice], experts.inputs[weight]
+            sites = {
                 "router_input": self._site(router, router.main_input, "input"),
                 "router_output": logits,
-                "expert_choice": self._site(
-                    experts, experts.inputs[choice], "input", choice, read_only=CHOICE_IS_READ
-                ),
-                "expert_weight": self._site(experts, experts.inputs[weight], "input", weight),
+                "expert_weight": self._site(experts, weights, "input", weight),
                 "expert_input": self._site(experts, experts.main_input, "input"),
                 "expert_output": self._site(experts, experts.main_output),
             }
+            if numbers.shape == weights.shape:
+                sites["expert_choice"] = self._site(
+                    experts, numbers, "input", choice, read_only=CHOICE_IS_READ
+                )
+            return sites
         return {}
+
+    def chooses(self) -> bool:
+        """Whether something in the block takes the largest of some numbers, attention to positions aside."""
+        calls = (call for call in self.block.inside() if any(met.name == "top" for met in call.met))
+        return any(not self._pays_attention(call) for call in calls)
 
     def only_routed(self) -> dict[str, Site]:
         """Of a router that takes the largest of its logits and tells no module which."""
@@ -156,7 +166,10 @@ class _Search:
 
 
 def _choice_and_weight(call: Call) -> tuple[Slot, Slot] | None:
-    """The slots of whole numbers and of as many weights, if a call is given such beside a stream."""
+    """The slots of whole numbers and of as many weights, if a call is given such beside a stream.
+
+    The numbers are those of experts, or for each weight a mask with an entry for each expert.
+    """
     main = call.main_input
     if main is None or not main.is_floating_point() or call.main_output is None:
         return None
@@ -164,7 +177,9 @@ def _choice_and_weight(call: Call) -> tuple[Slot, Slot] | None:
         if numbers.dtype not in (torch.int64, torch.int32) or numbers.dim() < 2:
             continue
         for weight, weights in call.inputs.items():
-            if weights.shape == numbers.shape and weights.is_floating_point() and weights is not main:
+            masked = numbers.dim() > 2 and numbers.shape[:-1] == weights.shape and bool((numbers <= 1).all())
+            alike = weights.shape == numbers.shape or masked
+            if alike and weights.is_floating_point() and weights is not main:
                 return choice, weight
     return None
 

@@ -8,12 +8,13 @@ import re
 import pytest
 import tiny_registry
 import torch
+import transformers
 from torch import nn
 from torch.testing import assert_close
 
 import intervenable as iv
 import tiny_models
-from intervenable.map_routers import expert_sites
+from intervenable.map_routers import MASKED, UNTOLD, expert_sites
 from intervenable.map_trace import trace
 from intervenable.maps import described_by
 from model_maps import LayerKind, ModelMap, sizes_of
@@ -245,6 +246,77 @@ def test_a_dense_model_says_that_it_has_no_experts():
         iv.IntervenableModel(iv.experts.switched_off(0, 1), tiny("llama"))
 
 
+# --- experts that are modules -----------------------------------------------------------------------------
+
+
+def switch():
+    """A Switch Transformer: each expert is a module, and a mask tells them which positions are theirs."""
+    config = transformers.SwitchTransformersConfig(
+        vocab_size=50,
+        d_model=16,
+        d_kv=4,
+        d_ff=24,
+        num_layers=2,
+        num_decoder_layers=2,
+        num_sparse_encoder_layers=2,
+        num_sparse_decoder_layers=2,
+        num_heads=4,
+        num_experts=3,
+        expert_capacity=64,
+        dropout_rate=0.0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.SwitchTransformersForConditionalGeneration(config).eval()
+    for block in model.encoder.block:
+        torch.nn.init.normal_(block.layer[-1].mlp.router.classifier.weight)
+    return model
+
+
+def encoder_of(model, inputs):
+    with torch.no_grad():
+        block = trace(model, inputs).of("encoder.block.1")[0]
+    found = expert_sites(block, sizes_of(model.config))
+    sites = {f"encoder_{word}": site for word, site in found.sites.items()}
+    stacks = {"encoder": "encoder.block", "decoder": "decoder.block"}
+    return found, ModelMap((type(model).__name__,), None, sites, stacks=stacks)
+
+
+@torch.no_grad()
+def test_experts_that_are_told_by_a_mask_are_switched_off_too():
+    model = switch()
+    ids = torch.randint(3, 50, (2, 6), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "decoder_input_ids": ids[:, :3]}
+    found, described = encoder_of(model, inputs)
+    assert found.absent == {"expert_choice": MASKED}
+    router = model.encoder.block[1].layer[-1].mlp.router
+    path = "encoder.block[1].layer[1].mlp.experts.expert_{}.output"
+    with described_by(model, described):
+        logits = iv.collect(model, inputs, "encoder_router_output", layers=1)["encoder_router_output", 1]
+        assert logits.shape == (2, 6, 3)
+        most, other = logits.argmax(-1).flatten().bincount(minlength=3).argsort(descending=True)[:2].tolist()
+
+        without = iv.IntervenableModel(iv.experts.switched_off(1, most, stack="encoder"), model)
+        chosen = []
+        handle = router.register_forward_hook(lambda *call: chosen.append(call[-1][0].clone()))
+        off = without(inputs).intervened.logits
+        handle.remove()
+        second = logits.index_fill(-1, torch.tensor([most]), -torch.inf).argmax(-1)
+        assert torch.equal(chosen[0].argmax(-1), second)
+        assert not torch.equal(off, model(**inputs).logits)
+
+        # One of them by its path: what comes out for the positions that it was given.
+        given = int((logits.argmax(-1) == other).sum())
+        output = iv.collect(model, inputs, path.format(other))[path.format(other), None]
+        assert output.reshape(-1, 16).shape == (given, 16)
+        expert = model.encoder.block[1].layer[-1].mlp.experts[f"expert_{other}"]
+        handle = expert.register_forward_hook(lambda *call: call[-1] * 0)
+        expected = model(**inputs).logits
+        handle.remove()
+        silent = iv.RepresentationConfig(None, path.format(other), intervention=iv.ZeroIntervention())
+        assert torch.equal(iv.IntervenableModel(silent, model)(inputs).intervened.logits, expected)
+
+
 # --- every mixture ----------------------------------------------------------------------------------------
 
 MIXTURES = re.findall(
@@ -330,3 +402,10 @@ def test_in_every_mixture_an_expert_that_is_off_gets_no_weight(name):
         logits = without(inputs).intervened.logits
         assert not logits.isnan().any()
         assert not torch.equal(logits, base)
+
+
+@torch.no_grad()
+def test_a_choice_that_no_module_hands_over_is_said_to_be_one():
+    built = tiny_registry.build("doge")
+    described = routed(built.model, dict(built.inputs))
+    assert {why for kind in described.kinds for why in kind.absent.values()} == {UNTOLD}
