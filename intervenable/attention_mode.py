@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,22 @@ PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bm
 PRODUCTS_ADDED = (torch.baddbmm, Tensor.baddbmm)
 """Products of the second and third argument, added to the first."""
 FUSED = nn.functional.scaled_dot_product_attention
-MET = frozenset((*SOFTMAX, *PRODUCTS, *PRODUCTS_ADDED, FUSED))
+WHOLE = nn.functional.multi_head_attention_forward
+"""Attention of torch's own layers, projections included: one function to a mode, unless it is opened."""
+MET = frozenset((*SOFTMAX, *PRODUCTS, *PRODUCTS_ADDED, FUSED, WHOLE))
+
+
+def opened(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function of torch's, in which a mode meets the functions that it calls instead of it alone."""
+    names = {**function.__globals__, "has_torch_function": lambda *tensors: False}
+    same = FunctionType(
+        function.__code__, names, function.__name__, function.__defaults__, function.__closure__
+    )
+    same.__kwdefaults__ = function.__kwdefaults__
+    return same
+
+
+OPENED = opened(WHOLE)
 
 
 def floor_of(dtype: torch.dtype) -> float:
@@ -96,6 +112,9 @@ class AttentionMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func not in MET or not self.awake:
             return func(*args, **kwargs)
+        if func is WHOLE:
+            with self:
+                return OPENED(*args, **kwargs)
         if func is FUSED:
             return self._fused(*args, **kwargs)
         if func in SOFTMAX:

@@ -47,6 +47,7 @@ WORDS = (
 NO_ATTENTION = "it computes no attention: no softmax lies between two products there"
 NO_CROSS_ATTENTION = "it does not attend to another stack"
 NO_ROTARY = "it has no rotary embedding"
+UNKNOWN_ROTARY = "no linear module makes what would be rotated, so that it cannot be told whether it is"
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,8 @@ class _Answer:
             return dict.fromkeys(
                 INSIDE, f"it computes {len(self._found)} patterns, each of other queries or keys"
             )
-        if attention.rows != view.rows or view.positions not in (None, attention.queries):
+        counts, stream = (attention.rows, attention.queries), (view.rows, view.positions or attention.queries)
+        if counts not in (stream, stream[::-1]):  # positions may come first
             why = (
                 f"its matrices are of {attention.queries} queries in {attention.rows} windows, and not of"
                 f" {view.positions} in {view.rows} examples"
@@ -223,11 +225,11 @@ class _Answer:
             return dict.fromkeys(INSIDE, why)
         if not attention.plain:
             return dict.fromkeys(VECTORS, "its scores are no plain product of queries and keys")
-        absent = {
-            f"rotary_{role}": NO_ROTARY
-            for role in ("query", "key")
-            if is_rotated(self._found[0], role) is False
-        }
+        absent = {}
+        for role in ROLES[:2]:
+            rotated = is_rotated(self._found[0], role)
+            if rotated is not True:
+                absent[f"rotary_{role}"] = NO_ROTARY if rotated is False else UNKNOWN_ROTARY
         if len(self._found) > 1:
             absent["expanded_head_value"] = f"it multiplies its pattern with values {len(self._found)} times"
         return absent

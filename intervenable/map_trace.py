@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from intervenable.attention_mode import FUSED, PRODUCTS, PRODUCTS_ADDED, SOFTMAX
+from intervenable.attention_mode import FUSED, OPENED, PRODUCTS, PRODUCTS_ADDED, SOFTMAX, WHOLE
 from intervenable.hooks import Hook, hooked
 from intervenable.passage import Passage
 from model_maps import Side
@@ -220,6 +220,9 @@ class _Meeting(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func is WHOLE:
+            with self:
+                return OPENED(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         name, call = NAMES.get(func), self._recorder.innermost
         if name is not None and call is not None:

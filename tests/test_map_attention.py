@@ -380,6 +380,30 @@ def test_scores_and_pattern_are_seen_where_positions_come_first():
     assert torch.allclose(pattern.sum(-1), torch.ones(2, 4, 7), atol=1e-5)
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_the_attention_of_torch_s_own_layers_is_seen_inside_its_one_function(batch_first):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=batch_first)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    x = torch.randn(2, 7, 16)
+    inputs = {"src": x if batch_first else x.transpose(0, 1)}
+    (one, _) = found_in(model, inputs, "layers")
+    module, site = model.layers[0].self_attn, one.sites["attention_input"]
+    seen = []
+    inside = InsideHook(
+        "attention_pattern", lambda p: seen.append(p.take("output", None)), False, 4, 4, not batch_first
+    )
+    with torch.no_grad(), hooked([Hook(module, "output", inside.act, inside)], model):
+        model(**inputs)
+
+    projected = nn.functional.linear(x, module.in_proj_weight, module.in_proj_bias)
+    query, key, _ = (part.view(2, 7, 4, 4).transpose(1, 2) for part in projected.chunk(3, -1))
+    wanted = (query @ key.transpose(-1, -2) / 2).softmax(-1)
+    assert (one.path, site.path, site.axes) == ("self_attn", "self_attn", None if batch_first else (1, 0))
+    assert "attention_pattern" not in one.absent
+    torch.testing.assert_close(seen[0], wanted)
+
+
 # --- layouts ----------------------------------------------------------------------------------------------
 
 
