@@ -36,7 +36,7 @@ class Passage:
         if found.is_nested:
             raise UnsupportedModelError(
                 f"{type(self.module).__name__} is given or gives a nested tensor, which has no positions to count."
-                " In torch's TransformerEncoder set enable_nested_tensor = False."
+                " Set use_nested_tensor = False on torch's TransformerEncoder."
             )
         return found
 

@@ -112,10 +112,10 @@ def test_nested_tensors_are_refused_with_the_switch_that_avoids_them():
     mask[1, 5:] = True
     padded = [{**inputs, "src_key_padding_mask": mask} for inputs in (base, source)]
     declared = iv.IntervenableModel([iv.RepresentationConfig(None, "layers[1].output", "pos")], model)
-    with torch.no_grad(), pytest.raises(iv.UnsupportedModelError, match="enable_nested_tensor = False"):
+    with torch.no_grad(), pytest.raises(iv.UnsupportedModelError, match="Set use_nested_tensor = False"):
         declared(padded[0], [padded[1]])
     assert hooks_of(model) == {}
-    model.enable_nested_tensor = False
+    model.use_nested_tensor = False
     with torch.no_grad():
         assert declared(padded[0], [padded[1]]).intervened.shape == base["src"].shape
 
