@@ -25,6 +25,7 @@ PARALLEL = "it adds attention and MLP in parallel, so there is no stream between
 NO_SUM = "the stream that leaves its blocks is no sum of what enters them and what modules of theirs return"
 SINGLE = "its block adds one thing to the stream, so there is nothing between"
 NORMED = "the stream is scaled or normed before attention is added to it"
+NARROW = "its attention is not added to the stream that its blocks hand on, so what is cannot be told apart"
 NO_MLP = "its block has no MLP"
 NO_MIXER = "its blocks mix positions by attention alone"
 MLP_WORDS = (
@@ -110,11 +111,19 @@ class _View:
 
     def to_ask(self) -> list[Call]:
         """What might read other positions, of which attention is not known."""
-        return [
-            part.core.call
-            for part in (*self.parts, *self._unsummed())
-            if self._attention_in(part) is None and not is_linear(part.core.call.module)
-        ]
+        parts = [part for part in (*self.parts, *self._unsummed()) if self._attention_in(part) is None]
+        return [call for part in parts for call in self._makers(part)]
+
+    def _makers(self, part: Contribution) -> list[Call]:
+        """The module that makes a contribution; if it is one matrix, what returns the input of that."""
+        core = part.core.call
+        if not is_linear(core.module):
+            return [core]
+        before = None if core.main_input is None else key_of(core.main_input)
+        if before is None or before in self.stream:
+            return []
+        made = [seen.call for seen in self.values.returned_like(before) if seen.call.left < core.left]
+        return [call for call in made if not is_norm(call)][-1:]
 
     def _attention_in(self, part: Contribution) -> Branch | None:
         """Which attention a contribution comes from, if it does."""
@@ -135,7 +144,9 @@ class _View:
         return given is not None and key_of(given) in keys
 
     def _branch(self, part: Contribution, mixing: Mapping[str, bool]) -> Branch:
-        return self._attention_in(part) or ("mixer" if mixing.get(part.core.call.path) else "mlp")
+        attention = self._attention_in(part)
+        mixes = any(mixing.get(call.path) for call in self._makers(part))
+        return attention or ("mixer" if mixes else "mlp")
 
     def _branches(self, mixing: Mapping[str, bool]) -> list[Branch]:
         """The branch of each contribution."""
@@ -261,9 +272,13 @@ class _View:
         experts = expert_sites(self.values.call, self.sizes)
         summed = self.residual is not None
         parts = self._of("mlp") or [part for part in self._unsummed() if self._branch(part, mixing) == "mlp"]
+        if summed and self.attentions["attention"].path is not None and not self._of("attention"):
+            self.absent |= dict.fromkeys(MLP_WORDS, NARROW) | experts.absent
+            self.sites |= experts.sites
+            return
         if len(parts) > 1:
             # What is linear beside an MLP is a gate, or a short cut.
-            parts = [part for part in parts if self._is_nonlinear(part.core.call)] or parts
+            parts = [part for part in parts if self._is_nonlinear(part)] or parts
         if len(parts) != 1:
             none = NO_MLP if summed else NO_SUM
             self.absent |= dict.fromkeys(MLP_WORDS, f"its block adds {len(parts)} MLPs" if parts else none)
@@ -277,10 +292,13 @@ class _View:
         self.sites |= experts.sites
         self.absent |= experts.absent
 
-    def _is_nonlinear(self, core: Call) -> bool:
-        """Whether there is a nonlinearity or a choice among experts inside a module."""
-        chooses = any(met.name in ("top", "softmax") for met in core.met_inside())
-        return chooses or any(is_elementwise(call) for call in core.inside())
+    def _is_nonlinear(self, part: Contribution) -> bool:
+        """Whether there is a nonlinearity or a choice among experts in what makes a contribution."""
+        for call in (part.core.call, *self._makers(part)):
+            chooses = any(met.name in ("top", "softmax") for met in call.met_inside())
+            if chooses or any(is_elementwise(inner) for inner in (call, *call.inside())):
+                return True
+        return False
 
     def _place_mixer(self, mixing: Mapping[str, bool]) -> None:
         summed = self.residual is not None
@@ -291,7 +309,7 @@ class _View:
             why = f"its block adds {len(parts)} mixers" if parts else NO_MIXER
             self.absent |= dict.fromkeys(MIXER_WORDS, why)
             return
-        placed = mixer_sites(self.values, parts[0], self.stream)
+        placed = mixer_sites(self.values, parts[0], self._makers(parts[0])[0])
         self.sites |= placed.sites
         self.absent |= placed.absent
         if not summed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -191,7 +191,7 @@ def with_roles(stacks: Sequence[BlockStack], trace: Trace) -> list[BlockStack]:
     if encoder is not None:
         found = [replace(encoder, role="encoder"), replace(main, role="decoder")]
     else:
-        role = tower_of(main, trace) if _independent(main, large, trace) else None
+        role: Stack | None = (tower_of(main, trace) or "text") if _independent(main, large, trace) else None
         found = [replace(main, role=role)]
     for stack in large:
         role = tower_of(stack, trace)
@@ -227,7 +227,10 @@ def tower_of(stack: BlockStack, trace: Trace) -> Stack | None:
 
 
 def _independent(main: BlockStack, stacks: Sequence[BlockStack], trace: Trace) -> bool:
-    return False
+    """Whether two towers are compared in the end and none reads the other: no logits come out."""
+    output = trace.output
+    has_logits = isinstance(output, Mapping) and "logits" in output
+    return not has_logits and any(stack is not main and tower_of(stack, trace) for stack in stacks)
 
 
 def reads_end_of(stack: BlockStack, other: BlockStack, trace: Trace) -> bool:

@@ -292,7 +292,7 @@ def _decoder_reads(model: nn.Module) -> Any:
 
 
 def _is_causal(model: nn.Module, inputs: Mapping[str, Any], stack: BlockStack) -> bool:
-    """Whether the first positions at a stack's end depend on none of the later ones that enter it: these are changed."""
+    """Whether the first positions at a stack's end are the same when the later ones that enter it are changed."""
     layout = layout_of(stack, inputs)
     entering, end = stack.first.entering, stack.last.leaving
     placed = layout.placed(Site(""), entering)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from intervenable.hooks import Hook, hooked
-from intervenable.map_mlp import Placed, entry_of, site_at
-from intervenable.map_modules import Key
+from intervenable.map_mlp import Placed, main, site_at
 from intervenable.map_stream import Contribution
 from intervenable.map_trace import Call, Trace
 from intervenable.map_values import BlockValues
@@ -20,21 +19,21 @@ Branch = Literal["attention", "cross", "mixer", "mlp"]
 BRANCHES: Mapping[str, Branch] = {"attention": "attention", "cross": "cross"}
 
 
-def mixer_sites(values: BlockValues, part: Contribution, stream: set[Key]) -> Placed:
+def mixer_sites(values: BlockValues, part: Contribution, maker: Call) -> Placed:
     """The sites of what mixes positions without a pattern.
 
     Args:
         values: What passed the modules of the block.
         part: What it adds to the stream.
-        stream: Values that the stream has in the block.
+        maker: The module that mixes, whose result is the contribution but for a last matrix.
     """
-    sites = {"mixer_output": site_at(values, part.core)}
+    sites = {
+        "mixer_input": site_at(values, main(maker, "input")),
+        "mixer_output": site_at(values, part.core),
+    }
     if part.seen is not part.core or part.scale != 1.0:
         sites["mixer_contribution"] = site_at(values, part.seen, scale=part.scale)
-    entry = entry_of(values, part.core.call, stream)
-    if entry is None:
-        return Placed(sites, {"mixer_input": "no module is given what all of its mixer reads"})
-    return Placed({"mixer_input": site_at(values, entry), **sites}, {})
+    return Placed(sites, {})
 
 
 def mixing_modules(

@@ -53,8 +53,8 @@ def is_norm(call: Call) -> bool:
     name = type(call.module).__name__.lower()
     if has_matrix(call.module):
         return name.endswith("norm")
-    if "norm" in name:
-        return True
+    if any(call.module.children()) or "norm" in name:
+        return "norm" in name
     gains = [parameter for parameter in call.module.parameters() if parameter.numel() > 1]
     return bool(gains) and all(gain.shape == given.shape[-1:] for gain in gains)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from intervenable.map_modules import Key, has_matrix, holds, is_convolution, is_norm, key_of
 from intervenable.map_trace import Call
@@ -15,6 +15,9 @@ from intervenable.map_values import BlockValues, Seen
 
 NEAR = 2e-5
 """Two sides of a sum are equal up to this part of the largest value: float32 is rounded at each step."""
+
+DISTINCT = 1e-3
+"""Tensors are sums of one another if their directions come nearer than this to one less."""
 
 MOST = 6
 """Most contributions that one sum is searched for."""
@@ -204,6 +207,9 @@ def _confirmed(
 ) -> Stage | None:
     """The sum of these columns if it really gives the value, with all of them in it."""
     chosen = columns[list(index)]
+    # Of tensors that are sums of one another there are many sums.
+    if float(torch.linalg.svdvals(nn.functional.normalize(chosen, dim=1))[-1]) < DISTINCT:
+        return None
     scales = [_plain(scale) for scale in torch.linalg.lstsq(chosen.T, goal[:, None]).solution[:, 0].tolist()]
     summed = torch.tensor(scales).double() @ chosen
     if float((summed - goal).abs().max()) > NEAR * float(goal.abs().max()) or min(map(abs, scales)) < 1e-3:
