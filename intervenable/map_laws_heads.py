@@ -44,6 +44,10 @@ CODED = (
 )
 
 
+SHARED = ("head_key_output", "head_value_output", "rotary_key")
+"""Views of which one head may be for several heads of queries."""
+
+
 def heads(bench: Bench) -> Judge:
     """Which heads a change of some heads reaches."""
     made: list[tuple[str, str, Coded, int, int, Group]] = []
@@ -75,6 +79,9 @@ def heads(bench: Bench) -> Judge:
                 why = f"{read} of heads with bit {bit} alone"
                 limit = limit_of(group.seen[key].dtype)
                 off, right = _told(group.seen[key], bench.base.seen[key], coded, bit, count, limit)
+                shared = COMPONENTS[written].word in SHARED
+                if not shared and bench.sites[written, layer].heads not in (None, group.seen[key].shape[1]):
+                    right, why = False, f"{count} heads, and {read} has {group.seen[key].shape[1]}"
                 yield Finding(written, "heads", layer, right, off, limit, why)
                 if coded.written in ("attention_pattern",):
                     yield Finding(read, "heads", layer, right, off, limit, why)
@@ -191,6 +198,8 @@ def shares(bench: Bench) -> Judge:
                 if (whole, layer) not in group.seen or (share, layer) not in bench.base.seen:
                     continue
                 before, parts = bench.base.seen[whole, layer], bench.base.seen[share, layer]
+                if parts[:, 0].shape != before.shape:
+                    continue
                 chosen = [head for head in range(parts.shape[1]) if _has_bit(head, bit)]
                 expected = before - parts[:, chosen].sum(1)
                 limit = MOVED * limit_of(before.dtype)

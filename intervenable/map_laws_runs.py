@@ -23,6 +23,7 @@ from intervenable.map_laws import named
 from intervenable.map_trace import Trace, trace
 from intervenable.passage import Passage
 from intervenable.signatures import counts_time_first, takes
+from intervenable.site_binding import live_width
 from intervenable.sites import BoundSite, hook_at
 from intervenable.unit_index import UnitIndex
 from intervenable.units import Whole
@@ -148,6 +149,17 @@ class Bench:
                     self.sites[component, layer] = self.places.at(component, layer)
                 except (IntervenableError, ValueError) as error:
                     self.faults[component, layer] = _first_line(error)
+
+    def covered(self, component: str, layer: int | None) -> bool:
+        """Whether every column of the tensor in which a component lies belongs to a component."""
+        at = self.sites[component, layer]
+        width = live_width(at.module, at.side)
+        taken: set[int] = set()
+        for (_, other), site in self.sites.items():
+            if other == layer and site.path == at.path and site.side == at.side and site.columns is not None:
+                firsts = (site.columns.first_column(head) for head in range(site.columns.heads))
+                taken |= {first + offset for first in firsts for offset in range(site.columns.width)}
+        return width is not None and taken >= set(range(width))
 
     # -- experiments
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from intervenable.attention_mode import SCORES, floor_of
 from intervenable.map_laws import ADDED, ENDS, ONLY, TRANSFERS, Finding, deviation, limit_of, named
 from intervenable.map_laws_runs import Bench, Change, Group, Key, taken_from
 from model_maps import COMPONENTS
@@ -104,7 +106,8 @@ def determines(bench: Bench, swaps: Swaps) -> Judge:
             ):
                 continue
             for source in swaps.sources(prefix, written):
-                made.append((prefix, written, read, source, swaps.swap(prefix, written, source, [read])))
+                seen = [read, *_SEEN_WITH.get(read, ())]
+                made.append((prefix, written, read, source, swaps.swap(prefix, written, source, seen)))
 
     def judge() -> Iterator[Finding]:
         into: dict[Key, list[tuple[bool, float]]] = {}
@@ -121,9 +124,15 @@ def determines(bench: Bench, swaps: Swaps) -> Judge:
                 if deviation(source.seen[key], bench.base.seen[key]) < MOVED * limit:
                     continue  # nothing is told by what does not differ
                 found, expected = group.seen[key], source.seen[key]
-                if COMPONENTS[name].word == "attention_pattern":  # what a sink takes is not in the scores
-                    found, expected = _of_all(found), _of_all(expected)
+                if COMPONENTS[name].word == "attention_pattern":
+                    found, expected = _of_common(found, expected), _of_common(expected, found)
+                elif COMPONENTS[name].word in SCORES:
+                    found, expected = _where_both(found, expected), _where_both(expected, found)
                 off = deviation(found, expected)
+                if off > limit and COMPONENTS[name].word == "attention_value_output":
+                    off = min(off, _gated(bench, prefix, layer, group, source))
+                if off > limit and COMPONENTS[name].word == "attention_scores":
+                    off = min(off, _parts_of_heads(bench, prefix, layer, group, source, names))
                 source_dtype[key] = expected.dtype
                 into.setdefault(key, []).append((off <= limit, off))
                 # The pattern is what its module computes; what is written beside it has to fit it.
@@ -142,8 +151,103 @@ def determines(bench: Bench, swaps: Swaps) -> Judge:
     return judge
 
 
-def _of_all(pattern: Tensor) -> Tensor:
-    return pattern / pattern.sum(-1, keepdim=True).clamp(min=torch.finfo(pattern.dtype).tiny)
+_WEIGHTED = ("head_attention_value_output", "attention_pattern", "expanded_head_value")
+
+
+def _gated(bench: Bench, prefix: str, layer: int | None, group: Group, source: Group) -> float:
+    """How far off it is that pattern and values are the source's, and a gate they are multiplied with the base's."""
+    keys = [(named(word, prefix), layer) for word in _WEIGHTED]
+    if not all(_all_have(key, group, source, bench.base) for key in keys):
+        return float("inf")
+    view, pattern, values = keys
+    before, after = (one.seen[pattern] @ one.seen[values] for one in (bench.base, source))
+    new, old = group.seen[view], bench.base.seen[view]
+    if new.shape != after.shape:
+        return float("inf")
+    # The gate is what the base has for each weighted value: nothing is divided, as some are near zero.
+    return deviation(new * before, old * after)
+
+
+def _turned(new: Tensor, old: Tensor) -> float:
+    """How far vectors by heads point elsewhere; how long they are is left out."""
+    if new.shape != old.shape or new.shape[-1] < 2:
+        return float("inf")
+    long, short = (value / value.norm(dim=-1, keepdim=True).clamp(min=1e-12) for value in (new, old))
+    return deviation(long, short)
+
+
+_MULTIPLIED = {
+    "query_output": "rotary_query",
+    "head_query_output": "rotary_query",
+    "key_output": "expanded_head_key",
+    "head_key_output": "expanded_head_key",
+}
+"""What the model multiplies of a projection's heads."""
+
+_SEEN_WITH = {
+    "attention_value_output": _WEIGHTED,
+    "attention_scores": ("rotary_query", "expanded_head_key"),
+}
+"""What is looked at where a value is not the source's, for an architecture in which it need not be."""
+
+
+def _parts_of_heads(
+    bench: Bench, prefix: str, layer: int | None, group: Group, source: Group, written: Sequence[str]
+) -> float:
+    """How far off it is that what is multiplied is partly the source's: of models whose heads come from two places.
+
+    Some keys have columns that all heads share and that another projection makes (latent attention). Then the columns
+    of a head that change have to be the source's, as many as the map gives a head, and the map must leave no column
+    of the projection without a component.
+    """
+    worst = 0.0
+    for name in written:
+        product = _MULTIPLIED.get(COMPONENTS[name].word)
+        key = (named(product or "", prefix), layer)
+        columns = bench.sites[name, layer].columns
+        if (
+            product is None
+            or columns is None
+            or not bench.has(*key)
+            or not _all_have(key, group, source, bench.base)
+        ):
+            return float("inf")
+        new, old, aim = (one.seen[key].float() for one in (group, bench.base, source))
+        limit, size = limit_of(source.seen[key].dtype), float(aim.abs().max())
+        changed = ((new - old).abs() > limit * size).any(0).any(1)  # heads by columns
+        off = torch.where(changed[None, :, None], (new - aim).abs(), torch.zeros_like(new)) / size
+        worst = max(worst, float(off.max()))
+        complete = bool(changed.all())
+        if not complete and (
+            bool((changed.sum(-1) != columns.width).any()) or not bench.covered(name, layer)
+        ):
+            return float("inf")
+    return worst
+
+
+def _of_common(pattern: Tensor, other: Tensor) -> Tensor:
+    """Shares of the keys that are read in both: what a sink takes is not in the scores, nor what a mask that follows
+    from the tokens hides.
+    """
+    common = (
+        torch.where(other > 0, pattern, torch.zeros_like(pattern))
+        if other.shape == pattern.shape
+        else pattern
+    )
+    return common / common.sum(-1, keepdim=True).clamp(min=torch.finfo(pattern.dtype).tiny)
+
+
+def _where_both(scores: Tensor, other: Tensor) -> Tensor:
+    """Scores where neither is masked, as a mask may follow from what the attention is given."""
+    if other.shape != scores.shape:
+        return scores
+    floor = floor_of(scores.dtype)
+    visible = (scores > floor) & (other > floor)
+    if not torch.equal(scores > floor, other > floor):
+        # Of a row the model may take the largest entry first, which may be one that only one of them has.
+        top = scores.masked_fill(~visible, -torch.inf).amax(-1, keepdim=True)
+        scores = scores - top.masked_fill(top == -torch.inf, 0.0)
+    return torch.where(visible, scores, torch.zeros_like(scores))
 
 
 def stays(bench: Bench, swaps: Swaps) -> Judge:
@@ -153,23 +257,24 @@ def stays(bench: Bench, swaps: Swaps) -> Judge:
         for word, held, read in ONLY:
             if not _writable(bench, named(word, prefix)) or (held and not bench.layers(named(held, prefix))):
                 continue
+            views = ["head_attention_value_output"] if read == "attention_value_output" else []
             for source in swaps.sources(prefix, [word])[-1:]:
-                made.append(
-                    (
-                        named(word, prefix),
-                        named(read, prefix),
-                        swaps.swap(prefix, [word], source, [read], base_at=held),
-                    )
-                )
+                group = swaps.swap(prefix, [word], source, [read, *views], base_at=held)
+                made.append((named(word, prefix), named(read, prefix), group))
 
     def judge() -> Iterator[Finding]:
         for word, name, group in made:
             for layer in bench.layers(word):
                 key = (name, layer)
-                if bench.has(*key) and _all_have(key, group, bench.base):
-                    yield _near(
-                        word, "only", layer, group.seen[key], bench.base.seen[key], f"{name} as before"
-                    )
+                if not bench.has(*key) or not _all_have(key, group, bench.base):
+                    continue
+                found = _near(word, "only", layer, group.seen[key], bench.base.seen[key], f"{name} as before")
+                view = (f"{name.removesuffix('attention_value_output')}head_attention_value_output", layer)
+                if not found.passed and _all_have(view, group, bench.base):
+                    # A sink may take its share of the weighted values and not of the pattern.
+                    off = _turned(group.seen[view], bench.base.seen[view])
+                    found = replace(found, passed=off <= found.limit, deviation=off)
+                yield found
 
     return judge
 
@@ -228,7 +333,9 @@ def elementwise(bench: Bench, swaps: Swaps) -> Judge:
                 off = deviation(new[..., 1::2], old[..., 1::2])
                 moved = deviation(new[..., ::2], old[..., ::2])
                 limit = limit_of(new.dtype)
-                yield Finding(word, "elementwise", layer, off <= limit < moved, off, limit, why)
+                right = off <= limit < moved
+                if right or word.endswith("mlp_pre_activation"):  # a norm may lie before the last matrix
+                    yield Finding(word, "elementwise", layer, right, off, limit, why)
 
     return judge
 

@@ -70,7 +70,7 @@ def chain(bench: Bench, _: Trace) -> Iterator[Finding]:
 
 def reads(bench: Bench, traced: Trace) -> Iterator[Finding]:
     """What goes into a module that computes is what the first weights in it are multiplied with."""
-    words = ("attention_input", "mlp_input", "mixer_input", "router_input", "expert_input")
+    words = ("attention_input", "mlp_input", "mixer_input", "router_input")
     for (name, layer), site in bench.sites.items():
         known = COMPONENTS[name]
         if known.word not in words or (name, layer) in bench.faults:

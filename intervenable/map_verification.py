@@ -199,8 +199,7 @@ def _findings(bench: Bench, output: Tensor) -> list[Finding]:
 def _identity(bench: Bench, output: Tensor) -> list[Finding]:
     """Writing everything back changes nothing: of what modules hand over bit for bit."""
     found: list[Finding] = []
-    config = getattr(bench.model, "config", None)
-    eager = getattr(config, "_attn_implementation", None) == "eager"
+    eager = all(_is_eager(bench.model, site.module) for site in bench.sites.values() if site.kind == "inside")
     for inside in (False, True):
         keys = [
             key
@@ -219,6 +218,12 @@ def _identity(bench: Bench, output: Tensor) -> list[Finding]:
             layers = [layer for other, layer in keys if other == name]
             found += [Finding(name, "identity", layer, own <= limit, own, limit, why) for layer in layers]
     return found
+
+
+def _is_eager(model: nn.Module, module: nn.Module) -> bool:
+    """Whether an attention module multiplies matrices one by one, so that it is done again bit for bit."""
+    config = getattr(module, "config", getattr(model, "config", None))
+    return getattr(config, "_attn_implementation", None) == "eager"
 
 
 def _off_by(bench: Bench, keys: Sequence[Key], output: Tensor) -> float:
