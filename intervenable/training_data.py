@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from intervenable.errors import DatasetError
-from intervenable.inputs import PER_TOKEN
+from intervenable.inputs import PER_TOKEN, TOKENS
 from intervenable.model import IntervenableModel
 from intervenable.signatures import forward_signature, takes
 from intervenable.training_columns import Columns, as_tensors, depth, missing_columns, plain, read_columns
@@ -238,25 +238,26 @@ class _Reader:
         Labels of tokens are padded with them.
         """
         main = next(iter(rows))
-        lengths = [len(row) if row.dim() else 0 for row in rows[main]]
+        lengths = _lengths(rows[main])
         tokens = {key: value for key, value in rows.items() if key in PER_TOKEN}
         if labels is not None and labels[0].dim() == 1:
             tokens["labels"] = labels
         if len(set(lengths)) > 1 and main in PER_TOKEN and "attention_mask" not in rows:
             tokens["attention_mask"] = [torch.ones(length, dtype=torch.long) for length in lengths]
+        first = _first_of_each(tokens, main)
         for key, values in tokens.items():
-            for index, (row, length) in enumerate(zip(values, lengths, strict=True)):
+            for index, (row, length) in enumerate(zip(values, _lengths(tokens[first[key]]), strict=True)):
                 if row.dim() and len(row) != length:
                     raise DatasetError(
-                        f"{prefix}{key} of row {index} of {self.name} has {len(row)} values, and its {prefix}{main}"
-                        f" {length}."
+                        f"{prefix}{key} of row {index} of {self.name} has {len(row)} values, and its"
+                        f" {prefix}{first[key]} {length}."
                     )
         left = self.side == "left" or _begins_masked(tokens.get("attention_mask"))
         fills = {"input_ids": self.pad, "decoder_input_ids": self.pad, "labels": IGNORED}
         found = {}
         for key, values in {**rows, **tokens}.items():
             if key in tokens:
-                values = _equally_long(values, max(lengths), fills.get(key, 0), left)
+                values = _equally_long(values, max(_lengths(tokens[first[key]])), fills.get(key, 0), left)
             shapes = {tuple(row.shape) for row in values}
             if len(shapes) > 1:
                 raise DatasetError(
@@ -469,6 +470,25 @@ def _chosen(subspaces: Any, rows: Sequence[int], count: int) -> Any:
     ]
 
 
+def _lengths(rows: Sequence[Tensor]) -> list[int]:
+    return [len(row) if row.dim() else 0 for row in rows]
+
+
+def _first_of_each(tokens: Mapping[str, list[Tensor]], main: str) -> dict[str, str]:
+    """For each input of tokens the one whose length it has: those of a decoder have one of their own.
+
+    What lies beside a picture or a sound, which has no tokens, is as long as it is.
+    """
+    of_decoder = [key for key in tokens if key.startswith("decoder")]
+    found = {}
+    for key in tokens:
+        if key in of_decoder or (key == "labels" and of_decoder):
+            found[key] = of_decoder[0]
+        else:
+            found[key] = main if main in tokens else key
+    return found
+
+
 def _begins_masked(masks: Sequence[Tensor] | None) -> bool:
     return masks is not None and any(len(mask) and not bool(mask[0]) for mask in masks)
 
@@ -485,7 +505,7 @@ def _equally_long(rows: Sequence[Tensor], length: int, fill: int, left: bool) ->
 def _cut(inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], slice | None]:
     """The inputs without positions that are padding in every row, and where they were cut."""
     mask = inputs.get("attention_mask")
-    if mask is None or mask.dim() != 2:
+    if mask is None or mask.dim() != 2 or not any(key in inputs for key in TOKENS):
         return inputs, None
     real = mask.bool().any(0).nonzero().reshape(-1)
     if not len(real):

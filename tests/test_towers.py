@@ -544,27 +544,44 @@ def test_examples_with_pictures_of_their_own_can_be_drawn_and_others_not():
 # Training
 
 
+TRAINED = [
+    ("vit", "block_output", 0),
+    ("llava", "block_output", -1),
+    ("llava", "vision_block_output", 1),
+    ("mllama", "cross_attention_output", -1),
+    ("whisper", "encoder_block_output", 1),
+    ("whisper", "decoder_block_output", -1),
+    ("bart", "encoder_block_output", 1),
+    ("wav2vec2", "block_output", 2),
+]
+
+
 @pytest.mark.parametrize("fast", [True, False])
-def test_a_rotation_is_trained_in_a_picture_model(fast):
-    model = tower_model("vit")
-    base, source = tower_inputs("vit", batch=6), tower_inputs("vit", seed=2, batch=6)
-    labels = [0, 1, 2, 3, 4, 0]
-    examples = Dataset.from_dict(
-        {
-            "pixel_values": base["pixel_values"].tolist(),
-            "source_pixel_values": source["pixel_values"].tolist(),
-            "labels": labels,
-        }
-    )
-    entry = iv.RepresentationConfig(LAYER, "block_output", "pos", low_rank_dimension=2, where=[0])
-    config = iv.IntervenableConfig([entry], iv.LowRankRotatedSpaceIntervention)
-    declared = iv.IntervenableModel(config, model)
+@pytest.mark.parametrize(("name", "component", "position"), TRAINED)
+def test_a_rotation_is_trained_from_the_loss_that_one_call_has(name, component, position, fast):
+    model = tower_model(name)
+    base, source = tower_inputs(name, batch=3), tower_inputs(name, seed=2, batch=3)
+    columns = {key: value.tolist() for key, value in base.items()}
+    columns |= {f"source_{key}": value.tolist() for key, value in source.items()}
+    labels = [0, 1, 2]
+    entry = iv.RepresentationConfig(LAYER, component, "pos", low_rank_dimension=2, where=[position])
+    torch.manual_seed(0)
+    declared = iv.IntervenableModel(iv.IntervenableConfig([entry], iv.LowRankRotatedSpaceIntervention), model)
     with torch.no_grad():
-        output = declared(base, [source]).intervened.logits
-    before = torch.nn.functional.cross_entropy(output, torch.tensor(labels))
+        logits = answer(declared(base, [source]).intervened)
+    last = logits if logits.dim() == 2 else logits[:, -1]
+    before = torch.nn.functional.cross_entropy(last, torch.tensor(labels))
+
     result = iv.training.train(
-        declared, examples, epochs=8, batch_size=6, lr=0.05, seed=0, schedule="constant", fast=fast
+        declared,
+        Dataset.from_dict({**columns, "labels": labels}),
+        epochs=8,
+        batch_size=3,
+        lr=0.05,
+        schedule="constant",
+        fast=fast,
     )
+
     losses = [row["loss"] for row in result.history if row["kind"] == "step"]
     assert losses[0] == pytest.approx(float(before), rel=1e-4)
     assert losses[-1] < losses[0]
