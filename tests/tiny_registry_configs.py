@@ -15,6 +15,7 @@ from tiny_registry_fields import (
     HIDDEN,
     IMAGE_TOWER_LAYERS,
     MLP,
+    OF_EACH_STAGE,
     ROLE_OF,
     SPECIAL_TOKEN,
     TOWERS,
@@ -48,7 +49,9 @@ SHAPES = (
 """What is tried, in this order."""
 
 
-def tiny_config(model_type: str, cls: type[nn.Module], shape: Shape, *, causal: bool = False) -> Any:
+def tiny_config(
+    model_type: str, cls: type[nn.Module], shape: Shape, *, causal: bool = False
+) -> Any:
     """The config of a type, made small.
 
     Args:
@@ -62,9 +65,13 @@ def tiny_config(model_type: str, cls: type[nn.Module], shape: Shape, *, causal: 
         usual = kind()
     except Exception:
         # Some refuse their own defaults.
-        plain = {k: v for k, v in EXCEPTIONS.get(model_type, {}).items() if not isinstance(v, PerLayer)}
+        plain = {
+            name: value
+            for name, value in EXCEPTIONS.get(model_type, {}).items()
+            if not isinstance(value, PerLayer) and "." not in name
+        }
         usual = kind(**plain)
-    config = kind(**_shrunk(usual, shape, model_type=model_type))
+    config = kind(**_shrunk(usual, shape, EXCEPTIONS.get(model_type, {})))
     for part in (config, config.get_text_config(decoder=True)) if causal else ():
         if getattr(part, "is_decoder", None) is False:
             part.is_decoder = True
@@ -73,12 +80,25 @@ def tiny_config(model_type: str, cls: type[nn.Module], shape: Shape, *, causal: 
     wanted = getattr(cls, "config_class", None)
     if wanted is None or isinstance(config, wanted):
         return config
-    parts = (getattr(config, name, None) for name in getattr(config, "sub_configs", {}))
-    return next((p for p in parts if isinstance(p, wanted)), config.get_text_config(decoder=True))
+    parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    parts.append(config.get_text_config(decoder=True))
+    return next(
+        (part for part in parts if isinstance(part, wanted)),
+        parts[-1] if causal else config,
+    )
 
 
-def _shrunk(config: Any, shape: Shape, *, model_type: str, tower: bool = False) -> dict[str, Any]:
-    """The fields with which the class of a config makes a small one."""
+def _shrunk(
+    config: Any, shape: Shape, exceptions: Mapping[str, Any], *, tower: bool = False
+) -> dict[str, Any]:
+    """The fields with which the class of a config makes a small one.
+
+    Args:
+        config: The usual one.
+        shape: The sizes.
+        exceptions: Fields with values of their own; of a config inside by a path (`"text_config.head_dim"`).
+        tower: Whether it is of a tower beside the main blocks, which has fewer.
+    """
     cls = type(config)
     defaults = {
         field.name: None if field.default is dataclasses.MISSING else field.default
@@ -99,34 +119,70 @@ def _shrunk(config: Any, shape: Shape, *, model_type: str, tower: bool = False) 
         given = defaults.get(name) is not None
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
             inner = tower or any(word in name for word in TOWERS)
-            fields[name] = type(value)(**_shrunk(value, shape, model_type=value.model_type, tower=inner))
+            own = {**EXCEPTIONS.get(value.model_type, {}), **_inside(exceptions, name)}
+            fields[name] = type(value)(**_shrunk(value, shape, own, tower=inner))
         elif isinstance(value, dict):
             if name in ("rope_parameters", "rope_scaling"):
-                width = shape.head_width if isinstance(defaults.get("head_dim"), int) else 8
+                width = (
+                    shape.head_width if isinstance(defaults.get("head_dim"), int) else 8
+                )
                 fields[name] = _rotation(value, width)
         elif value is None or isinstance(value, bool):
             continue
         elif ROLE_OF.get(name) == "of_each_layer" and isinstance(value, (list, tuple)):
-            if not layers_before or len(value) == layers_before or name == "layer_types":
-                fields[name] = type(value)(_cut(value, IMAGE_TOWER_LAYERS if tower else shape.layers))
-        elif isinstance(value, int) and (name in ROLE_OF or name.endswith("vocab_size")):
+            if (
+                not layers_before
+                or len(value) == layers_before
+                or name == "layer_types"
+            ):
+                fields[name] = type(value)(
+                    _cut(value, IMAGE_TOWER_LAYERS if tower else shape.layers)
+                )
+        elif isinstance(value, int) and (
+            name in ROLE_OF or name.endswith("vocab_size")
+        ):
             small = _small(ROLE_OF.get(name, "vocabulary"), value, shape, tower, given)
             if small is not None:
                 fields[name] = small
-        elif isinstance(value, int) and value >= FIRST_SPECIAL and SPECIAL_TOKEN.search(name):
+        elif (
+            isinstance(value, int)
+            and value >= FIRST_SPECIAL
+            and SPECIAL_TOKEN.search(name)
+        ):
             fields[name] = special
             special += 1
+        elif name in OF_EACH_STAGE and isinstance(value, (list, tuple)) and value:
+            fields[name] = type(value)([OF_EACH_STAGE[name]] * len(value))
         elif _fits(name, value) and (given or name == "image_size"):
             fields[name] = VALUES[name]
-    for name, value in EXCEPTIONS.get(model_type, {}).items():
-        fields[name] = value.of(shape.layers) if isinstance(value, PerLayer) else value
+    for name, value in exceptions.items():
+        if "." not in name:
+            fields[name] = (
+                value.of(shape.layers) if isinstance(value, PerLayer) else value
+            )
     renamed = getattr(cls, "attribute_map", {})
-    return {name: value for name, value in fields.items() if name not in renamed or name in names}
+    return {
+        name: value
+        for name, value in fields.items()
+        if name not in renamed or name in names
+    }
+
+
+def _inside(exceptions: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The exceptions for a config inside, by their paths from there."""
+    begin = f"{name}."
+    return {
+        path.removeprefix(begin): value
+        for path, value in exceptions.items()
+        if path.startswith(begin)
+    }
 
 
 def _fits(name: str, value: Any) -> bool:
     """Whether there is a value for a field, and of its kind."""
-    return name in VALUES and isinstance(value, (list, tuple)) == isinstance(VALUES[name], (list, tuple))
+    return name in VALUES and isinstance(value, (list, tuple)) == isinstance(
+        VALUES[name], (list, tuple)
+    )
 
 
 def _small(role: str, value: int, shape: Shape, tower: bool, given: bool) -> int | None:
@@ -136,7 +192,9 @@ def _small(role: str, value: int, shape: Shape, tower: bool, given: bool) -> int
         "mlp": MLP if value else None,
         "heads": HEADS if value else None,
         "key_value_heads": shape.key_value_heads if value else None,
-        "head_width": shape.head_width if given else None,  # the config works it out itself
+        "head_width": shape.head_width
+        if given
+        else None,  # the config works it out itself
         "layers": IMAGE_TOWER_LAYERS if tower else shape.layers,
         "encoder_layers": shape.layers,
         "tower_layers": IMAGE_TOWER_LAYERS,
@@ -172,11 +230,17 @@ def _rotation(value: Mapping[str, Any], head_width: int) -> dict[str, Any]:
             key: _rotation(inner, head_width) if isinstance(inner, dict) else inner
             for key, inner in value.items()
         }
-    found = {key: inner for key, inner in value.items() if key not in ("long_factor", "short_factor")}
+    found = {
+        key: inner
+        for key, inner in value.items()
+        if key not in ("long_factor", "short_factor")
+    }
     if found.get("mrope_section"):
         half = int(head_width * (found.get("partial_rotary_factor") or 1.0)) // 2
         parts = len(found["mrope_section"])
-        found["mrope_section"] = [half - (parts - 1) * (half // parts)] + [half // parts] * (parts - 1)
+        found["mrope_section"] = [half - (parts - 1) * (half // parts)] + [
+            half // parts
+        ] * (parts - 1)
     if "original_max_position_embeddings" in found:
         found["original_max_position_embeddings"] = 32
     if found.get("rope_type") in ("longrope", "su"):

@@ -18,7 +18,10 @@ ROLES = {
     "hidden": """hidden_size d_model n_embd embed_dim emb_dim embedding_dim dim embedding_size word_embed_proj_dim
         input_embedding_size output_embedding_size lru_width attention_hidden_size backbone_hidden_size hidden_dim
         decoder_hidden_size encoder_hidden_size hidden_channels text_embed_dim projection_dim hidden_size_global
-        vision_hidden_size vq_embed_dim ple_embed_dim""",
+        vision_hidden_size vq_embed_dim ple_embed_dim cross_hidden_size audio_hidden_size text_hidden_size
+        adapter_input_size adapter_in_dim adapter_out_dim d_latents downsample_hidden_size alignment_intermediate_size output_hidden_size
+        projector_hidden_size projection_intermediate_size projection_hidden_dim conv_hidden_size
+        moe_hidden_size post_conv_in_channels post_conv_mid_channels latent_channels image_token_embed_dim""",
     "mlp": """intermediate_size ffn_dim ffn_hidden_size d_ff dff dim_ff decoder_ffn_dim encoder_ffn_dim d_inner
         feed_forward_size mlp_dim n_inner moe_intermediate_size shared_expert_intermediate_size
         expert_ffn_hidden_size intermediate_size_mlp shared_intermediate_size dense_intermediate_size
@@ -26,13 +29,17 @@ ROLES = {
         text_config_intermediate_size bottleneck_dim pooler_hidden_size intermediate_ff_dim hidden_mlp_size""",
     "heads": """num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads
         attention_heads num_encoder_attention_heads num_decoder_attention_heads conf_num_attention_heads
-        swa_num_attention_heads index_n_heads num_query_groups nhead num_attn_heads linear_num_heads""",
+        swa_num_attention_heads index_n_heads num_query_groups nhead num_attn_heads linear_num_heads
+        cross_num_attention_heads encoder_num_attention_heads num_self_attention_heads
+        num_cross_attention_heads""",
     "key_value_heads": """num_key_value_heads kv_n_heads num_kv_heads swa_num_key_value_heads
-        decoder_num_key_value_heads encoder_num_key_value_heads num_global_key_value_heads index_n_kv_heads""",
+        decoder_num_key_value_heads encoder_num_key_value_heads num_global_key_value_heads index_n_kv_heads
+        cross_num_key_value_heads encoder_num_key_value_heads decoder_num_key_value_heads""",
     "head_width": """head_dim d_kv d_head kv_channels dim_head attention_head_size swa_head_dim attention_head_dim
-        linear_head_dim global_head_dim""",
+        linear_head_dim global_head_dim cross_head_dim""",
     "layers": """num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers num_blocks
-        num_layers_per_stack""",
+        num_layers_per_stack encoder_num_hidden_layers decoder_num_hidden_layers
+        num_self_attends_per_block""",
     "encoder_layers": "encoder_layers num_encoder_layers",
     "tower_layers": """depth conf_num_hidden_layers num_global_layers vision_depth speech_encoder_layers
         audio_depth""",
@@ -50,7 +57,14 @@ ROLES = {
 }
 ROLE_OF = {name: role for role, names in ROLES.items() for name in names.split()}
 SPECIAL_TOKEN = re.compile(r"(_token_id|_token_index|_index|_tokens?_ids?)$")
-COUNTS_OF_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "depth")
+COUNTS_OF_LAYERS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "decoder_layers",
+    "depth",
+)
 TOWERS = ("vision", "audio", "encoder", "speech", "vq")
 
 _NUMBERS = """
@@ -89,3 +103,18 @@ VALUES: Mapping[str, Any] = {
     "mem_len": None,
 }
 """Values of fields that are of one kind of model."""
+
+OF_EACH_STAGE: Mapping[str, int] = {
+    **dict.fromkeys(
+        ("hidden_sizes", "embed_dim", "conv_dim", "tdnn_dim", "base_attn_unit_dims"),
+        HIDDEN,
+    ),
+    **dict.fromkeys(("downsample_channels", "neck_hidden_sizes"), HIDDEN),
+    **dict.fromkeys(("num_heads", "num_attention_heads"), HEADS),
+    **dict.fromkeys(
+        ("depths", "depth", "num_block_repeats", "n_attn_blocks", "stage_num_blocks"), 2
+    ),
+    "num_groups": 4,
+    "key_dim": 8,
+}
+"""What stands in lists that have an entry for each stage."""
