@@ -19,7 +19,8 @@ ROLES = {
         input_embedding_size output_embedding_size lru_width attention_hidden_size backbone_hidden_size hidden_dim
         decoder_hidden_size encoder_hidden_size hidden_channels text_embed_dim projection_dim hidden_size_global
         vision_hidden_size vq_embed_dim ple_embed_dim cross_hidden_size audio_hidden_size text_hidden_size
-        adapter_input_size adapter_in_dim adapter_out_dim d_latents downsample_hidden_size alignment_intermediate_size output_hidden_size
+        adapter_input_size adapter_in_dim adapter_out_dim d_latents downsample_hidden_size
+        alignment_intermediate_size output_hidden_size
         projector_hidden_size projection_intermediate_size projection_hidden_dim conv_hidden_size
         moe_hidden_size post_conv_in_channels post_conv_mid_channels latent_channels image_token_embed_dim""",
     "mlp": """intermediate_size ffn_dim ffn_hidden_size d_ff dff dim_ff decoder_ffn_dim encoder_ffn_dim d_inner
