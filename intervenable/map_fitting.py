@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from torch import nn
 
-from intervenable.map_layers import block_signature, layer_kinds
+from intervenable.map_layers import block_signature, layer_kinds, layers_of_twin
 from model_maps import COMPONENTS, AttentionHeads, HeadColumns, LayerKind, ModelMap, Site, Stack
 
 
@@ -80,34 +80,21 @@ def _layers(
 ) -> list[_Layer]:
     small, large = _blocks(twin, path), _blocks(model, path)
     known = [_of_twin(record, stack, layer) for layer in range(len(small))]
-    signatures = [block_signature(block) for block in small]
-    made: dict[tuple[int, int], _Layer] = {}
-    layers: list[_Layer] = []
-    kinds = layer_kinds(large)
+    kinds, shown = layer_kinds(large), layers_of_twin(small, large) or ()
+    same = {kinds[at]: layer for layer, at in reversed(list(enumerate(shown)))}
+    alike = {block_signature(block): layer for layer, block in reversed(list(enumerate(small)))}
+    made: dict[int, _Layer] = {}
     usual: dict[str, Fraction] = {}
-    for at, block in enumerate(large):
-        like = _like(at, block, kinds, signatures)
+    # Kinds that the twin has for certain come first: they say how much wider the model is.
+    for kind in sorted(set(kinds), key=lambda kind: (kind not in same, kind)):
+        like = same[kind] if kind in same else alike.get(block_signature(large[kind]))
         if like is None:
-            layers.append(_unknown(known, at))
+            made[kind] = _unknown(known, kind)
             continue
-        key = (like, kinds[at])
-        if key not in made:
-            exact = like in (at, kinds[at])
-            widths = _Widths(small[like], block, None if exact else usual)
-            made[key] = _fitted_layer(known[like], widths)
-            if exact:
-                usual.update(widths.seen)
-        layers.append(made[key])
-    return layers
-
-
-def _like(at: int, block: nn.Module, kinds: Sequence[int], signatures: Sequence[object]) -> int | None:
-    """The layer of the twin that a layer of the model is like; None if there is none."""
-    signature = block_signature(block)
-    for layer in (at, kinds[at]):
-        if layer < len(signatures) and signatures[layer] == signature:
-            return layer
-    return next((layer for layer, other in enumerate(signatures) if other == signature), None)
+        widths = _Widths(small[like], large[kind], None if kind in same or not shown else usual)
+        made[kind] = _fitted_layer(known[like], widths)
+        usual.update(widths.seen)
+    return [made[kind] for kind in kinds]
 
 
 def _blocks(model: nn.Module, path: str) -> list[nn.Module]:

@@ -84,14 +84,37 @@ def layers_shown(model: nn.Module, *, even: bool = False) -> Shown:
 
 
 def _chosen(kinds: Sequence[int], listed: bool) -> tuple[int, ...]:
-    """The shortest beginning in which every kind is, twice if that is not long; else some of each kind."""
+    """The shortest beginning in which every kind is, twice if that is not long; or some of each kind."""
     places = [[at for at, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)]
     twice = max(at for group in places for at in group[:2]) + 1
     once = max(group[0] for group in places) + 1
-    if listed and once > COMFORTABLE:
-        return tuple(sorted(at for group in places for at in group[: 2 if len(places) <= COMFORTABLE // 2 else 1]))
-    enough = twice if twice <= COMFORTABLE else min(once, MOST)
-    return tuple(range(min(len(kinds), max(FEWEST, enough))))
+    enough = max(FEWEST, twice if twice <= COMFORTABLE else min(once, MOST))
+    if listed:
+        times = 2 if len(places) <= COMFORTABLE // 2 else 1
+        some = [at for group in places for at in group[:times]]
+        rest = [at for at in range(len(kinds)) if at not in some]
+        some = sorted([*some, *rest[: FEWEST - len(some)]]) if len(some) < FEWEST else sorted(some)
+        if len(some) < enough or once > MOST:
+            return tuple(some)
+    return tuple(range(min(len(kinds), enough)))
+
+
+def layers_of_twin(small: Sequence[nn.Module], large: Sequence[nn.Module]) -> tuple[int, ...] | None:
+    """Which layers of a model those of its twin are; None if they are like no choice of them.
+
+    Args:
+        small: The blocks of the twin.
+        large: Those of the model.
+    """
+    signatures = [block_signature(block) for block in small]
+    wanted = [block_signature(block) for block in large]
+    kinds = layer_kinds(large)
+    options = [tuple(range(len(small))), _chosen(kinds, True)]
+    options += [_before_and_after([kinds], part) for part in range(1, len(large))]
+    for option in options:
+        if len(option) == len(small) and [wanted[at] for at in option if at < len(wanted)] == signatures:
+            return option
+    return None
 
 
 def _before_and_after(stacks: Sequence[Sequence[int]], sharing_from: int) -> tuple[int, ...]:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from intervenable.errors import IntervenableError, UnsupportedModelError
 from intervenable.map_inputs import example_inputs
-from intervenable.map_layers import layers_shown
+from intervenable.map_layers import block_signature, layers_shown
 from intervenable.map_twin_config import TwinShape, small_config
 from intervenable.unwrapping import unwrapped
 
 SHAPES = (
     TwinShape(),
+    TwinShape(first_layers=True),
     TwinShape(narrow=16),
     TwinShape(stated_fields_alone=True),
     TwinShape(window=64),
@@ -63,19 +64,41 @@ def twin_of(model: nn.Module, *, seed: int = 0) -> nn.Module:
             f"{type(inner).__name__} has no config of transformers, so no tiny model can be made like it."
             "\nIts map can still be found by running the model itself."
         )
-    faults = []
+    faults: list[Exception] = []
+    incomplete: nn.Module | None = None
     with warnings.catch_warnings():
         # About small fields, or some that are going to be renamed.
         warnings.simplefilter("ignore")
         for shape in SHAPES:
+            if incomplete is not None and not shape.first_layers:
+                break
             try:
-                return _twin(inner, config, shape, seed)
+                twin = _twin(inner, config, shape, seed)
             except Exception as fault:
                 faults.append(fault)
+                continue
+            if _has_all_kinds(twin, inner):
+                return twin
+            incomplete = incomplete or twin
+    if incomplete is not None:
+        return incomplete
     raise UnsupportedModelError(
         f"No tiny model like {type(inner).__name__} runs. {_one_line(faults[0])}"
         "\nIts map can still be found by running the model itself: pass example_inputs=, or register_map() one."
     ) from faults[0]
+
+
+def _has_all_kinds(twin: nn.Module, model: nn.Module) -> bool:
+    """Whether each block of the model is like one of the twin's."""
+    for path, blocks in twin.named_modules():
+        if isinstance(blocks, nn.ModuleList) and len(blocks) > 1:
+            try:
+                real = model.get_submodule(path)
+            except AttributeError:
+                continue
+            if not {block_signature(block) for block in real.children()} <= {*map(block_signature, blocks)}:
+                return False
+    return True
 
 
 def _twin(model: nn.Module, config: Any, shape: TwinShape, seed: int) -> nn.Module:
@@ -88,19 +111,16 @@ def _twin(model: nn.Module, config: Any, shape: TwinShape, seed: int) -> nn.Modu
     usual = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.float32)
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
             torch.manual_seed(seed)
-            made: nn.Module = cls(small).eval().float()
+            made: nn.Module = cls(small).eval().float().requires_grad_(False)
+            spread_weights(made, seed)
+            output = made(**example_inputs(made))
+            for value in _floats(output):
+                if not torch.isfinite(value[..., :FIRST_IDS]).all():
+                    raise UnsupportedModelError("What it returns is not finite.")
     finally:
         torch.set_default_dtype(usual)
-    made.requires_grad_(False)
-    spread_weights(made, seed)
-    inputs = example_inputs(made)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        output = made(**inputs)
-    for value in _floats(output):
-        if not torch.isfinite(value[..., :FIRST_IDS]).all():
-            raise UnsupportedModelError("What it returns is not finite.")
     return made
 
 

@@ -53,6 +53,9 @@ class TwinShape:
     even_stacks: bool = False
     """Whether all stacks get as many layers as the one that needs most."""
 
+    first_layers: bool = False
+    """Whether its layers are the first ones of the model even where the config lists their kinds."""
+
     stated_fields_alone: bool = False
     """Whether what equals the default of its field is left to the config to work out again."""
 
@@ -167,7 +170,9 @@ def layer_overrides(config: Any) -> dict[int, dict[str, Any]]:
     """Layer -> fields that have another value there."""
     if not field_of(config, "is_heterogeneous"):
         return {}
-    return {int(layer): dict(fields) for layer, fields in config.to_dict().get("per_layer_config", {}).items()}
+    return {
+        int(layer): dict(fields) for layer, fields in config.to_dict().get("per_layer_config", {}).items()
+    }
 
 
 def layers_of(config: Any) -> int | None:
@@ -214,7 +219,10 @@ def _geometry(config: Any) -> _Geometry | None:
         return _Geometry(hidden, 1, 0, 0, True)
     latent = [width for name in _LATENT_WIDTHS if _is_number(width := field_of(config, name)) and width]
     latent += [
-        fields[name] for fields in layer_overrides(config).values() for name in _LATENT_WIDTHS if name in fields
+        fields[name]
+        for fields in layer_overrides(config).values()
+        for name in _LATENT_WIDTHS
+        if name in fields
     ]
     width = _first_number(config, HEAD_DIM)
     if latent:
@@ -326,7 +334,7 @@ class _Shrinking:
     def _part(self, config: Any) -> _Part:
         geometry, layers = _geometry(config), layers_of(config)
         sharing = field_of(config, "num_kv_shared_layers")
-        listed = any(
+        listed = not self._shape.first_layers and any(
             isinstance(value, (list, tuple)) and len(value) == layers for value in vars(config).values()
         )
         shown = (

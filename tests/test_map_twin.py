@@ -1,0 +1,294 @@
+"""Tiny twins of large models: as many heads, every kind of layer, and a config that is left alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import intervenable as iv
+from intervenable.map_inputs import example_inputs
+from intervenable.map_layers import block_signature, layer_kinds, layers_shown
+from intervenable.map_twin import twin_of
+
+LARGE: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama 3 70B": (
+        "LlamaForCausalLM",
+        {
+            "hidden_size": 8192,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "num_hidden_layers": 80,
+            "intermediate_size": 28672,
+            "vocab_size": 128256,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        },
+    ),
+    "DeepSeek V3 671B": ("DeepseekV3ForCausalLM", {}),
+    "Mixtral 8x22B": (
+        "MixtralForCausalLM",
+        {
+            "hidden_size": 6144,
+            "num_attention_heads": 48,
+            "num_key_value_heads": 8,
+            "num_hidden_layers": 56,
+            "intermediate_size": 16384,
+        },
+    ),
+    "Qwen3 235B": (
+        "Qwen3MoeForCausalLM",
+        {
+            "hidden_size": 4096,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "num_hidden_layers": 94,
+            "num_experts": 128,
+            "moe_intermediate_size": 1536,
+        },
+    ),
+    "Gemma 3 27B": (
+        "Gemma3ForCausalLM",
+        {
+            "hidden_size": 5376,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 16,
+            "head_dim": 128,
+            "num_hidden_layers": 62,
+            "intermediate_size": 21504,
+        },
+    ),
+    "Falcon 180B": (
+        "FalconForCausalLM",
+        {
+            "hidden_size": 14848,
+            "num_attention_heads": 232,
+            "num_kv_heads": 8,
+            "num_hidden_layers": 80,
+            "new_decoder_architecture": True,
+        },
+    ),
+    "GPT-2 XL": ("GPT2LMHeadModel", {"n_embd": 1600, "n_head": 25, "n_layer": 48}),
+    "Pythia 12B": (
+        "GPTNeoXForCausalLM",
+        {
+            "hidden_size": 5120,
+            "num_attention_heads": 40,
+            "num_hidden_layers": 36,
+            "intermediate_size": 20480,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.25,
+            },
+        },
+    ),
+    "T5 11B": (
+        "T5ForConditionalGeneration",
+        {"d_model": 1024, "d_kv": 128, "d_ff": 65536, "num_heads": 128, "num_layers": 24},
+    ),
+    "CodeGen 16B": ("CodeGenForCausalLM", {"n_embd": 6144, "n_head": 24, "n_layer": 34, "rotary_dim": 64}),
+    "Jamba 52B": ("JambaForCausalLM", {}),
+    "Whisper large": (
+        "WhisperForConditionalGeneration",
+        {
+            "d_model": 1280,
+            "encoder_layers": 32,
+            "decoder_layers": 32,
+            "encoder_attention_heads": 20,
+            "decoder_attention_heads": 20,
+            "encoder_ffn_dim": 5120,
+            "decoder_ffn_dim": 5120,
+        },
+    ),
+    "ViT large": (
+        "ViTForImageClassification",
+        {
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+        },
+    ),
+    "Hubert large": (
+        "HubertForCTC",
+        {
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+        },
+    ),
+}
+
+
+def large(name: str) -> nn.Module:
+    """A model of the size that it really has, without weights."""
+    class_name, fields = LARGE[name]
+    cls: Any = getattr(transformers, class_name)
+    with torch.device("meta"):
+        model: nn.Module = cls(cls.config_class(**fields))
+    return model
+
+
+def heads_of(model: nn.Module) -> tuple[Any, ...]:
+    """Heads and key-value heads that a config states, by all the names it may have for them."""
+    config: Any = model.config
+    names = ("num_attention_heads", "num_key_value_heads", "num_kv_heads", "encoder_attention_heads")
+    return tuple(getattr(config, name, None) for name in names)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_twin_of_a_large_model_runs_and_has_as_many_heads(name: str) -> None:
+    model = large(name)
+
+    twin = twin_of(model)
+
+    assert type(twin) is type(model)
+    assert heads_of(twin) == heads_of(model)
+    assert sum(parameter.numel() for parameter in twin.parameters()) < 8e6
+    assert {parameter.dtype for parameter in twin.parameters()} == {torch.float32}
+    with torch.no_grad():
+        assert torch.isfinite(twin(**example_inputs(twin))[0]).all()
+
+
+@pytest.mark.parametrize("name", ["DeepSeek V3 671B", "Gemma 3 27B", "Jamba 52B", "Llama 3 70B"])
+def test_the_twin_has_every_kind_of_layer(name: str) -> None:
+    model = large(name)
+
+    twin = twin_of(model)
+
+    kinds = {block_signature(block) for block in model.model.layers}  # type: ignore[union-attr]
+    assert {block_signature(block) for block in twin.model.layers} == kinds  # type: ignore[union-attr]
+    assert len(twin.model.layers) < len(model.model.layers)  # type: ignore[arg-type,union-attr]
+
+
+def test_layers_that_a_config_counts_in_periods_are_the_first_ones_of_the_model() -> None:
+    model, twin = large("Jamba 52B"), twin_of(large("Jamba 52B"))
+
+    signatures = [block_signature(block) for block in twin.model.layers]  # type: ignore[union-attr]
+
+    assert signatures == [block_signature(block) for block in model.model.layers[: len(signatures)]]  # type: ignore[index,union-attr]
+
+
+def test_layers_that_share_keys_and_values_come_after_some_that_do_not() -> None:
+    config = transformers.Gemma3nTextConfig()
+    with torch.device("meta"):
+        model = transformers.Gemma3nForCausalLM(config)
+
+    twin = twin_of(model)
+
+    shared = [block.self_attn.is_kv_shared_layer for block in twin.model.layers]  # type: ignore[union-attr]
+    assert {True, False} == {*shared}
+    assert shared == sorted(shared)
+
+
+def test_a_far_kind_of_layer_is_only_shown_if_the_config_lists_the_kinds() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([*(nn.Linear(2, 2) for _ in range(30)), nn.Linear(2, 3)])
+
+    assert layers_shown(Odd())(31, listed=True) == (0, 1, 30)
+    assert layers_shown(Odd())(31) == tuple(range(16))
+
+
+def test_a_switch_makes_another_kind_of_layer() -> None:
+    one, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    other.is_sliding = True  # type: ignore[assignment]
+
+    assert layer_kinds([one, other, one]) == (0, 1, 0)
+
+
+def test_adapted_and_packed_linear_modules_are_like_plain_ones() -> None:
+    class Packed(nn.Module):
+        in_features, out_features = 8, 8
+
+    class Adapted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base_layer = nn.Linear(8, 8)
+            self.lora_A = nn.Linear(8, 1)
+
+    plain = block_signature(nn.Sequential(nn.Linear(2, 4)))
+
+    assert block_signature(nn.Sequential(Packed())) == plain
+    assert block_signature(nn.Sequential(Adapted())) == plain
+
+
+def test_neither_the_model_nor_its_config_nor_the_random_numbers_change() -> None:
+    config = transformers.LlamaConfig(
+        hidden_size=64, num_attention_heads=4, num_hidden_layers=5, vocab_size=300, intermediate_size=99
+    )
+    model = transformers.LlamaForCausalLM(config).train()
+    before = copy.deepcopy(config.to_dict())
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.random.get_rng_state()
+
+    twin_of(model)
+
+    assert config.to_dict() == before
+    assert model.training
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, weights[name])
+
+
+def test_a_default_dtype_of_the_user_neither_reaches_the_twin_nor_is_lost() -> None:
+    model = large("GPT-2 XL")
+    torch.set_default_dtype(torch.float64)
+    try:
+        twin = twin_of(model)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+    assert {parameter.dtype for parameter in twin.parameters()} == {torch.float32}
+
+
+def test_stated_numbers_that_are_no_sizes_are_those_of_the_model() -> None:
+    config = transformers.Gemma2Config(
+        num_hidden_layers=4,
+        final_logit_softcapping=7.0,
+        attn_logit_softcapping=9.0,
+        rms_norm_eps=1e-3,
+        attention_bias=True,
+    )
+    with torch.device("meta"):
+        twin: Any = twin_of(transformers.Gemma2ForCausalLM(config))
+
+    assert twin.config.final_logit_softcapping == 7.0
+    assert twin.config.attn_logit_softcapping == 9.0
+    assert twin.config.rms_norm_eps == 1e-3
+    assert twin.model.layers[0].self_attn.q_proj.bias is not None
+
+
+def test_eager_attention_stays_eager() -> None:
+    config = transformers.GPT2Config(n_embd=8, n_head=2, n_layer=3)
+    config._attn_implementation = "eager"
+    model = transformers.GPT2LMHeadModel(config)
+
+    twin: Any = twin_of(model)
+
+    assert twin.config._attn_implementation == "eager"
+
+
+def test_a_model_without_a_config_has_no_twin() -> None:
+    with pytest.raises(iv.UnsupportedModelError) as raised:
+        twin_of(nn.Linear(2, 2))
+
+    assert str(raised.value) == (
+        "Linear has no config of transformers, so no tiny model can be made like it."
+        "\nIts map can still be found by running the model itself."
+    )
