@@ -164,6 +164,16 @@ def deviation(found: Tensor, expected: Tensor) -> float:
     return float((difference / scale).amax())
 
 
+def told(scores: Tensor) -> Tensor:
+    """Which scores are not masked: a softmax gives weight to none that lies a thousand below the largest of its row.
+
+    Example:
+        >>> told(torch.tensor([[1.0, -1e4, -torch.inf]])).tolist()
+        [[True, False, False]]
+    """
+    return scores.isfinite() & (scores > scores.amax(-1, keepdim=True) - 1000)
+
+
 def named(word: str, prefix: str) -> str:
     """A component's name in a stack; of what cross attention has not, the decoder's.
 

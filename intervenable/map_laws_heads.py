@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from intervenable.map_laws import Finding, deviation, limit_of, named
+from intervenable.attention_mode import SCORES
+from intervenable.map_laws import Finding, deviation, limit_of, named, told
 from intervenable.map_laws_runs import Bench, Change, Group, Key
 from intervenable.map_laws_swaps import MOVED, Judge
 from model_maps import COMPONENTS
@@ -141,7 +142,7 @@ def _told(new: Tensor, old: Tensor, coded: Coded, bit: int, count: int, limit: f
     total = old.shape[1]
     if count == 0 or total % count or new.shape != old.shape:
         return float("inf"), False
-    visible = new.isfinite() & old.isfinite()
+    visible = told(new) & told(old) if coded.read in SCORES else new.isfinite() & old.isfinite()
     new, old = (torch.where(visible, t, torch.zeros_like(t)).float() for t in (new, old))
     size = float(old.abs().max()) or 1.0
     difference = (new - old) / size

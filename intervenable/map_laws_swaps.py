@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from intervenable.attention_mode import SCORES, floor_of
-from intervenable.map_laws import ADDED, ENDS, ONLY, TRANSFERS, Finding, deviation, limit_of, named
+from intervenable.attention_mode import SCORES
+from intervenable.map_laws import ADDED, ENDS, ONLY, TRANSFERS, Finding, deviation, limit_of, named, told
 from intervenable.map_laws_runs import Bench, Change, Group, Key, taken_from
 from model_maps import COMPONENTS
 
@@ -18,6 +18,10 @@ Judge = Callable[[], Iterator[Finding]]
 
 MOVED = 10
 """How many times the limit a change must have to count as one."""
+
+
+STILL = 0.1
+"""How many times the limit a change may have to count as none: both come from one pass."""
 
 
 class Swaps:
@@ -241,9 +245,9 @@ def _where_both(scores: Tensor, other: Tensor) -> Tensor:
     """Scores where neither is masked, as a mask may follow from what the attention is given."""
     if other.shape != scores.shape:
         return scores
-    floor = floor_of(scores.dtype)
-    visible = (scores > floor) & (other > floor)
-    if not torch.equal(scores > floor, other > floor):
+    ours, theirs = told(scores), told(other)
+    visible = ours & theirs
+    if not torch.equal(ours, theirs):
         # Of a row the model may take the largest entry first, which may be one that only one of them has.
         top = scores.masked_fill(~visible, -torch.inf).amax(-1, keepdim=True)
         scores = scores - top.masked_fill(top == -torch.inf, 0.0)
@@ -502,5 +506,5 @@ def _near(name: str, law: str, layer: int | None, found: Tensor, expected: Tenso
 
 
 def _moved(name: str, layer: int | None, found: Tensor, before: Tensor, why: str) -> Finding:
-    limit, off = limit_of(before.dtype), deviation(found, before)
+    limit, off = STILL * limit_of(before.dtype), deviation(found, before)
     return Finding(name, "moves", layer, off > limit, off, limit, why)

@@ -98,7 +98,9 @@ def projects(bench: Bench, traced: Trace) -> Iterator[Finding]:
         if side is None or (name, layer) in bench.faults:
             continue
         function = None if site.function is None else site.function[0]
-        right = function == "linear" or (site.side == side and _has_matrix(site.module))
+        inside = [*site.module.children()]  # one alone is a linear map in a wrapper
+        linear = _has_matrix(site.module) or (len(inside) == 1 and _has_matrix(inside[0]))
+        right = function == "linear" or (site.side == side and linear)
         why = f"the {side} of a module with a matrix of weights"
         yield Finding(name, "projects", layer, right, 0.0 if right else INFINITE, 0.0, why)
         given = bench.plainly.get((named("mlp_input", COMPONENTS[name].prefix), layer))
