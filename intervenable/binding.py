@@ -157,8 +157,8 @@ class Places:
     def site(self, entry: RepresentationConfig) -> BoundSite:
         if entry.moe_key is not None:
             raise ConfigError(
-                f"moe_key={entry.moe_key}: no mapped architecture has its experts as modules of their own."
-                " Leave it out, or name the expert by its module path."
+                f"moe_key={entry.moe_key}: a component is of all experts at once. Leave it out; to switch an expert"
+                " off use iv.experts.switched_off, and name one that is a module by its path."
             )
         return self.at(entry.component, entry.layer or 0)
 

@@ -163,6 +163,10 @@ class CollectingRun:
             index = site.index(units, self.inputs, passage.take(site.side, site.slot).device)
             value = site.read(passage, index, self.inputs, added.get(id(site)))
             seen.value = self.keep(value)  # the model may go on working in its memory
+            if self.metric is not None and not value.is_floating_point():
+                raise InputError(
+                    f"{site.label} has whole numbers, which have no gradient. Collect it in a call of its own."
+                )
             if self.metric is not None:
                 probed: Tensor = _Probe.apply(value, self._anchor, partial(self._keep_gradient, seen))  # type: ignore[no-untyped-call]
                 site.write(passage, index, self.inputs, value, probed)

@@ -276,12 +276,12 @@ DECLARED = [
         f"The name '{NAME}' is also the default name of another representation; choose another.",
     ),
     Case(
-        "expert that no model has",
+        "expert of a component",
         lambda: bound({"moe_key": 1}),
         iv.ConfigError,
         ValueError,
-        "representation 0: moe_key=1: no mapped architecture has its experts as modules of their own. Leave it"
-        " out, or name the expert by its module path.",
+        "representation 0: moe_key=1: a component is of all experts at once. Leave it out; to switch an expert off"
+        " use iv.experts.switched_off, and name one that is a module by its path.",
     ),
     Case(
         "model given by name",

@@ -154,6 +154,20 @@ def test_the_numbers_of_chosen_experts_are_not_to_be_written():
     )
 
 
+def test_whole_numbers_have_no_gradient():
+    model = tiny()
+    with pytest.raises(
+        iv.InputError, match=r"expert_choice of layer 1 has whole numbers, which have no gradient"
+    ):
+        iv.collect(
+            model, prompt(model), "expert_choice", layers=1, gradients_of=lambda out: out.logits[:, -1, 0]
+        )
+    found = iv.collect(
+        model, prompt(model), "router_output", layers=1, gradients_of=lambda out: out.logits[:, -1, 0]
+    )
+    assert float(found["router_output.gradient", 1].abs().sum()) > 0
+
+
 def test_logits_of_experts_are_swept_like_anything_else():
     model = tiny()
     clean, corrupted = prompt(model), prompt(model, seed=1)
