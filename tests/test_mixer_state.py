@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pickle
 
 import pytest
 import tiny_registry
@@ -356,3 +357,15 @@ def test_which_layers_keep_a_state_is_found_out_by_a_run(name):
     }
     assert set(found) == {0, 1, 2, 3} - without.get(name, set())
     assert set(found.values()) == {shape}
+
+
+def test_layers_of_one_kind_share_a_map_which_is_made_once():
+    with_attention = tuple(range(3, 400, 4))
+    without = tuple(layer for layer in range(400) if layer not in with_attention)
+    row = hybrid("Deep", "mamba", with_attention, without)
+    first = row.at_layer("mixer_output", 0)
+    assert all(row.at_layer("mixer_output", layer) is first for layer in without)
+    assert row.at_layer("mixer_output", 3) is row.at_layer("query_output", 399) is not first
+    again = pickle.loads(pickle.dumps(row))
+    assert again == row
+    assert again.at_layer("mixer_output", 0) == first
