@@ -77,7 +77,8 @@ class _Call:
 
     batch: int
     queries: int
-    keys: int | None = None
+    keys: list[int] = field(default_factory=list)
+    """Columns of the products of queries met, of which one is the scores: others are of positions told apart."""
     scored: bool = False
     """Whether a softmax was met whose pattern is still to be multiplied with values."""
 
@@ -205,7 +206,7 @@ class AttentionMode(TorchFunctionMode):
                     operands[first + 1] = _like(values, operands[first + 1])
                     return func(*operands, **named)
         elif self._is_matrix(left) and left.shape[3] == right.shape[2]:
-            self._call.keys = right.shape[3]
+            self._call.keys.append(right.shape[3])
             queries = self._shown(left, "rotary_query")
             keys = right.transpose(2, 3)
             new = self._keys_shown(keys)
@@ -222,13 +223,13 @@ class AttentionMode(TorchFunctionMode):
         scores = self._by_heads(given)
         along = rest[0] if rest and isinstance(rest[0], int) else named.get("dim")
         last = along in (-1, given.dim() - 1)
-        keys = self._call.keys
         if scores is None or not last or not self._is_matrix(scores):
             return func(*args, **kwargs)  # type: ignore[no-any-return]
-        if keys is None:
-            keys = scores.shape[3]
-        if scores.shape[3] - keys not in (0, 1):
-            return func(*args, **kwargs)  # type: ignore[no-any-return]
+        keys, met = scores.shape[3], self._call.keys
+        if met and keys not in met:
+            keys -= 1
+            if keys not in met:
+                return func(*args, **kwargs)  # type: ignore[no-any-return]
         self._call.scored = True
         sink = scores.shape[3] > keys  # a column that takes weight and stands for no key
         dead = None

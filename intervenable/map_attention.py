@@ -7,12 +7,19 @@ tell which linear maps make the queries, keys and values that they multiply, and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from intervenable.map_attention_module import attention_module, input_site, output_site
+from intervenable.map_attention_module import (
+    GIVEN_TWICE,
+    attention_module,
+    given_twice,
+    input_site,
+    output_site,
+    reached_by,
+)
 from intervenable.map_attention_probe import probe
 from intervenable.map_attention_projections import (
     ROLES,
@@ -27,7 +34,7 @@ from intervenable.map_attention_projections import (
     take_moments,
 )
 from intervenable.map_attention_view import BlockView, layout, same_values
-from intervenable.map_trace import Trace
+from intervenable.map_trace import Call, Trace
 from model_maps import Site
 
 MATRICES = ("attention_scores", "attention_scores_masked", "attention_pattern")
@@ -63,6 +70,9 @@ class BlockAttention:
     path: str | None
     """The attention module, relative to the block; None if there is none."""
 
+    call: Call | None = field(default=None, repr=False, compare=False)
+    """The call of that module in the pass that was looked at."""
+
 
 def attention_sites(
     model: nn.Module,
@@ -86,7 +96,31 @@ def attention_sites(
     mixing = [module for view, several in found if several for module in convolutions(view, several)]
     if mixing:
         found = _found(model, inputs, blocks, cross, mixing)
-    return [_answer(view, several, cross) for view, several in found]
+    answers = [_answer(view, several, cross) for view, several in found]
+    return answers if cross else _writable(model, inputs, [view for view, _ in found], blocks, answers)
+
+
+def _writable(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    blocks: Sequence[nn.Module],
+    answers: Sequence[BlockAttention],
+) -> list[BlockAttention]:
+    """The answers, with inputs of attention that cannot be written where a module is given them several times."""
+    reached: dict[type[nn.Module], bool] = {}
+    result = []
+    for view, block, one in zip(views, blocks, answers, strict=True):
+        site = one.sites.get("attention_input")
+        if site is not None and one.call is not None and given_twice(one.call):
+            kind = type(one.call.module)
+            if kind not in reached:
+                reached[kind] = reached_by(model, inputs, one.call, block, view.rows)
+            if not reached[kind]:
+                one = replace(
+                    one, sites={**one.sites, "attention_input": replace(site, read_only=GIVEN_TWICE)}
+                )
+        result.append(one)
+    return result
 
 
 def _found(
@@ -167,7 +201,7 @@ class _Answer:
             )
         except RefusedError as error:
             self._absent.update(dict.fromkeys(("attention_input", *INSIDE), str(error)))
-        return BlockAttention(self._sites, self._absent, path)
+        return BlockAttention(self._sites, self._absent, path, module)
 
     def _operand(self, role: Role) -> Projection | None:
         """The projection of queries, keys or values; its site or the reason is noted."""

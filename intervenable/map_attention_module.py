@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from intervenable.map_attention_events import Attention
+from intervenable.hooks import Hook
+from intervenable.map_attention_events import Attention, attentions
 from intervenable.map_attention_probe import made_of
 from intervenable.map_attention_projections import Projection, RefusedError
 from intervenable.map_attention_view import BlockView, ancestors, layout, same_values, within
-from intervenable.map_trace import Call
+from intervenable.map_trace import Call, trace
+from intervenable.passage import Passage
 from model_maps import AttentionHeads, Site
 
 
@@ -73,6 +76,56 @@ def input_site(
         attention=AttentionHeads(attention.heads, heads, width),
         **axes,
     )
+
+
+GIVEN_TWICE = (
+    "the module is given it as several inputs (queries, keys, values), and a write reaches one of these"
+)
+
+
+def given_twice(module: Call) -> bool:
+    """Whether a module is given what its main input holds in another slot too."""
+    main = module.main_input_slot
+    return any(
+        slot != main and same_values(value, module.main_input) for slot, value in module.inputs.items()
+    )
+
+
+def reached_by(
+    model: nn.Module, inputs: Mapping[str, Any], module: Call, block: nn.Module, batch: int
+) -> bool:
+    """Whether queries, keys and values are all made of the main input of a block's attention module.
+
+    Found out by a pass in which that input is another one.
+
+    Args:
+        model: The model.
+        inputs: Its keyword inputs.
+        module: A call of the attention module.
+        block: The block.
+        batch: Examples in a pass.
+    """
+
+    def changed(passage: Passage) -> None:
+        given = passage.take("input", module.main_input_slot)
+        passage.put("input", module.main_input_slot, given.roll(1, -1) * 1.5 + 0.5)
+
+    before, after = (
+        next(call for call in trace(model, inputs, extra=extra).calls if call.module is block)
+        for extra in ([], [Hook(module.module, "input", changed)])
+    )
+    pairs = zip(attentions(before, batch), attentions(after, batch), strict=False)
+    there = _first(before, module)
+    one, other = next(((a, b) for a, b in pairs if within(a.call, there)), (None, None))
+    return not any(
+        same_values(getattr(one, role, None), getattr(other, role, None))
+        for role in ("query", "key", "value")
+    )
+
+
+def _first(block: Call, module: Call) -> Call:
+    """The call of a module in another pass."""
+    return next(call for call in block.inside() if call.module is module.module)
 
 
 def output_site(view: BlockView, module: Call, attention: Attention, output: Projection | None) -> Site:
