@@ -20,7 +20,8 @@ more: it gives a `RepresentationConfig` if one layer is meant by a number, and a
     `"rows"` divides the edited rows of a pattern by their sum (rows without mass stay zero), `"check"` raises if one
     does not sum to one, `"none"` (default) leaves them.
 `stack`
-    `"encoder"`, `"decoder"` or `"cross"`, in models of two stacks: which attention is meant.
+    `"encoder"`, `"decoder"`, `"vision"`, `"audio"`, `"text"` or `"cross"`, in models of several stacks: which
+    attention is meant.
 `model`
     The model, to count the layers of `layer="all"`.
 
@@ -33,7 +34,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
 from torch import Tensor, nn
 
@@ -48,6 +49,7 @@ from interventions import (
     VanillaIntervention,
     ZeroIntervention,
 )
+from model_maps import Stack
 
 Heads = int | Iterable[int] | Literal["all"]
 Tokens = Any
@@ -65,7 +67,7 @@ class How(TypedDict, total=False):
     factor: float
     values: Tensor | None
     renormalize: Literal["none", "rows", "check"]
-    stack: Literal["encoder", "decoder", "cross"] | None
+    stack: Stack | None
     model: nn.Module | None
 
 
@@ -241,8 +243,8 @@ def _component(how: How) -> str:
     at, stack = how.get("at", "pattern"), how.get("stack")
     if at not in ("pattern", "scores"):
         raise UnknownNameError(unknown_name("at", at, ["pattern", "scores"]))
-    if stack not in (None, "encoder", "decoder", "cross"):
-        raise UnknownNameError(unknown_name("stack", stack, ["encoder", "decoder", "cross"]))
+    if stack is not None and stack not in get_args(Stack):
+        raise UnknownNameError(unknown_name("stack", stack, get_args(Stack)))
     return f"attention_{at}" if stack is None else f"{stack}_attention_{at}"
 
 

@@ -222,12 +222,12 @@ class _Runs:
         """
         known = _known(axes)
         site = self._site(0)
-        tokens = self.inputs.length
+        tokens = self.inputs.of(site.stack).length
         counts = {
             "layer": self.places.layers_of(self.component),
             "pos": tokens,
             "query": tokens,
-            "key": tokens,
+            "key": self.inputs.of(site.key_stack).length,
         }
         if site.heads is not None:
             counts["head"] = site.heads
