@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from intervenable import demo, sweep_command
+from intervenable import demo, map_command, sweep_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,6 +42,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     sweep_command.add_options(command)
     command.set_defaults(run=sweep_command.run)
+    command = commands.add_parser(
+        "verify",
+        help="print where the components of a model are, and whether every law about them holds",
+        description="Find out where the components of a model are, run it to see whether that is true, and print the"
+        " tree of\nits modules and the table of laws. The exit code is 0 if all hold and 1 if one is broken.",
+        epilog="examples:\n"
+        "  python -m intervenable verify\n"
+        "  python -m intervenable verify HuggingFaceTB/SmolLM2-135M-Instruct --components block_output query_output\n"
+        "  python -m intervenable verify meta-llama/Llama-3.1-70B --twin",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    map_command.add_options(command)
+    command.set_defaults(run=map_command.run)
     options = parser.parse_args(arguments)
     code: int = options.run(options)
     return code

@@ -15,6 +15,9 @@ from intervenable.map_twin_config import field_of, parts_of
 from intervenable.unwrapping import unwrapped
 
 _SPECIAL = re.compile(r"(token_id|token_ids|token_index|_index)$")
+_PLACEHOLDERS = ("image_token_id", "image_token_index", "audio_token_id")
+"""Fields of models that read pictures or sounds where a text has tokens of theirs, and texts without them as well."""
+
 _PLAIN_TOKENS = range(10, 90)
 """Where ids are drawn from if the vocabulary has them: few models have special ones there."""
 
@@ -60,17 +63,14 @@ def _wanted(model: nn.Module, takes: Mapping[str, inspect.Parameter]) -> list[st
     ]
     config = getattr(model, "config", None)
     main = getattr(model, "main_input_name", None) if config is not None else None
-    placeholders = ("image_token_id", "image_token_index", "audio_token_id")
-    if "input_ids" in takes and main != "input_ids" and any(_says(config, name) for name in placeholders):
+    if "input_ids" in takes and main != "input_ids" and any(_says(config, name) for name in _PLACEHOLDERS):
         main = "input_ids"  # a text without a picture will do
     if main in takes and main not in names:
         names.insert(0, str(main))
     if "decoder_input_ids" in takes and (field_of(config, "is_encoder_decoder") or main != "input_ids"):
         names.append("decoder_input_ids")
-    two_towers = (
-        field_of(config, "text_config") is not None and field_of(config, "projection_dim") is not None
-    )
-    if two_towers:
+    towers = field_of(config, "text_config") is not None and field_of(config, "vision_config") is not None
+    if towers and not any(_says(config, name) for name in _PLACEHOLDERS):
         names += [name for name in ("input_ids", "pixel_values") if name in takes]
     if "input_ids" in takes and "bbox" in takes and "pixel_values" in takes and "input_ids" not in names:
         names.append("input_ids")
@@ -161,7 +161,7 @@ def _spectra(drawn: _Drawn) -> Tensor:
     assert bins is not None
     places = drawn.number("max_source_positions")
     # Whisper's convolutions want bins first, and exactly twice as many frames as it has positions.
-    convolved = hasattr(getattr(drawn.model.get_submodule(""), "model", drawn.model), "encoder") and any(
+    convolved = field_of(drawn.config, "conv_kernel_sizes") is None and any(
         isinstance(module, nn.Conv1d) and module.in_channels == bins for module in drawn.model.modules()
     )
     return drawn.normal(bins, 2 * places) if convolved and places else drawn.normal(64, bins)
