@@ -67,7 +67,7 @@ def _plain(value: Any) -> Any:
     if not dataclasses.is_dataclass(value):
         return value
     found = {}
-    for entry in dataclasses.fields(value):
+    for entry in (field for field in dataclasses.fields(value) if field.init):
         item = getattr(value, entry.name)
         usual = entry.default if entry.default is not dataclasses.MISSING else None
         if item != usual and not (isinstance(item, Mapping) and not item) and item != ():
