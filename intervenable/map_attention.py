@@ -103,6 +103,7 @@ def attention_sites(
 def _writable(
     model: nn.Module,
     inputs: Mapping[str, Any],
+    views: Sequence[BlockView],
     blocks: Sequence[nn.Module],
     answers: Sequence[BlockAttention],
 ) -> list[BlockAttention]:
