@@ -24,6 +24,7 @@ from model_maps.families import FUSED_EXPERTS
 PARALLEL = "it adds attention and MLP in parallel, so there is no stream between them"
 NO_SUM = "the stream that leaves its blocks is no sum of what enters them and what modules of theirs return"
 SINGLE = "its block adds one thing to the stream, so there is nothing between"
+SCALED = "its blocks scale the stream that they add to"
 NORMED = "the stream is scaled or normed before attention is added to it"
 NARROW = "its attention is not added to the stream that its blocks hand on, so what is cannot be told apart"
 NO_MLP = "its block has no MLP"
@@ -112,7 +113,8 @@ class _View:
     def to_ask(self) -> list[Call]:
         """What might read other positions, of which attention is not known."""
         parts = [part for part in (*self.parts, *self._unsummed()) if self._attention_in(part) is None]
-        return [call for part in parts for call in self._makers(part)]
+        makers = [call for part in parts for call in self._makers(part)]
+        return [call for call in makers if call.module not in self.values.repeated]
 
     def _makers(self, part: Contribution) -> list[Call]:
         """The module that makes a contribution; if it is one matrix, what returns the input of that."""
@@ -123,7 +125,8 @@ class _View:
         if before is None or before in self.stream:
             return []
         made = [seen.call for seen in self.values.returned_like(before) if seen.call.left < core.left]
-        return [call for call in made if not is_norm(call)][-1:]
+        once = [call for call in made if call.module not in self.values.repeated]
+        return [call for call in once if not is_norm(call)][-1:]
 
     def _attention_in(self, part: Contribution) -> Branch | None:
         """Which attention a contribution comes from, if it does."""
@@ -209,10 +212,18 @@ class _View:
                 if parts or self.residual is None:
                     self.absent[word] = why
                 continue
+            if not self._is_added(parts[0]):
+                self.absent[word] = SCALED
+                continue
             place = site_at(self.values, parts[0].seen, scale=parts[0].scale)
             output = self.sites.get(f"{prefix}attention_output")
             if output is None or (place.path, place.slot, place.scale) != (output.path, output.slot, 1.0):
                 self.sites[word] = place
+
+    def _is_added(self, part: Contribution) -> bool:
+        """Whether the stream is as it was but for what is added."""
+        stages = () if self.residual is None else self.residual.stages
+        return all(stage.base_scale == 1.0 for stage in stages if part in stage.contributions)
 
     def _place_middles(self) -> None:
         """The stream between a block's branches."""
@@ -255,7 +266,10 @@ class _View:
         passed = [seen for seen in passed if seen.call is not self.values.call]
         if not passed:
             return PARALLEL
+        # A module that reads it itself before it returns it would have read another value than the one written.
+        read = [seen.call for seen in passed if seen.side == "input"]
         returned = [seen for seen in passed if seen.side == "output" and has_matrix(seen.call.module)]
+        returned = [seen for seen in returned if not any(holds(seen.call, call) for call in read)]
         if returned:
             self.sites[word] = site_at(self.values, self._widest(returned))
         else:
@@ -287,8 +301,9 @@ class _View:
             inside = FUSED_EXPERTS if experts.sites else {}
             self.sites |= {word: site for word, site in placed.sites.items() if word not in inside}
             self.absent |= placed.absent | inside
-            if not summed:
-                self.absent["mlp_contribution"] = NO_SUM
+            if not summed or not self._is_added(parts[0]):
+                self.sites.pop("mlp_contribution", None)
+                self.absent["mlp_contribution"] = SCALED if summed else NO_SUM
         self.sites |= experts.sites
         self.absent |= experts.absent
 
@@ -312,8 +327,9 @@ class _View:
         placed = mixer_sites(self.values, parts[0], self._makers(parts[0])[0])
         self.sites |= placed.sites
         self.absent |= placed.absent
-        if not summed:
-            self.absent["mixer_contribution"] = NO_SUM
+        if not summed or not self._is_added(parts[0]):
+            self.sites.pop("mixer_contribution", None)
+            self.absent["mixer_contribution"] = SCALED if summed else NO_SUM
 
 
 def _weighs(core: Call) -> bool:

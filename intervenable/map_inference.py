@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ def infer_map(model: nn.Module, inputs: Mapping[str, Any], run: Trace | None = N
         sequential=any(COMPONENTS[name].word == "block_mid" for name in sites),
         causal=_is_causal(model, inputs, main) if main is not None else False,
         stacks=named,
-        decoder_reads=_decoder_reads(model),
+        decoder_reads=_decoder_reads(model, inputs) if "decoder" in named else None,
         kinds=tuple(kinds),
         configs=_configs(model, stacks),
     )
@@ -144,6 +144,16 @@ def _place_stack(
         why = "a forward pass does not call it"
         nothing = dict.fromkeys((*usual.sites, *usual.absent), why)
         found.kinds.append(LayerKind(stack.uncalled, stack.role, {}, nothing))
+
+
+def _differing(placed: Placed, usual: Placed) -> dict[str, Site]:
+    """The sites of a layer that are not those of most layers."""
+    found = {name: site for name, site in placed.sites.items() if usual.sites.get(name) != site}
+    for name in usual.sites.keys() - placed.sites.keys() - placed.absent.keys():
+        same = COMPONENTS[name].fallback  # here it is what it may be elsewhere: the output, added as it is
+        if same in placed.sites:
+            found[name] = placed.sites[same]
+    return found
 
 
 def _layers(
@@ -287,8 +297,19 @@ def _configs(model: nn.Module, stacks: Sequence[BlockStack]) -> dict[Stack, str]
     return {role: part for role in roles if (part := _config_part(config, role)) is not None}
 
 
-def _decoder_reads(model: nn.Module) -> Any:
-    return "labels" if hasattr(model, "prepare_decoder_input_ids_from_labels") else None
+def _decoder_reads(model: nn.Module, inputs: Mapping[str, Any]) -> Literal["labels", "input_ids"] | None:
+    """Of which inputs a model makes its decoder's: of labels if it has a method for it, else it runs without any."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return "labels"
+    if "decoder_input_ids" not in inputs or "input_ids" not in inputs:
+        return None
+    rest = {name: value for name, value in inputs.items() if not name.startswith("decoder_")}
+    try:
+        with torch.no_grad():
+            model(**rest)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return None
+    return "input_ids"
 
 
 def _is_causal(model: nn.Module, inputs: Mapping[str, Any], stack: BlockStack) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_registry import build
 from torch import Tensor, nn
 
 from intervenable.map_inference import infer_map
@@ -53,6 +54,7 @@ def test_the_inferred_map_is_the_written_one(family: str, variant: str | None) -
 
     assert (found.blocks, found.stacks, found.causal) == (written.blocks, written.stacks, written.causal)
     assert found.kinds == ()
+    assert found.decoder_reads == written.decoder_reads
     expected = {name: place(written.site(name), model) for name in COMPONENTS}
     for (other, name), path in OTHERWISE.items():
         if other == family:
@@ -287,6 +289,18 @@ def test_layers_of_another_kind_are_listed_apart() -> None:
     assert found.site("mlp_hidden", 1).path == "mlp.down"
 
 
+def test_a_layer_that_adds_its_result_as_it_is_has_no_factor_of_other_layers() -> None:
+    def uneven() -> Toy:
+        toy = Toy("scaled", layers=4)
+        toy.blocks[2].style = "before"
+        return toy
+
+    found = infer_map(*made(uneven))
+
+    assert [found.site("mlp_contribution", layer).scale for layer in range(4)] == [0.5, 0.5, 1.0, 0.5]
+    assert [found.site("block_mid", layer).scale for layer in range(4)] == [0.25, 0.25, 1.0, 0.25]
+
+
 def test_a_block_that_is_not_called_has_no_components() -> None:
     class Short(Toy):
         def forward(self, input_ids: Tensor) -> Tensor:
@@ -315,3 +329,51 @@ def test_inference_leaves_the_model_and_the_random_numbers_as_they_were() -> Non
     assert all(torch.equal(inputs[name], value) for name, value in given.items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# --- architectures without a written map ------------------------------------------------------------------
+
+
+def inferred(model_type: str) -> ModelMap:
+    tiny_model = build(model_type)
+    return infer_map(tiny_model.model, tiny_model.inputs)
+
+
+def test_positions_are_on_the_first_axis_of_xlnet() -> None:
+    found = inferred("xlnet")
+
+    assert [found.site(name).axes for name in ("embedding_output", "block_input", "mlp_hidden")] == [
+        (1, 0)
+    ] * 3
+    assert not found.causal
+
+
+def test_the_multiplier_of_granite_is_the_scale_of_what_is_added() -> None:
+    model = build("granite", seed=0).model
+    model.config.residual_multiplier = 0.22
+    for block in model.model.layers:
+        block.residual_multiplier = 0.22
+
+    found = infer_map(model, {"input_ids": torch.arange(10, 24).view(2, 7)})
+
+    assert found.site("attention_contribution").scale == pytest.approx(0.22, rel=1e-5)
+    assert found.site("mlp_contribution").scale == pytest.approx(0.22, rel=1e-5)
+
+
+def test_layers_with_a_state_space_and_layers_with_attention_are_two_kinds() -> None:
+    found = inferred("jamba")
+    attending = [layer for layer in range(4) if found.site("attention_pattern", layer)]
+    mixing = [layer for layer in range(4) if found.site("mixer_output", layer)]
+
+    assert attending
+    assert sorted(attending + mixing) == [0, 1, 2, 3]
+    assert all(found.site("mixer_state", layer) for layer in mixing)
+    assert all(found.site("block_mid", layer) for layer in range(4))
+
+
+def test_blocks_that_run_several_times_in_a_forward_pass_say_so() -> None:
+    found = inferred("hrm_text")
+
+    assert found.site("block_output") is None
+    assert "times in a forward pass" in found.reason("block_output")
+    assert found.site("logits").path == "lm_head"
