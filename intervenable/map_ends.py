@@ -32,10 +32,17 @@ def end_sites(trace: Trace, stack: BlockStack, layout: Layout) -> Placed:
     embedding = _embedding(trace, stack)
     if embedding is None:
         absent["embedding_output"] = NO_TABLE
+    elif len(trace.of(embedding.path)) > 1:
+        absent["embedding_output"] = (
+            f"{embedding.path!r} runs {len(trace.of(embedding.path))} times in a forward pass"
+        )
     else:
         sites["embedding_output"] = _placed(layout, embedding, "output")
     norm = _norm_behind(trace, stack)
-    if norm is None:
+    if norm is not None and len(trace.of(norm.path)) > 1:
+        again = f"the norm after its last block, {norm.path!r}, runs {len(trace.of(norm.path))} times in a forward pass"
+        absent |= dict.fromkeys(("final_norm_input", "final_norm_output"), again)
+    elif norm is None:
         reason = NORMED_BLOCKS if _ends_in_norm(stack) else NO_NORM
         absent |= dict.fromkeys(("final_norm_input", "final_norm_output"), reason)
     else:

@@ -136,7 +136,7 @@ def _place_stack(
     for layer, placed in of_layer.items():
         others.setdefault(repr(placed), (placed, []))[1].append(layer)
     for placed, numbers in others.values():
-        sites = {name: site for name, site in placed.sites.items() if usual.sites.get(name) != site}
+        sites = _differing(placed, usual)
         absent = {name: why for name, why in placed.absent.items() if nowhere.get(name) != why}
         if sites or absent:
             found.kinds.append(LayerKind(tuple(numbers), stack.role, sites, absent))
