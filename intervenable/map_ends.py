@@ -40,7 +40,8 @@ def end_sites(trace: Trace, stack: BlockStack, layout: Layout) -> Placed:
         sites["embedding_output"] = _placed(layout, embedding, "output")
     norm = _norm_behind(trace, stack)
     if norm is not None and len(trace.of(norm.path)) > 1:
-        again = f"the norm after its last block, {norm.path!r}, runs {len(trace.of(norm.path))} times in a forward pass"
+        times = len(trace.of(norm.path))
+        again = f"the norm after its last block, {norm.path!r}, runs {times} times in a forward pass"
         absent |= dict.fromkeys(("final_norm_input", "final_norm_output"), again)
     elif norm is None:
         reason = NORMED_BLOCKS if _ends_in_norm(stack) else NO_NORM
