@@ -1,0 +1,233 @@
+"""What it costs to find out where the components of a model are, and to prove it, beside the time to load the model.
+
+Each model is built from the config of a published one on the meta device, so that nothing but the config is needed;
+`load` is that time, or with a folder the time to load its weights. Then come its tiny twin, the map inferred on it,
+the laws that it is held to, its columns fitted to the model, and the same map a second time, from the folder in which
+it is kept. Registered rows are left aside: every map is found out. CPU time on one thread; the fastest of the rounds.
+
+Example:
+    python -m benchmarks.maps                               # published sizes, some minutes
+    python -m benchmarks.maps --quick                       # three of them, one round
+    python -m benchmarks.maps --models "Llama 3 70B" path/to/a/folder --markdown
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import process_time
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.utils import logging
+
+from intervenable.map_cache import VARIABLE, KeptMap, keep, look_up
+from intervenable.map_fitting import fitted
+from intervenable.map_inference import infer_map
+from intervenable.map_inputs import example_inputs
+from intervenable.map_twin import twin_of
+from intervenable.map_verification import check_map
+
+MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "GPT-2 XL": ("GPT2LMHeadModel", {"n_embd": 1600, "n_head": 25, "n_layer": 48}),
+    "Pythia 12B": (
+        "GPTNeoXForCausalLM",
+        {"hidden_size": 5120, "num_attention_heads": 40, "num_hidden_layers": 36, "intermediate_size": 20480},
+    ),
+    "Gemma 3 27B": (
+        "Gemma3ForCausalLM",
+        {
+            "hidden_size": 5376,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 16,
+            "head_dim": 128,
+            "num_hidden_layers": 62,
+            "intermediate_size": 21504,
+        },
+    ),
+    "Llama 3 70B": (
+        "LlamaForCausalLM",
+        {
+            "hidden_size": 8192,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "num_hidden_layers": 80,
+            "intermediate_size": 28672,
+        },
+    ),
+    "Mixtral 8x22B": (
+        "MixtralForCausalLM",
+        {
+            "hidden_size": 6144,
+            "num_attention_heads": 48,
+            "num_key_value_heads": 8,
+            "num_hidden_layers": 56,
+            "intermediate_size": 16384,
+        },
+    ),
+    "Jamba 52B": ("JambaForCausalLM", {}),
+    "Qwen3-Next 80B": ("Qwen3NextForCausalLM", {}),
+    "DeepSeek V3 671B": ("DeepseekV3ForCausalLM", {}),
+    "T5 11B": (
+        "T5ForConditionalGeneration",
+        {"d_model": 1024, "d_kv": 128, "d_ff": 65536, "num_heads": 128, "num_layers": 24},
+    ),
+    "BERT large": (
+        "BertForMaskedLM",
+        {
+            "hidden_size": 1024,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "intermediate_size": 4096,
+        },
+    ),
+}
+"""Published models: class and the fields of their configs in which they differ from its defaults."""
+
+QUICK = ("GPT-2 XL", "Pythia 12B", "BERT large")
+STEPS = ("load", "twin", "infer", "prove", "fit", "kept")
+
+
+@dataclass(frozen=True)
+class Times:
+    """CPU seconds of each step for one model, and how many components it has then."""
+
+    model: str
+    load: float
+    twin: float
+    infer: float
+    prove: float
+    fit: float
+    kept: float
+    components: int
+
+    @property
+    def new(self) -> float:
+        """Seconds for a map that is not kept yet."""
+        return self.twin + self.infer + self.prove + self.fit
+
+
+def measured(name: str, rounds: int) -> Times:
+    """The fastest round of each step for one model.
+
+    Args:
+        name: One of `MODELS`, or a folder with a model.
+        rounds: How often each step is done.
+    """
+    seconds = dict.fromkeys(STEPS, float("inf"))
+    result: dict[str, Any] = {}
+
+    def timed(step: str, work: Callable[[], Any]) -> None:
+        for _ in range(rounds):
+            start = process_time()
+            result[step] = work()
+            seconds[step] = min(seconds[step], process_time() - start)
+
+    timed("load", lambda: _loaded(name))
+    model = result["load"]
+    timed("twin", lambda: twin_of(model))
+    twin = result["twin"]
+    inputs = example_inputs(twin)
+    timed("infer", lambda: infer_map(twin, inputs))
+    timed("prove", lambda: check_map(twin, result["infer"], inputs).map)
+    timed("fit", lambda: fitted(result["prove"], twin, model))
+    with tempfile.TemporaryDirectory() as folder:
+        before = os.environ.get(VARIABLE)
+        os.environ[VARIABLE] = folder
+        try:
+            keep(model, KeptMap(result["fit"]))
+            timed("kept", lambda: look_up(model).kept)
+        finally:
+            os.environ.pop(VARIABLE)
+            if before is not None:
+                os.environ[VARIABLE] = before
+    assert result["kept"].map == result["fit"]
+    return Times(name, **seconds, components=len(result["fit"].components()))
+
+
+def _loaded(name: str) -> nn.Module:
+    if name not in MODELS:
+        loaded: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(name)
+        return loaded
+    class_name, fields = MODELS[name]
+    cls: Any = getattr(transformers, class_name)
+    with torch.device("meta"):
+        made: nn.Module = cls(cls.config_class(**fields))
+    return made
+
+
+def as_table(times: Sequence[Times], markdown: bool) -> str:
+    """The times in milliseconds, one model a row, and their sums."""
+    head = ["model", "components", *STEPS[:-1], "new map", "kept map", "new : kept"]
+    rows = [_row(one.model, str(one.components), one) for one in times]
+    total = Times("all", *(sum(getattr(one, step) for one in times) for step in STEPS), components=0)
+    rows.append(_row("all", "", total))
+    if markdown:
+        lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    widths = [max(len(line[at]) for line in [head, *rows]) for at in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if at == 0 else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in [head, *rows]
+    )
+
+
+def _row(name: str, components: str, times: Times) -> list[str]:
+    steps = [f"{1000 * getattr(times, step):.0f} ms" for step in STEPS[:-1]]
+    return [
+        name,
+        components,
+        *steps,
+        f"{1000 * times.new:.0f} ms",
+        f"{1000 * times.kept:.0f} ms",
+        f"{times.new / times.kept:.0f}x",
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; 0 if every map is new within 2 seconds and kept within 50 ms, else 1."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--models", nargs="+", metavar="NAME_OR_DIR", help=f"of {', '.join(MODELS)}; or folders"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help=f"one round of {', '.join(QUICK)}")
+    parser.add_argument("--markdown", action="store_true", help="print the table as markdown")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the seconds there as well")
+    options = parser.parse_args(arguments)
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    names = options.models or (QUICK if options.quick else tuple(MODELS))
+    unknown = [name for name in names if name not in MODELS and not Path(name).is_dir()]
+    if unknown:
+        parser.error(f"{', '.join(unknown)}: neither a folder nor one of {', '.join(MODELS)}")
+    rounds = 1 if options.quick else options.rounds
+    measured(QUICK[0], 1)  # what is imported and warmed up once is no model's
+    times = []
+    for name in names:
+        times.append(measured(name, rounds))
+        print(f"{name}: {times[-1].new:.2f} s", file=sys.stderr, flush=True)
+    print(as_table(times, options.markdown))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(one) for one in times], indent=1) + "\n", encoding="utf-8")
+    slow = [one.model for one in times if one.new > 2.0 or one.kept > 0.05]
+    if slow:
+        print(f"Beyond 2 s for a new map or 50 ms for a kept one: {', '.join(slow)}.", file=sys.stderr)
+    return 1 if slow else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
