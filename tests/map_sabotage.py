@@ -71,7 +71,12 @@ class _Block:
     def same(self, one: Site, other: Site) -> bool:
         """Whether two sites have the same numbers."""
         a, b = self.tensor(one), self.tensor(other)
-        return a is not None and b is not None and a.numel() == b.numel() and bool((a.reshape(-1) == b.reshape(-1)).all())
+        return (
+            a is not None
+            and b is not None
+            and a.numel() == b.numel()
+            and bool((a.reshape(-1) == b.reshape(-1)).all())
+        )
 
     def norms(self) -> list[str]:
         """Paths of the norms in the block that change what they are given, in order."""
@@ -127,7 +132,9 @@ def _of_stack(model: nn.Module, model_map: ModelMap, traced: Trace, prefix: str)
         step = columns.first_column(1) - columns.first_column(0) if columns.heads > 1 else columns.width
         if step:
             yield laid("heads shifted by one", replace(columns, start=columns.start + step), by_heads)
-            yield laid("half a head further", replace(columns, start=columns.start + columns.width // 2), by_heads)
+            yield laid(
+                "half a head further", replace(columns, start=columns.start + columns.width // 2), by_heads
+            )
         if columns.heads > 1 and columns.contiguous:
             last = columns.start + (columns.heads - 1) * columns.width
             turned = HeadColumns(columns.heads, columns.width, last, -columns.width, columns.heads)
@@ -139,7 +146,9 @@ def _of_stack(model: nn.Module, model_map: ModelMap, traced: Trace, prefix: str)
             wide = HeadColumns(columns.heads // 2, 2 * columns.width, columns.start)
             yield laid("half as many heads", wide, by_heads)
         if not columns.contiguous:
-            yield laid("heads side by side", HeadColumns(columns.heads, columns.width, columns.start), by_heads)
+            yield laid(
+                "heads side by side", HeadColumns(columns.heads, columns.width, columns.start), by_heads
+            )
     yield from exchanged("key_output", "value_output")
     yield from exchanged("query_output", "key_output")
     yield from exchanged("query_output", "value_output")
@@ -162,7 +171,9 @@ def _of_stack(model: nn.Module, model_map: ModelMap, traced: Trace, prefix: str)
         before, after = Site(norm, "input"), Site(norm)
         yield from moved(f"before {norm}", "attention_input", before)
         yield from moved(f"before {norm}", "mlp_input", before)
-        yield from moved(f"after {norm}", "block_output", after)
+        output = block.site("block_output")
+        if output is not None and not block.same(output, after):  # a norm may be a block's last part
+            yield from moved(f"after {norm}", "block_output", after)
         for word in ("attention_output", "mlp_output"):
             own_site = block.site(word)
             if own_site is not None and not block.same(own_site, after):

@@ -1,0 +1,73 @@
+"""The law that an output is an affine map of what the last matrix is given: no norm lies between the two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from intervenable.map_laws import Finding, deviation, limit_of, named
+from intervenable.map_laws_runs import Bench, Change, Group
+from intervenable.map_laws_swaps import MOVED, Judge
+from model_maps import COMPONENTS
+
+GIVEN = {
+    "attention_value_output": "attention_output",
+    "mlp_hidden": "mlp_output",
+    "expert_output": "mlp_output",
+}
+"""What goes into the last matrix, or comes out of it, and what the module makes of it."""
+
+PARTS = ("even columns", "odd columns", "all columns")
+
+
+def affine(bench: Bench) -> Judge:
+    """Zeroing half of the columns and zeroing the others comes to zeroing all and zeroing none."""
+    made: list[tuple[str, str, list[Group]]] = []
+    for prefix in (*bench.prefixes, "cross"):
+        for given, output in GIVEN.items():
+            written, read = named(given, prefix), named(output, prefix)
+            if COMPONENTS[written].word != given or COMPONENTS[read].word != output:
+                continue
+            layers = [layer for layer in bench.layers(written) if bench.has(read, layer)]
+            if layers:
+                stack = "decoder" if prefix == "cross" else prefix
+                groups = []
+                for part in PARTS:
+                    writes = {
+                        **bench.held(stack),
+                        **{(written, layer): _zeroed(bench, part) for layer in layers},
+                    }
+                    groups.append(
+                        bench.experiment(f"no {part} of {written}", writes, [(read, x) for x in layers])
+                    )
+                made.append((written, read, groups))
+
+    def judge() -> Iterator[Finding]:
+        for written, read, groups in made:
+            for layer in bench.layers(read):
+                key = (read, layer)
+                if not all(key in group.seen for group in (bench.base, *groups)) or not bench.has(
+                    written, layer
+                ):
+                    continue
+                even, odd, none = (group.seen[key] for group in groups)
+                whole = bench.base.seen[key]
+                limit = MOVED * limit_of(whole.dtype)
+                off = deviation(even + odd - none, whole)
+                why = f"{read} is the sum of what parts of {written} come to"
+                yield Finding(read, "linear", layer, off <= limit, off, limit, why)
+
+    return judge
+
+
+def _zeroed(bench: Bench, part: str) -> Change:
+    start, step = {"even columns": (0, 2), "odd columns": (1, 2), "all columns": (0, 1)}[part]
+
+    def change(groups: Tensor) -> Tensor:
+        value = groups[bench.base.index].clone()
+        value[..., torch.arange(start, value.shape[-1], step, device=value.device)] = 0
+        return value
+
+    return change
