@@ -22,6 +22,7 @@ from intervenable.map_layout import layout_of
 from intervenable.map_mlp import Placed
 from intervenable.map_trace import Trace, trace
 from intervenable.mixer_state import layers_with_state
+from intervenable.signatures import takes
 from intervenable.site_binding import module_at
 from model_maps import COMPONENTS, LayerKind, ModelMap, Site, Sizes, Stack, Width, sizes_of
 from model_maps.families import STATE_IS_READ
@@ -298,16 +299,16 @@ def _configs(model: nn.Module, stacks: Sequence[BlockStack]) -> dict[Stack, str]
 
 
 def _decoder_reads(model: nn.Module, inputs: Mapping[str, Any]) -> Literal["labels", "input_ids"] | None:
-    """Of which inputs a model makes its decoder's: of labels if it has a method for it, else it runs without any."""
+    """Of which inputs a model makes the decoder's, where it is given none."""
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
         return "labels"
-    if "decoder_input_ids" not in inputs or "input_ids" not in inputs:
+    if not takes(model, "decoder_input_ids") or "input_ids" not in inputs:
         return None
     rest = {name: value for name, value in inputs.items() if not name.startswith("decoder_")}
     try:
         with torch.no_grad():
             model(**rest)
-    except (AttributeError, RuntimeError, TypeError, ValueError):
+    except Exception:  # as it says in words of its own
         return None
     return "input_ids"
 

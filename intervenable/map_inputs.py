@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from intervenable.errors import InputError
-from intervenable.map_twin_config import field_of, parts_of
+from intervenable.map_config_fields import field_of, parts_of
 from intervenable.unwrapping import unwrapped
 
 _SPECIAL = re.compile(r"(token_id|token_ids|token_index|_index)$")
@@ -52,7 +52,26 @@ def example_inputs(model: nn.Module, *, batch: int = 2, length: int = 7, seed: i
             "\nPass example_inputs=, a mapping of its keyword inputs with at least two examples."
         )
     device = _device_of(inner)
-    return {name: _MAKERS[name](drawn).to(device) for name in wanted}
+    inputs = {name: _MAKERS[name](drawn).to(device) for name in wanted}
+    made_by_itself = not hasattr(inner, "prepare_decoder_input_ids_from_labels")
+    if "decoder_input_ids" in inputs and made_by_itself and not _runs(inner, inputs):
+        # One that looks for the end of its input in what the decoder gives.
+        ended = inputs["input_ids"].clone()
+        ended[:, -1] = drawn.number("eos_token_id", 1)
+        if _runs(inner, {"input_ids": ended}):
+            return {"input_ids": ended}
+    return inputs
+
+
+def _runs(model: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return True  # it cannot be told
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    except Exception:
+        return False
+    return True
 
 
 def _wanted(model: nn.Module, takes: Mapping[str, inspect.Parameter]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from intervenable.errors import IntervenableError
@@ -20,7 +21,9 @@ from model_maps import ModelMap, UnmappedModelError
 
 def proved_map(model: nn.Module, inputs: Mapping[str, Any]) -> ModelMap:
     """The map of a model as its runs show it: inferred, and without what breaks a law."""
-    return check_map(model, infer_map(model, inputs), inputs).map
+    # Whatever the caller has switched off: heads are told apart by gradients.
+    with torch.inference_mode(False), torch.enable_grad():
+        return check_map(model, infer_map(model, inputs), inputs).map
 
 
 def make_map(model: nn.Module, example: Mapping[str, Any] | None = None) -> ModelMap:
@@ -52,7 +55,8 @@ def _made(model: nn.Module) -> ModelMap:
     try:
         if not hasattr(getattr(model, "config", None), "to_dict"):
             return proved_map(model, example_inputs(model))
-        twin = twin_of(model)
+        with torch.inference_mode(False):
+            twin = twin_of(model)
         record = with_towers(twin, proved_map(twin, example_inputs(twin)), proved_map)
     except Exception as error:  # whatever the code of a model that we know nothing of may raise
         why = str(error) if isinstance(error, IntervenableError) else f"{type(error).__name__}: {error}"
