@@ -26,6 +26,7 @@ from intervenable.attention_mode import AttentionMode, InsideHook
 from intervenable.compiled import uncompiled
 from intervenable.function_mode import FunctionHook, FunctionMode
 from intervenable.passage import Passage
+from intervenable.recomputing import check_not_computed_again
 from model_maps import Side
 
 RECORDS = "transformers.utils.output_capturing"
@@ -99,15 +100,18 @@ class _Modes:
 
 
 def _register_inside(
-    module: nn.Module, hooks: Sequence[InsideHook | FunctionHook], gate: Gate, modes: _Modes
+    module: nn.Module, hooks: Sequence[InsideHook | FunctionHook], gate: Gate, modes: _Modes, kept: bool
 ) -> list[RemovableHandle]:
     """Let hooks see inside a module: a mode is on from where the module is entered to where it is left."""
+    watched = torch.is_grad_enabled() and not kept and any(getattr(hook, "writes", True) for hook in hooks)
     of_attention = [hook for hook in hooks if isinstance(hook, InsideHook)]
     of_functions = [hook for hook in hooks if isinstance(hook, FunctionHook)]
 
     def before(module: nn.Module, *rest: Any) -> None:
         if not gate.open():
             return
+        if watched:
+            check_not_computed_again(module)
         if of_attention:
             modes.put_on(AttentionMode(module, of_attention, Passage(module, *rest).take("input", None)))
         if of_functions:
@@ -127,9 +131,18 @@ def _register_inside(
 
 
 def _register(
-    module: nn.Module, side: Side, acts: Sequence[Callable[[Passage], None]], gate: Gate, modes: _Modes
+    module: nn.Module,
+    side: Side,
+    acts: Sequence[Callable[[Passage], None]],
+    gate: Gate,
+    modes: _Modes,
+    kept: bool,
 ) -> RemovableHandle:
-    """Attach one hook that does several things in order; it acts where the gate is open and is inert elsewhere."""
+    """Attach one hook that does several things in order; it acts where the gate is open and is inert elsewhere.
+
+    Kept ones are there when backward computes the module again.
+    """
+    watched = torch.is_grad_enabled() and not kept
 
     # While another thread registers or removes hooks, torch may leave out the keyword inputs: look at the gate
     # first and at the rest after.
@@ -138,6 +151,8 @@ def _register(
             return None
         passage = Passage(module, *rest)
         modes.unseen(acts, passage)
+        if passage.changed and watched:
+            check_not_computed_again(module)
         return (passage.args, passage.kwargs) if passage.changed else None
 
     def after(module: nn.Module, *rest: Any) -> Any:
@@ -145,6 +160,8 @@ def _register(
             return None
         passage = Passage(module, *rest)
         modes.unseen(acts, passage)
+        if passage.changed and watched:
+            check_not_computed_again(module)
         return passage.output if passage.changed else None
 
     if side == "input":
@@ -193,14 +210,17 @@ def _registered(hooks: Sequence[Hook], model: nn.Module, recomputed: bool) -> It
     passing: list[RemovableHandle] = []
     modes = _Modes()
 
+    def stays(module: nn.Module) -> bool:
+        return module in layers and again[layers[module]]
+
     def kept(module: nn.Module) -> list[RemovableHandle]:
-        return recomputation.handles if module in layers and again[layers[module]] else passing
+        return recomputation.handles if stays(module) else passing
 
     try:
         for (module, side), acts in _by_place(hooks).items():
-            kept(module).append(_register(module, side, acts, gate, modes))
+            kept(module).append(_register(module, side, acts, gate, modes, stays(module)))
         for module, inside in _by_module(hooks).items():
-            kept(module).extend(_register_inside(module, inside, gate, modes))
+            kept(module).extend(_register_inside(module, inside, gate, modes, stays(module)))
         with _watched(again, gate):
             yield recomputation
     except BaseException:

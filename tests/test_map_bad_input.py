@@ -11,6 +11,7 @@ import transformers
 from declared import hooks_of
 from test_torch_transformers import Block, Mini, ids, spread
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import intervenable as iv
 from intervenable.binding import Places
@@ -223,18 +224,67 @@ def test_half_precision_changes_no_map(dtype):
     assert not torch.equal(found, model(**base).logits)
 
 
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
 def test_gradient_checkpointing_changes_no_map_and_no_gradient():
     gradients = []
     base, source = prompts()
     for checkpointed in (False, True):
         model = starcoder().train()
         if checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        before = hooks_of(model)  # transformers has one of its own for this
         swap(model, "mlp_output")(base, [source]).intervened.logits.pow(2).mean().backward()
         gradients.append(model.model.embed_tokens.weight.grad)
         assert model.model.layers[1].gradient_checkpointing == checkpointed
-        assert hooks_of(model) == {}
+        assert hooks_of(model) == before
+    torch.testing.assert_close(*gradients)
+
+
+class Checkpointed(Mini):
+    """Calls torch's checkpointing itself, as models written by hand do."""
+
+    reentrant = False
+
+    def forward(self, idx):
+        x = self.wte(idx)
+        for block in self.h:
+            x = checkpoint(block, x, use_reentrant=self.reentrant) if self.training else block(x)
+        return self.lm_head(self.ln_f(x))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("component", ["mlp_output", "block_input", "attention_pattern"])
+def test_an_edit_that_backward_would_compute_again_without_is_refused(component, reentrant):
+    model = spread(Checkpointed())
+    model.reentrant = reentrant
+    model_map(model, example_inputs=ids(0))
+    model.train()
+    unit = "h.query.key" if component == "attention_pattern" else "pos"
+    entry = iv.RepresentationConfig(1, component, unit, intervention=iv.ScaleIntervention(0.5))
+    declared = iv.IntervenableModel([entry], model)
+    with pytest.raises(iv.UnsupportedModelError, match="backward would compute it again without the edit"):
+        declared(ids(0))
+    assert hooks_of(model) == {}
+    with torch.no_grad():
+        edited = declared(ids(0)).intervened
+        assert not torch.equal(edited, model(**ids(0)))
+
+
+def test_a_run_that_is_checkpointed_as_a_whole_has_the_gradients_of_the_plain_run():
+    gradients, plain = [], spread(Mini())
+    for whole in (False, True):
+        model = copy.deepcopy(plain)
+        entry = iv.RepresentationConfig(
+            None, "h[1].mlp.output", "pos", intervention=iv.ScaleIntervention(0.5)
+        )
+        declared = iv.IntervenableModel([entry], model)
+
+        def run(start, declared=declared):
+            return declared(ids(0)).intervened * start
+
+        start = torch.ones((), requires_grad=True)
+        output = checkpoint(run, start, use_reentrant=False) if whole else run(start)
+        output.pow(2).mean().backward()
+        gradients.append(model.wte.weight.grad)
     torch.testing.assert_close(*gradients)
 
 
