@@ -301,7 +301,9 @@ class ModelMap:
             return self.site(known.heads_of or known.derived_from or "")
         if known.inside:
             around = self.site(known.inside)
-            return None if around is None else Site(around.path, width="any", attention=around.attention)
+            if around is None:
+                return None
+            return Site(around.path, width="any", attention=around.attention, axes=around.axes)
         if known.word == "block_mid" and self.sequential and known.prefix != "cross":
             added = self.site(component.replace("block_mid", "attention_contribution"))
             below = component.replace("block_mid", "block_input")

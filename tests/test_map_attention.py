@@ -17,7 +17,7 @@ from intervenable.map_attention import WORDS, attention_sites
 from intervenable.map_attention_heads import head_columns
 from intervenable.map_trace import trace
 from intervenable.site_binding import live_width
-from model_maps import HeadColumns, columns_of, find_map, sizes_of
+from model_maps import AttentionHeads, HeadColumns, ModelMap, Site, columns_of, find_map, sizes_of
 from tiny_models import CASES, ENCODER_DECODER_CASES, RECURRENT, tiny, tiny_inputs
 
 PLACED = WORDS[:6]
@@ -71,6 +71,7 @@ def test_every_row_that_a_person_wrote_is_found_again(family, variant):
     found = found_in(model, tiny_inputs(model), row.blocks)
 
     assert differences(model, row, found, row.blocks) == []
+    assert {one.sites["attention_input"].read_only for one in found} == {""}
     for word in ("rotary_query", "rotary_key"):
         assert all((word in one.absent) == (word in row.absent) for one in found)
 
@@ -380,6 +381,16 @@ def test_scores_and_pattern_are_seen_where_positions_come_first():
     assert torch.allclose(pattern.sum(-1), torch.ones(2, 4, 7), atol=1e-5)
 
 
+def test_the_matrices_inside_a_module_lie_as_what_it_is_given():
+    given = Site("look", "input", axes=(1, 0), attention=AttentionHeads(4, 4))
+    known = ModelMap(classes=("Hers",), blocks="layers", sites={"attention_input": given})
+
+    inside = known.site("attention_pattern")
+
+    assert inside is not None
+    assert (inside.path, inside.axes, inside.attention) == ("look", (1, 0), AttentionHeads(4, 4))
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_the_attention_of_torch_s_own_layers_is_seen_inside_its_one_function(batch_first):
     torch.manual_seed(0)
@@ -400,6 +411,7 @@ def test_the_attention_of_torch_s_own_layers_is_seen_inside_its_one_function(bat
     query, key, _ = (part.view(2, 7, 4, 4).transpose(1, 2) for part in projected.chunk(3, -1))
     wanted = (query @ key.transpose(-1, -2) / 2).softmax(-1)
     assert (one.path, site.path, site.axes) == ("self_attn", "self_attn", None if batch_first else (1, 0))
+    assert site.read_only.startswith("the module is given it as several inputs")
     assert "attention_pattern" not in one.absent
     torch.testing.assert_close(seen[0], wanted)
 
