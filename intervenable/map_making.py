@@ -61,7 +61,7 @@ def _made(model: nn.Module) -> ModelMap:
     except Exception as error:  # whatever the code of a model that we know nothing of may raise
         why = str(error) if isinstance(error, IntervenableError) else f"{type(error).__name__}: {error}"
         raise UnmappedModelError(
-            f"No map describes {type(model).__name__}, and none could be made: {why}"
+            f"No map describes {type(model).__name__}, and none could be made. {why.splitlines()[0]}"
             "\nCall iv.model_map(model, example_inputs=...) once with inputs that it runs on, write a ModelMap and"
             " register_map() it, or name the place by its module path, such as 'model.layers[3].mlp.output'."
         ) from error

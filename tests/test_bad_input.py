@@ -159,9 +159,9 @@ DECLARED = [
         lambda: bound(model=nn.Sequential(nn.Linear(2, 2))),
         iv.UnsupportedModelError,
         LookupError,
-        "No map describes Sequential.\nWrite a ModelMap and register_map() it (classes with the same layout can"
-        " share one), or name the place by its module path, such as 'model.layers[3].mlp.output', instead of a"
-        " component.",
+        "No map describes Sequential, and none could be made. What Sequential runs on cannot be guessed: it needs"
+        " 'input'.\nCall iv.model_map(model, example_inputs=...) once with inputs that it runs on, write a ModelMap"
+        " and register_map() it, or name the place by its module path, such as 'model.layers[3].mlp.output'.",
     ),
     Case(
         "intervention together with a type",
