@@ -251,6 +251,7 @@ class Checkpointed(Mini):
         return self.lm_head(self.ln_f(x))
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("component", ["mlp_output", "block_input", "attention_pattern"])
 def test_an_edit_that_backward_would_compute_again_without_is_refused(component, reentrant):
