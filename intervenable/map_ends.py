@@ -16,6 +16,7 @@ from model_maps import Side, Site
 NO_TABLE = "no module looks up the embeddings of the tokens that its blocks read"
 NO_NORM = "no norm follows its last block"
 NORMED_BLOCKS = "each of its blocks ends in a norm and none follows the last block"
+NO_LOGITS = "its towers are compared with each other, and neither ends in logits"
 NO_HEAD = "it is the bare stack of blocks, without a head"
 
 
@@ -38,7 +39,7 @@ def end_sites(trace: Trace, stack: BlockStack, layout: Layout) -> Placed:
         )
     else:
         sites["embedding_output"] = _placed(layout, embedding, "output")
-    norm = _norm_behind(trace, stack)
+    norm = _norm_behind(trace, stack, layout)
     if norm is not None and len(trace.of(norm.path)) > 1:
         times = len(trace.of(norm.path))
         again = f"the norm after its last block, {norm.path!r}, runs {times} times in a forward pass"
@@ -78,13 +79,20 @@ def _is_table(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) or not any(module.children())
 
 
-def _norm_behind(trace: Trace, stack: BlockStack) -> Call | None:
+def _norm_behind(trace: Trace, stack: BlockStack, layout: Layout) -> Call | None:
     """The norm that is given what the last block returned, or what the modules around the blocks make of that."""
     end, last = key_of(stack.last.leaving), stack.last.call
     behind = [call for call in trace.calls if call.entered > last.left and is_norm(call)]
     beside = [call for call in behind if call.parent is not None and holds(call.parent, last)]
+    beside = [call for call in beside if _rows(call) == layout.examples * layout.positions]
     found = next((call for call in behind if _given(call) == end), None)
     return found or (beside[-1] if beside and not _ends_in_norm(stack) else None)
+
+
+def _rows(call: Call) -> int:
+    """How many vectors a module is given."""
+    given = call.main_input
+    return 0 if given is None or given.dim() < 2 else given.numel() // given.shape[-1]
 
 
 def _given(call: Call) -> Key | None:

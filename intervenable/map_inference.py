@@ -17,7 +17,7 @@ from intervenable.hooks import Hook, hooked
 from intervenable.map_attention import BlockAttention, attention_sites
 from intervenable.map_block_sites import BlockSites, block_sites
 from intervenable.map_blocks import BlockStack, find_stacks, with_roles
-from intervenable.map_ends import end_sites, head_sites
+from intervenable.map_ends import NO_LOGITS, end_sites, head_sites
 from intervenable.map_layout import layout_of
 from intervenable.map_mlp import Placed
 from intervenable.map_trace import Trace, trace
@@ -45,7 +45,9 @@ def infer_map(model: nn.Module, inputs: Mapping[str, Any], run: Trace | None = N
     for stack in stacks:
         _place_stack(found, stack, model, inputs, run, attention)
     main = next((stack for stack in stacks if stack.role in (None, "decoder")), None)
-    if main is None:
+    if main is None and stacks:
+        found.absent["logits"] = NO_LOGITS
+    elif main is None:
         found.absent |= {word: NO_BLOCKS for word in COMPONENTS if word not in found.absent}
     else:
         head = head_sites(run, main, model)
