@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -123,28 +123,24 @@ def _of_stack(model: nn.Module, model_map: ModelMap, traced: Trace, prefix: str)
         columns = None if site is None or tensor is None else columns_of(site, sizes, width=tensor.shape[-1])
         if site is None or columns is None or tensor is None:
             continue
-        own, name, by_heads = site, _named(word, prefix), _named(view, prefix)
-
-        def laid(mistake: str, other: HeadColumns, *names: str) -> Spoiled:
-            changed = replace(own, columns=other, heads=None, part=None)
-            return Spoiled(f"{name}: {mistake}", names, _with(model_map, **{name: changed}))
-
+        name, by_heads = _named(word, prefix), _named(view, prefix)
+        laid = partial(_laid, model_map, name, site, by_heads)
         step = columns.first_column(1) - columns.first_column(0) if columns.heads > 1 else columns.width
         if step:
-            yield laid("heads shifted by one", replace(columns, start=columns.start + step), by_heads)
+            yield laid("heads shifted by one", replace(columns, start=columns.start + step))
             yield laid(
                 "half a head further", replace(columns, start=columns.start + columns.width // 2), by_heads
             )
         if columns.heads > 1 and columns.contiguous:
             last = columns.start + (columns.heads - 1) * columns.width
             turned = HeadColumns(columns.heads, columns.width, last, -columns.width, columns.heads)
-            yield laid("heads in the other order", turned, by_heads)
+            yield laid("heads in the other order", turned)
         if columns.heads > 1 and columns.contiguous and columns.width % 2 == 0:
             half = columns.width // 2
-            yield laid("twice as many heads", HeadColumns(2 * columns.heads, half, columns.start), by_heads)
+            yield laid("twice as many heads", HeadColumns(2 * columns.heads, half, columns.start))
         if columns.heads % 2 == 0 and columns.contiguous:
             wide = HeadColumns(columns.heads // 2, 2 * columns.width, columns.start)
-            yield laid("half as many heads", wide, by_heads)
+            yield laid("half as many heads", wide)
         if not columns.contiguous:
             yield laid(
                 "heads side by side", HeadColumns(columns.heads, columns.width, columns.start), by_heads
@@ -216,6 +212,14 @@ def _of_stack(model: nn.Module, model_map: ModelMap, traced: Trace, prefix: str)
         yield from moved("the first block", "embedding_output", Site(f"{block.blocks}.0"))
 
 
+def _laid(
+    model_map: ModelMap, name: str, site: Site, by_heads: str, mistake: str, columns: HeadColumns
+) -> Spoiled:
+    """A map in which the heads of a component lie elsewhere."""
+    changed = replace(site, columns=columns, heads=None, part=None)
+    return Spoiled(f"{name}: {mistake}", (by_heads,), _with(model_map, **{name: changed}))
+
+
 def _of_two_stacks(model_map: ModelMap) -> Iterator[Spoiled]:
     def put(name: str, site: Site | None) -> Iterator[Spoiled]:
         if site is not None and site != model_map.site(name):
@@ -230,8 +234,3 @@ def _of_two_stacks(model_map: ModelMap) -> Iterator[Spoiled]:
     yield from put("decoder_mlp_input", model_map.site("cross_attention_input"))
     yield from put("decoder_block_mid", model_map.site("cross_block_mid"))
     yield from put("cross_block_mid", model_map.site("decoder_block_mid"))
-
-
-def described(found: Any) -> str:
-    """A mistake in words, as the id of a test."""
-    return str(found.mistake)
