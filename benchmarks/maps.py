@@ -27,7 +27,6 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers.utils import logging
 
 from intervenable.map_cache import VARIABLE, KeptMap, keep, look_up
 from intervenable.map_fitting import fitted
@@ -122,7 +121,7 @@ def measured(name: str, rounds: int) -> Times:
         name: One of `MODELS`, or a folder with a model.
         rounds: How often each step is done.
     """
-    seconds = dict.fromkeys(STEPS, float("inf"))
+    seconds: dict[str, float] = dict.fromkeys(STEPS, float("inf"))
     result: dict[str, Any] = {}
 
     def timed(step: str, work: Callable[[], Any]) -> None:
@@ -150,7 +149,12 @@ def measured(name: str, rounds: int) -> Times:
             if before is not None:
                 os.environ[VARIABLE] = before
     assert result["kept"].map == result["fit"]
-    return Times(name, **seconds, components=len(result["fit"].components()))
+    return _times(name, seconds, len(result["fit"].components()))
+
+
+def _times(name: str, seconds: Mapping[str, float], components: int) -> Times:
+    load, twin, infer, prove, fit, kept = (seconds[step] for step in STEPS)
+    return Times(name, load, twin, infer, prove, fit, kept, components)
 
 
 def _loaded(name: str) -> nn.Module:
@@ -168,7 +172,7 @@ def as_table(times: Sequence[Times], markdown: bool) -> str:
     """The times in milliseconds, one model a row, and their sums."""
     head = ["model", "components", *STEPS[:-1], "new map", "kept map", "new : kept"]
     rows = [_row(one.model, str(one.components), one) for one in times]
-    total = Times("all", *(sum(getattr(one, step) for one in times) for step in STEPS), components=0)
+    total = _times("all", {step: sum(getattr(one, step) for one in times) for step in STEPS}, 0)
     rows.append(_row("all", "", total))
     if markdown:
         lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
@@ -208,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--markdown", action="store_true", help="print the table as markdown")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the seconds there as well")
     options = parser.parse_args(arguments)
-    logging.set_verbosity_error()
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     torch.set_num_threads(1)
     names = options.models or (QUICK if options.quick else tuple(MODELS))
     unknown = [name for name in names if name not in MODELS and not Path(name).is_dir()]

@@ -57,7 +57,7 @@ def example_inputs(model: nn.Module, *, batch: int = 2, length: int = 7, seed: i
     if "decoder_input_ids" in inputs and made_by_itself and not _runs(inner, inputs):
         # One that looks for the end of its input in what the decoder gives.
         ended = inputs["input_ids"].clone()
-        ended[:, -1] = drawn.number("eos_token_id", 1)
+        ended[:, -1] = drawn.number("eos_token_id") or 1
         if _runs(inner, {"input_ids": ended}):
             return {"input_ids": ended}
     return inputs

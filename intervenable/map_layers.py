@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 
 from torch import nn
 
-from intervenable.map_twin_config import Shown
+from intervenable.map_twin_shape import Shown
 
 FEWEST = 3
 """Layers of a small model, if the large one has so many."""

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from intervenable.errors import IntervenableError, UnsupportedModelError
 from intervenable.map_inputs import example_inputs
 from intervenable.map_layers import block_signature, layers_shown
-from intervenable.map_twin_config import TwinShape, small_config
+from intervenable.map_twin_config import small_config
+from intervenable.map_twin_shape import TwinShape
 from intervenable.unwrapping import unwrapped
 
 SHAPES = (

@@ -10,104 +10,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import gcd
-from typing import Any, Protocol
+from typing import Any
 
-from model_maps.sizes import HEAD_DIM, HIDDEN, QUERY_HEADS
-
-
-class Shown(Protocol):
-    """Which layers of a stack a small model has."""
-
-    def __call__(self, count: int, *, sharing: int = 0, listed: bool = False) -> tuple[int, ...]:
-        """The layers, in order.
-
-        Args:
-            count: How many the stack has.
-            sharing: How many of the last ones use the keys and values of layers before.
-            listed: Whether the config lists the kinds of its layers, so that others than the first can be chosen.
-        """
-
-
-@dataclass(frozen=True)
-class TwinShape:
-    """What can be tried where the usual twin of a config does not run."""
-
-    narrow: int = 8
-    """About how wide heads become whose width follows from the hidden size."""
-
-    window: int = 4
-    """Positions in a sliding window."""
-
-    mlp: int = 48
-    """Width of the widest MLP."""
-
-    most_columns: int = 2048
-    """Columns of all heads together from which on they become narrow even where their width is stated apart."""
-
-    heads_divide: bool = False
-    """Whether the hidden size stays a multiple of the number of heads where it need not be."""
-
-    even_stacks: bool = False
-    """Whether all stacks get as many layers as the one that needs most."""
-
-    first_layers: bool = False
-    """Whether its layers are the first ones of the model even where the config lists their kinds."""
-
-    stated_fields_alone: bool = False
-    """Whether what equals the default of its field is left to the config to work out again."""
-
+from intervenable.map_config_fields import ROLE_OF, field_of, is_config, is_number, layer_overrides, layers_of
+from intervenable.map_twin_shape import Shown, TwinShape
+from intervenable.map_twin_widths import Geometry, geometry_of, hidden_sizes, shrink_factor
 
 VOCABULARY = 160
 FIRST_SPECIAL = 100
 """Ids of special tokens from here on are given out anew, from here on."""
 
-_ROLES: Mapping[str, str] = {
-    "hidden": """embed_dim embedding_dim embedding_size word_embed_proj_dim input_embedding_size
-        output_embedding_size lru_width attention_hidden_size backbone_hidden_size decoder_hidden_size
-        encoder_hidden_size hidden_channels text_embed_dim projection_dim hidden_size_global vision_hidden_size
-        vq_embed_dim ple_embed_dim out_hidden_size vision_output_dim projector_input_dim projector_output_dim
-        cross_attention_hidden_size conv_dim_out decoder_input_dim pooler_hidden_size text_hidden_size
-        image_feature_size d_embed feature_size output_dim""",
-    "mlp": """intermediate_size ffn_dim ffn_hidden_size d_ff dff dim_ff decoder_ffn_dim encoder_ffn_dim d_inner
-        feed_forward_size mlp_dim n_inner moe_intermediate_size shared_expert_intermediate_size
-        expert_ffn_hidden_size intermediate_size_mlp shared_intermediate_size dense_intermediate_size
-        moe_shared_expert_intermediate_size shared_experts_intermediate_size speech_encoder_intermediate_size
-        text_config_intermediate_size bottleneck_dim intermediate_ff_dim hidden_mlp_size
-        block_ff_dim conv_mlp_size projector_hidden_size ff_dim""",
-    "layers": """num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers num_blocks
-        num_layers_per_stack encoder_layers num_encoder_layers depth conf_num_hidden_layers num_global_layers
-        vision_depth speech_encoder_layers audio_depth num_hidden_groups""",
-    "experts": "num_experts n_routed_experts num_local_experts moe_num_experts",
-    "chosen_experts": """num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k top_k_experts
-        n_activated_experts""",
-    "groups": "n_group topk_group num_expert_group",
-    "linear_width": "linear_key_head_dim linear_value_head_dim linear_head_dim",
-    "length": """max_position_embeddings n_positions n_ctx max_seq_len model_max_length context_length
-        max_target_positions max_source_positions original_max_position_embeddings max_sequence_length
-        num_position_embeddings max_2d_position_embeddings""",
-    "window": """sliding_window attention_window_size window_size local_attention sliding_window_size
-        keep_window_size attention_chunk_size local_attention_window_len attention_window""",
-    "latent": "q_lora_rank kv_lora_rank o_lora_rank swa_q_lora_rank swa_kv_lora_rank",
-}
-_LATENT_WIDTHS = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-_ROLE_OF = {
-    **{name: role for role, names in _ROLES.items() for name in names.split()},
-    **dict.fromkeys(HIDDEN, "hidden"),
-    **dict.fromkeys((*HEAD_DIM, *_LATENT_WIDTHS, "qk_head_dim", "global_head_dim"), "head_width"),
-    "hidden_dim": "hidden",
-}
-_HEADS = (
-    *QUERY_HEADS,
-    "encoder_attention_heads",
-    "decoder_attention_heads",
-    "attention_heads",
-    "num_encoder_attention_heads",
-    "num_decoder_attention_heads",
-    "nhead",
-)
 _WIDTHS_BY_HEAD = ("rotary_dim", "query_pre_attn_scalar")
 _SPECIAL_TOKEN = re.compile(r"(_token_id|_token_index|_index|_tokens?_ids?|_token)$")
 _LAYER_INDICES = re.compile(r"(layer|idx|indices|indexes|block)")
@@ -147,137 +61,20 @@ def small_config(config: Any, shape: TwinShape, shown: Shown) -> Any:
         shape: What is tried.
         shown: Which layers of a stack the twin has.
     """
-    return _Shrinking(shape, shown, _hidden_sizes(config, shape)).of(config)
-
-
-def parts_of(config: Any) -> Iterator[Any]:
-    """A config and all configs inside it."""
-    yield config
-    for value in vars(config).values():
-        if _is_config(value):
-            yield from parts_of(value)
-
-
-def field_of(config: Any, name: str) -> Any:
-    """The value of a field; None where the config has none. Of one that differs between layers the usual value."""
-    try:
-        return getattr(config, name, None)
-    except Exception:  # such fields refuse to be read, in ways of their own
-        return vars(config).get(name)
-
-
-def layer_overrides(config: Any) -> dict[int, dict[str, Any]]:
-    """Layer -> fields that have another value there."""
-    if not field_of(config, "is_heterogeneous"):
-        return {}
-    return {
-        int(layer): dict(fields) for layer, fields in config.to_dict().get("per_layer_config", {}).items()
-    }
-
-
-def layers_of(config: Any) -> int | None:
-    """How many layers the stack of one config has."""
-    return _first_number(config, tuple(_ROLES["layers"].split()))
-
-
-def _is_config(value: object) -> bool:
-    return hasattr(value, "to_dict") and hasattr(value, "model_type")
-
-
-def _first_number(config: Any, names: Sequence[str]) -> int | None:
-    return next((value for name in names if _is_number(value := field_of(config, name))), None)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-# --- widths -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Geometry:
-    """How wide the stack of one config and its heads are."""
-
-    hidden: int
-    heads: int
-    width: int
-    """Columns of a head; 0 if nothing says."""
-
-    divisible: int
-    """What all widths of heads are multiples of."""
-
-    stated: bool
-    """Whether that is not just the hidden size shared among the heads."""
-
-
-def _geometry(config: Any) -> _Geometry | None:
-    hidden, heads = _first_number(config, HIDDEN), _first_number(config, _HEADS)
-    if not hidden:
-        return None
-    if not heads:
-        return _Geometry(hidden, 1, 0, 0, True)
-    latent = [width for name in _LATENT_WIDTHS if _is_number(width := field_of(config, name)) and width]
-    latent += [
-        fields[name]
-        for fields in layer_overrides(config).values()
-        for name in _LATENT_WIDTHS
-        if name in fields
-    ]
-    width = _first_number(config, HEAD_DIM)
-    if latent:
-        return _Geometry(hidden, heads, max(latent), gcd(*latent), True)
-    if (width is not None and width * heads != hidden) or hidden % heads:
-        return _Geometry(hidden, heads, width or 0, width or 0, True)
-    return _Geometry(hidden, heads, hidden // heads, hidden // heads, False)
-
-
-def _hidden_sizes(config: Any, shape: TwinShape) -> dict[int, int]:
-    """Hidden size of the model -> hidden size of its twin, for all parts of a config."""
-    by_size: dict[int, list[_Geometry]] = {}
-    for part in parts_of(config):
-        found = _geometry(part)
-        if found is not None:
-            by_size.setdefault(found.hidden, []).append(found)
-    sizes = {}
-    for hidden, parts in by_size.items():
-        followers = [part.width for part in parts if not part.stated]
-        if followers:
-            heads = max(part.heads for part in parts if not part.stated)
-            narrow = shape.narrow if heads * shape.narrow <= _WIDE else shape.narrow // 2
-            sizes[hidden] = hidden // _shrink_factor(followers, narrow)
-        else:
-            heads = max(part.heads for part in parts) if shape.heads_divide else 1
-            sizes[hidden] = min(hidden, heads * 2 * max(1, -(-16 // heads)))
-    return sizes
-
-
-_WIDE = 256
-"""Columns of all heads together from which on they become narrower still."""
-
-
-def _shrink_factor(widths: Sequence[int], narrow: int) -> int:
-    """By how much heads of these widths can be narrowed: a number that leaves all of them even."""
-    common = gcd(*widths)
-    factors = [f for f in range(1, common + 1) if common % f == 0 and (common // f) % 2 == 0]
-    fitting = [f for f in factors if min(widths) // f >= narrow]
-    return max(fitting, default=1)
+    return _Shrinking(shape, shown, hidden_sizes(config, shape)).of(config)
 
 
 @dataclass(frozen=True)
 class _Part:
     """One config and how it shrinks."""
 
-    geometry: _Geometry | None
+    geometry: Geometry | None
     layers: int | None
     shown: tuple[int, ...]
     """The layers that stay."""
 
     factor: int
     """By how much heads become narrower."""
-
-
-# --- fields -----------------------------------------------------------------------------------------------
 
 
 class _Shrinking:
@@ -332,29 +129,27 @@ class _Shrinking:
         return small
 
     def _part(self, config: Any) -> _Part:
-        geometry, layers = _geometry(config), layers_of(config)
+        geometry, layers = geometry_of(config), layers_of(config)
         sharing = field_of(config, "num_kv_shared_layers")
         listed = not self._shape.first_layers and any(
             isinstance(value, (list, tuple)) and len(value) == layers for value in vars(config).values()
         )
         shown = (
-            self._shown(layers, sharing=sharing if _is_number(sharing) else 0, listed=listed)
-            if layers
-            else ()
+            self._shown(layers, sharing=sharing if is_number(sharing) else 0, listed=listed) if layers else ()
         )
         factor = 1 if geometry is None else self._head_factor(geometry)
         return _Part(geometry, layers, shown, factor)
 
-    def _head_factor(self, geometry: _Geometry) -> int:
+    def _head_factor(self, geometry: Geometry) -> int:
         """By how much heads become narrower."""
         if not geometry.stated:
             return geometry.hidden // self._widths[geometry.hidden]
         if geometry.divisible and geometry.heads * geometry.width > self._shape.most_columns:
-            return _shrink_factor([geometry.divisible], self._shape.narrow)
+            return shrink_factor([geometry.divisible], self._shape.narrow)
         return 1
 
     def _small(self, name: str, value: Any, part: _Part) -> Any:
-        if _is_config(value):
+        if is_config(value):
             return self.of(value)
         if isinstance(value, Mapping):
             if name.startswith("rope"):
@@ -365,10 +160,10 @@ class _Shrinking:
         if isinstance(value, (list, tuple)):
             made = self._list(name, value, part)
             return tuple(made) if isinstance(value, tuple) else made
-        return self._number(name, value, part) if _is_number(value) else value
+        return self._number(name, value, part) if is_number(value) else value
 
     def _number(self, name: str, value: int, part: _Part) -> int:
-        role = _ROLE_OF.get(name)
+        role = ROLE_OF.get(name)
         if "vocab_size" in name or name.endswith("_group_vocab"):
             return min(value, VOCABULARY)
         if role is None and _SPECIAL_TOKEN.search(name):
@@ -417,7 +212,7 @@ class _Shrinking:
         return self._specials.setdefault(value, FIRST_SPECIAL + len(self._specials))
 
     def _list(self, name: str, value: Sequence[Any], part: _Part) -> list[Any]:
-        numbers = bool(value) and all(map(_is_number, value))
+        numbers = bool(value) and all(map(is_number, value))
         if part.layers and len(value) == part.layers:
             return [self._small(name, value[layer], part) for layer in part.shown]
         if name == "attention_types":  # pairs: kinds of layers in turn, and how often
@@ -444,7 +239,7 @@ def _fill_state_spaces(config: Any, values: dict[str, Any], part: _Part, width: 
     for heads_name, width_name, expand_name in _STATE_SPACES:
         heads, head_width = field_of(config, heads_name), field_of(config, width_name)
         expand = field_of(config, expand_name)
-        if not (_is_number(heads) and _is_number(head_width) and isinstance(expand, (int, float))):
+        if not (is_number(heads) and is_number(head_width) and isinstance(expand, (int, float))):
             continue
         if heads * head_width == expand * part.geometry.hidden:
             inner = int(expand * width(part.geometry.hidden))
