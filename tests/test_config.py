@@ -353,11 +353,8 @@ def test_one_fault_keeps_its_class_and_several_of_a_kind_theirs():
 def test_a_model_without_a_map_is_one_fault_however_many_representations_there_are():
     with pytest.raises(iv.UnsupportedModelError) as caught:
         iv.IntervenableModel([{"layer": 0}, {"layer": 1}], nn.Sequential(nn.Linear(2, 2)))
-    assert str(caught.value) == (
-        "No map describes Sequential."
-        "\nWrite a ModelMap and register_map() it (classes with the same layout can share one), or name"
-        " the place by its module path, such as 'model.layers[3].mlp.output', instead of a component."
-    )
+    assert str(caught.value).startswith("No map describes Sequential, and none could be made.")
+    assert str(caught.value).count("No map") == 1
 
 
 @pytest.mark.parametrize(
