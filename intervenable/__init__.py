@@ -59,6 +59,7 @@ from intervenable.errors import (
 from intervenable.locations import get_loc
 from intervenable.map_making import make_map as _make_map
 from intervenable.map_verification import Verification, verify
+from intervenable.map_view import ModelView, model_map
 from intervenable.maps import use_maker as _use_maker
 from intervenable.model import IntervenableModel
 from intervenable.output import IntervenableOutput
@@ -157,6 +158,7 @@ __all__ = [
     "MissingFileError",
     "ModelMap",
     "ModelMismatchError",
+    "ModelView",
     "NodireftIntervention",
     "NoiseIntervention",
     "NoreftIntervention",
@@ -210,6 +212,7 @@ __all__ = [
     "head_vectors",
     "load_small_lm",
     "metrics",
+    "model_map",
     "norm_statistics",
     "parse_activation_key",
     "patching",
