@@ -366,6 +366,11 @@ def taken_from(group: Group) -> Change:
     return lambda groups: groups[group.index]
 
 
+def all_have(key: Key, *groups: Group) -> bool:
+    """Whether something was seen at a place in each of these groups."""
+    return all(key in group.seen for group in groups)
+
+
 def _back(groups: Tensor) -> Tensor:
     return groups[0].clone()
 

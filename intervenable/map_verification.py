@@ -11,20 +11,11 @@ from torch import Tensor, nn
 
 from intervenable.errors import MapError, UnknownNameError, unknown_name
 from intervenable.map_laws import LAWS, TELLS_NOTHING, Finding, deviation, limit_of
+from intervenable.map_laws_ends import ends, lookup, single_layers
 from intervenable.map_laws_heads import heads, shares
 from intervenable.map_laws_linear import affine
 from intervenable.map_laws_runs import Bench, Key
-from intervenable.map_laws_swaps import (
-    Swaps,
-    adds,
-    determines,
-    elementwise,
-    ends,
-    lookup,
-    moves,
-    single_layers,
-    stays,
-)
+from intervenable.map_laws_swaps import Swaps, adds, determines, elementwise, moves, stays
 from intervenable.map_laws_values import (
     bound,
     chain,
