@@ -372,6 +372,15 @@ def test_locations_are_given_for_each_picture():
         declared(inputs, None, {"base": 5})
 
 
+def test_a_receipt_has_a_line_for_each_picture_that_is_only_read():
+    model, inputs = tower_model("clip"), tower_inputs("clip")
+    entry = iv.RepresentationConfig(LAYER, "vision_block_output", "pos")
+    declared = iv.IntervenableModel(iv.IntervenableConfig([entry], iv.CollectIntervention), model)
+    with torch.no_grad():
+        output = declared(inputs, None, {"base": 1})
+    assert [(line.example, line.change) for line in output.receipt] == [(0, 0.0), (1, 0.0), (2, 0.0)]
+
+
 def test_the_attention_of_a_picture_can_be_edited_head_by_head():
     model, inputs = tower_model("llava", "eager"), tower_inputs("llava")
     where = {"heads": 2, "queries": [0, 1], "keys": 3}
