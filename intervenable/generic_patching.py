@@ -155,6 +155,7 @@ def generic_activation_patch(
         assert index_axis_names is not None
         sizes = runs.sizes(index_axis_names)
         index_df = make_df_from_ranges(sizes, list(index_axis_names))
+        index_df[index_axis_names[0]] = [runs.layers[number] for number in index_df[index_axis_names[0]]]
     rows = _rows(index_df)
     with Progress(len(rows), show, "patches") as bar:
         values = []
@@ -221,10 +222,10 @@ class _Runs:
             ConfigError: the layer is not the first, or an axis that the component does not have.
         """
         known = _known(axes)
-        site = self._site(0)
+        site = self._site(self.layers[0])
         tokens = self.inputs.of(site.stack).length
         counts = {
-            "layer": self.places.layers_of(self.component),
+            "layer": len(self.layers),
             "pos": tokens,
             "query": tokens,
             "key": self.inputs.of(site.key_stack).length,
@@ -273,6 +274,11 @@ class _Runs:
         with torch.no_grad():
             output = IntervenableModel(entry, self.model)(self.corrupted).intervened
             return self._measured(logits_of(output, self.model), row)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that have the component."""
+        return self.places.layers_with(self.component)
 
     def _site(self, layer: int) -> BoundSite:
         return self.places.at(self.component, layer)

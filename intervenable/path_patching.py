@@ -184,6 +184,12 @@ class _Paths:
         self.model, self.corrupted = model, corrupted
         self.receiver, self.mode = RECEIVERS[component], mode
         self.layers = places.layers_of(SENDER)
+        there = places.layers_with(SENDER)
+        if len(there) < self.layers:
+            raise UnsupportedModelError(
+                f"Direct paths go from heads of every layer, and {type(model).__name__} has heads in layers"
+                f" {', '.join(map(str, there))} alone. Patch the heads by themselves: iv.patching.sweep."
+            )
         self.heads = places.at(SENDER, 0).heads or 0
         self.receivers = places.at(self.receiver, 0).heads or 0
         self.blocks = places.map.blocks

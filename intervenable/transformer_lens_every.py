@@ -128,7 +128,8 @@ def _check_groups(model: nn.Module, gqa: str, options: Mapping[str, Any]) -> int
     if gqa not in get_args(HeadsOfGroups):
         raise UnknownNameError(unknown_name("gqa", gqa, get_args(HeadsOfGroups)))
     places = Places(model.model if isinstance(model, IntervenableModel) else model)
-    heads, shared = (places.at(_HEAD_KINDS[kind], 0).heads or 0 for kind in ("out", "k"))
+    names = [_HEAD_KINDS[kind] for kind in ("out", "k")]
+    heads, shared = (places.at(name, places.layers_with(name)[0]).heads or 0 for name in names)
     if options.get("heads") is not None:
         if heads != shared:
             raise ConfigError(

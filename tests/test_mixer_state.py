@@ -276,6 +276,31 @@ def test_components_of_no_common_layer_are_not_swept_together(model):
         iv.patching.sweep(model, prompt(), prompt(1), ["query_output", "mixer_output"], "layer", last_logit)
 
 
+def test_a_patch_setter_of_a_users_own_is_given_the_layers_that_have_the_component(model):
+    _, without = kinds_of(model)
+    given = []
+
+    def own(corrupted, index, clean):
+        given.append(tuple(index))
+        corrupted[:, index[1]] = clean[:, index[1]]
+        return corrupted
+
+    pair = model, prompt(1), iv.collect(model, prompt(), "mixer_output")
+    axes = ("layer", "pos")
+    found, index = iv.patching.generic_activation_patch(
+        *pair, last_logit, own, "mixer_output", index_axis_names=axes, return_index_df=True
+    )
+    assert sorted({layer for layer, _ in given}) == sorted(set(index["layer"])) == list(without)
+    swept = iv.patching.sweep(model, prompt(), prompt(1), "mixer_output", axes, last_logit).values
+    assert_close(found, swept, atol=1e-4, rtol=1e-4)
+
+
+def test_direct_paths_need_heads_in_every_layer(model):
+    name, layers = type(model).__name__, ", ".join(map(str, kinds_of(model)[0]))
+    with pytest.raises(iv.UnsupportedModelError, match=f"{name} has heads in layers {layers} alone"):
+        iv.patching.get_act_patch_direct_path_all_sources(model, prompt(1), prompt(), None, last_logit)
+
+
 def test_all_layers_are_those_with_attention(model):
     with_attention, _ = kinds_of(model)
     entries = iv.attention.knockout("last", 0, "all", model=model)
