@@ -488,4 +488,6 @@ def hook_at(site: BoundSite, act: Callable[[Passage], None], *, writes: bool = F
     if site.kind != "inside":
         return Hook(site.module, site.side, act)
     time_first = site.axes is not None and site.axes.rows > site.axes.positions
-    return Hook(site.module, site.side, act, InsideHook(site.word, act, writes, *site.head_counts, time_first))
+    return Hook(
+        site.module, site.side, act, InsideHook(site.word, act, writes, *site.head_counts, time_first)
+    )
