@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -219,7 +219,7 @@ class Places:
         plus = None if site.plus is None else self._component(site.plus, layer)
         blocks = self.map.blocks_of(component)
         prefix = f"{blocks}.{layer}" if blocks and layer is not None else ""
-        return bind_site(
+        bound = bind_site(
             self.model,
             component,
             site,
@@ -230,6 +230,15 @@ class Places:
             causal=self.map.causal_at(component),
             stack=self.map.stack_of(component),
         )
+        if bound.word == "expanded_head_value":  # values may be of another width than queries and keys
+            bound = replace(bound, width=self._value_width(component, layer, bound))
+        return bound
+
+    def _value_width(self, component: str, layer: int | None, bound: BoundSite) -> int | None:
+        mixed = component.replace("expanded_head_value", "head_attention_value_output")
+        if self.map.site(mixed, layer) is None:
+            return None if self._site_of(component, layer).attention is not None else bound.width
+        return self._component(mixed, layer).width
 
     def _sizes_for(self, component: str) -> Sizes:
         """The sizes of the stack that a component is in."""
