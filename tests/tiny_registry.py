@@ -143,6 +143,11 @@ def spread_weights(model: nn.Module, seed: int = 0) -> None:
         return torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
 
     with torch.no_grad():
+        for module in model.modules():
+            table = getattr(module, "tid2eid", None)  # DeepSeek V4: the experts of each token, all 0 at first
+            if isinstance(table, Tensor):
+                order = torch.rand(len(table), module.num_experts, generator=generator).argsort(-1)
+                table.copy_(order[:, : table.shape[-1]])
         for name, parameter in model.named_parameters():
             leaf = name.rpartition(".")[2]
             if not parameter.is_floating_point():

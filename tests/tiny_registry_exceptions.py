@@ -32,7 +32,11 @@ EXCEPTIONS: Mapping[str, Mapping[str, Any]] = {
         "layer_types": PerLayer(("sliding_attention", "full_attention")),
         "rope_parameters": {"sliding_attention": _ROTARY, "full_attention": None},
     },
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        # One chosen expert would always have the weight 1.
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2},
     "dots1": {
         "n_routed_experts": 4,
