@@ -128,9 +128,7 @@ def _of_stack(model: nn.Module, model_map: ModelMap, traced: Trace, prefix: str)
         step = columns.first_column(1) - columns.first_column(0) if columns.heads > 1 else columns.width
         if step:
             yield laid("heads shifted by one", replace(columns, start=columns.start + step))
-            yield laid(
-                "half a head further", replace(columns, start=columns.start + columns.width // 2), by_heads
-            )
+            yield laid("half a head further", replace(columns, start=columns.start + columns.width // 2))
         if columns.heads > 1 and columns.contiguous:
             last = columns.start + (columns.heads - 1) * columns.width
             turned = HeadColumns(columns.heads, columns.width, last, -columns.width, columns.heads)
@@ -142,9 +140,7 @@ def _of_stack(model: nn.Module, model_map: ModelMap, traced: Trace, prefix: str)
             wide = HeadColumns(columns.heads // 2, 2 * columns.width, columns.start)
             yield laid("half as many heads", wide)
         if not columns.contiguous:
-            yield laid(
-                "heads side by side", HeadColumns(columns.heads, columns.width, columns.start), by_heads
-            )
+            yield laid("heads side by side", HeadColumns(columns.heads, columns.width, columns.start))
     yield from exchanged("key_output", "value_output")
     yield from exchanged("query_output", "key_output")
     yield from exchanged("query_output", "value_output")
