@@ -15,7 +15,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 REQUIREMENTS := pyproject.toml constraints.txt
 
-.PHONY: help demo test lint format types smollm2 test-smollm2 capital-map registry registry-page peers bench bench-attention bench-sweep bench-das bench-maps bench-easyroutine tutorials clean
+.PHONY: help demo test lint format types smollm2 test-smollm2 capital-map registry registry-page maps maps-page peers bench bench-attention bench-sweep bench-das bench-maps bench-easyroutine tutorials clean
 
 help:
 	@echo "make demo          run the main job on the language model that ships with the library"
@@ -26,6 +26,8 @@ help:
 	@echo "make capital-map   train an alignment for every layer of SmolLM2, draw docs/images/smollm2_das_map.png"
 	@echo "make registry      sweep every architecture of transformers, compared cell by cell (some minutes)"
 	@echo "make registry-page the same, and write docs/sweep-coverage.md"
+	@echo "make maps          infer and verify the map of every architecture, in all tasks (some minutes)"
+	@echo "make maps-page     the same, and write docs/architectures.md"
 	@echo "make peers         install the pinned peers, run the comparisons with them"
 	@echo "make bench         what a swap costs, against the peers (BENCH=--quick, BENCH=--help)"
 	@echo "make bench-attention    what reading and editing patterns costs, likewise"
@@ -86,6 +88,12 @@ registry: $(VENV)/.dev
 
 registry-page: $(VENV)/.dev
 	$(ONE_THREAD) $(VENV)/bin/python tests/registry_survey.py
+
+maps: $(VENV)/.dev
+	$(ONE_THREAD) $(VENV)/bin/python -m pytest -n 2 -m registry tests/test_map_registry.py
+
+maps-page: $(VENV)/.dev
+	$(ONE_THREAD) $(VENV)/bin/python tests/map_survey.py
 
 # Only the files that need them: the others may need what is not in this environment. A peer that is missing
 # is a failure here, where elsewhere its tests are skipped.

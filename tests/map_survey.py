@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import multiprocessing
+import re
 import time
 import traceback
 import warnings
@@ -23,12 +24,14 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
-from tiny_registry import TASKS, build, model_types
+from tiny_registry import TASKS, UNBUILDABLE_FOR, build, model_types
 from torch import nn
 
 from intervenable.map_inference import infer_map
 from intervenable.map_verification import Verification, check_map
 from model_maps import COMPONENTS, ModelMap
+
+PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 
 SECONDS = 120
 """How long one type may take."""
@@ -181,6 +184,140 @@ def survey_all(wanted: Sequence[tuple[str, str]], jobs: int = 2) -> Iterator[Rec
         yield from pool.map(record_of, wanted)
 
 
+# --- the page ---------------------------------------------------------------------------------------------
+
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "blocks": ("block_input", "block_output"),
+    "middle": ("block_mid",),
+    "attention": ("attention_input", "attention_output", "attention_contribution"),
+    "q k v z": ("head_query_output", "head_key_output", "head_value_output", "head_attention_value_output"),
+    "scores": ("attention_scores", "attention_pattern"),
+    "MLP": ("mlp_input", "mlp_output", "mlp_contribution"),
+    "neurons": ("mlp_hidden",),
+    "experts": ("router_output", "expert_output"),
+    "mixer": ("mixer_input", "mixer_output"),
+    "ends": ("embedding_output", "final_norm_input", "final_norm_output"),
+}
+"""The columns of the page, and the components that each stands for."""
+
+TITLES = {
+    "causal-lm": "Causal language models",
+    "masked-lm": "Masked language models",
+    "seq2seq-lm": "Encoder-decoders",
+    "image-text-to-text": "Images and text",
+    "image-classification": "Images",
+    "zero-shot": "Towers of images and of text",
+    "audio-classification": "Sounds",
+    "ctc": "Sounds to characters",
+    "speech-seq2seq": "Speech to text",
+}
+
+HEAD = """# Architectures
+
+Written by `make maps-page`; `make maps` holds every type to it. Each type that transformers registers for a task
+is made tiny and random, its map is inferred from structure and numbers, and every component of the map is held to
+every law that can be looked at ([how](components-and-interventions.md)). In a cell: *yes*, all components of the
+group are offered; *part*, some; *no*, none, and the reason is below the table; empty, the architecture has no such
+thing to place. A model of several stacks has a row for each. The laws judge tiny models on the CPU in fp32.
+
+| column | components |
+| --- | --- |
+{columns}
+"""
+
+NOTHING_TO_PLACE = ("has no", "have no", "no experts", "no layer", "does not mix", "no cross", "not route")
+"""Words of reasons that say that there is no such thing."""
+
+
+def page(records: Sequence[Record]) -> str:
+    """The page about what was found."""
+    columns = "\n".join(
+        f"| {group} | {', '.join(f'`{name}`' for name in names)} |" for group, names in GROUPS.items()
+    )
+    lines = [HEAD.format(columns=columns).rstrip(), ""]
+    for task, title in TITLES.items():
+        found = [record for record in records if record.task == task]
+        if found:
+            lines += _section(task, title, found)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _section(task: str, title: str, found: Sequence[Record]) -> list[str]:
+    blocks, views, scores = (sum(_offers(record, group) for record in found) for group in _COUNTED)
+    missing = UNBUILDABLE_FOR[task]
+    return [
+        f"## {title}",
+        "",
+        f"{len(found)} types of {len(found) + len(missing)} that are registered: blocks in **{blocks}**, all four"
+        f" views by heads in **{views}**, scores and patterns in **{scores}**; no component that breaks a law is"
+        " offered.",
+        "",
+        "| type | stack | layers | " + " | ".join(GROUPS) + " |",
+        "| --- " * (len(GROUPS) + 3) + "|",
+        *(row for record in found for row in _rows(record)),
+        "",
+        *_gaps(found),
+        *(f"- {name}: no tiny model, {reason}." for name, reason in sorted(missing.items())),
+        "",
+    ]
+
+
+_COUNTED = ("blocks", "q k v z", "scores")
+
+
+def _offers(record: Record, group: str) -> bool:
+    """Whether some stack of a model has everything in a group."""
+    return any(_cell(record, prefix, group) == "yes" for prefix in record.stacks)
+
+
+def _rows(record: Record) -> Iterator[str]:
+    if not record.stacks:
+        yield f"| {record.model_type} | " + " | " * (len(GROUPS) + 1) + " |"
+    for number, (prefix, layers) in enumerate(record.stacks.items()):
+        cells = [_cell(record, prefix, group) for group in GROUPS]
+        name = record.model_type if number == 0 else ""
+        yield "| " + " | ".join([name, prefix, str(layers), *cells]) + " |"
+    if any(name.startswith("cross_") for name in record.components):
+        cells = [_cell(record, "cross", group) if group in _OF_CROSS else "" for group in GROUPS]
+        yield "| " + " | ".join(["", "cross", "", *cells]) + " |"
+
+
+_OF_CROSS = ("middle", "attention", "q k v z", "scores")
+
+
+def _cell(record: Record, prefix: str, group: str) -> str:
+    names = [f"{prefix}_{word}" if prefix else word for word in GROUPS[group]]
+    offered = [name in record.components for name in names]
+    if all(offered):
+        return "yes"
+    if any(offered):
+        return "part"
+    reasons = [record.refused.get(name) or record.absent.get(name, "") for name in names]
+    there = any(reason and not any(word in reason for word in NOTHING_TO_PLACE) for reason in reasons)
+    return "no" if there else ""
+
+
+def _gaps(found: Sequence[Record]) -> Iterator[str]:
+    """The reasons of what is not offered, each once, with the types and components that it holds for."""
+    shown = {name for names in GROUPS.values() for name in names}
+    reasons: dict[str, dict[str, list[str]]] = {}
+    for record in found:
+        if record.error:
+            yield f"- {record.model_type}: {record.error}"
+        for name, why in (*record.refused.items(), *record.absent.items()):
+            if COMPONENTS[name].word in shown and COMPONENTS[name].prefix in ("", "cross", *record.stacks):
+                text = _NUMBERS.sub("", why).partition(";")[0].strip()
+                reasons.setdefault(text, {}).setdefault(record.model_type, []).append(name)
+    for why, types in sorted(reasons.items(), key=lambda item: -len(item[1])):
+        if any(word in why for word in NOTHING_TO_PLACE):
+            continue
+        named = sorted({name for names in types.values() for name in names})
+        yield f"- {', '.join(f'`{name}`' for name in named)}: {why}. ({len(types)}: {', '.join(types)})"
+
+
+_NUMBERS = re.compile(r", off by \S+ where \S+ is allowed| in layers? \d+(?:(?:, | to )\d+)*")
+
+
 # --- the command ------------------------------------------------------------------------------------------
 
 
@@ -204,6 +341,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for record in survey_all(wanted, options.jobs):
         records.append(record)
         print(line(record), flush=True)
+    if options.only is None and options.task is None:
+        PAGE.write_text(page(records))
     if options.json:
         options.json.write_text(json.dumps([asdict(record) for record in records], indent=1))
 

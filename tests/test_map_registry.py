@@ -1,0 +1,187 @@
+"""Every architecture is mapped and its map keeps all laws, or says what it does not offer and why."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+from map_survey import GROUPS, PAGE, Asker, Record, page, survey
+from tiny_registry import TASKS, UNBUILDABLE_FOR, build, model_types, registered
+
+from model_maps import COMPONENTS
+
+BLOCKS = ("block_input", "block_output")
+VIEWS = GROUPS["q k v z"]
+MATRICES = GROUPS["scores"]
+
+REPRESENTATIVE = (
+    ("causal-lm", "gpt2", ""),
+    ("causal-lm", "llama", ""),
+    ("causal-lm", "gpt_neo", ""),  # a module around the attention module
+    ("causal-lm", "gpt_neox", ""),  # fused by heads, in parallel
+    ("causal-lm", "codegen", ""),  # fused in the order q, v, k
+    ("causal-lm", "bloom", ""),  # the child adds the residual
+    ("causal-lm", "falcon", ""),  # one key-value head, outputs changed in place
+    ("causal-lm", "gpt_bigcode", ""),
+    ("causal-lm", "phi3", ""),  # fused groups
+    ("causal-lm", "gemma2", ""),  # norms before and after, soft-caps
+    ("causal-lm", "olmo2", ""),  # norms after only, and over all heads
+    ("causal-lm", "opt", ""),  # a flat MLP
+    ("causal-lm", "mixtral", ""),
+    ("causal-lm", "deepseek_v3", ""),  # latent attention, shared experts
+    ("causal-lm", "gpt_oss", ""),  # a sink
+    ("causal-lm", "jamba", ""),  # states and attention in turn
+    ("causal-lm", "qwen3_next", ""),  # gated queries, linear attention
+    ("causal-lm", "granite", ""),  # scaled contributions
+    ("masked-lm", "bert", ""),
+    ("masked-lm", "distilbert", ""),
+    ("masked-lm", "roberta", ""),
+    ("seq2seq-lm", "t5", "encoder decoder cross"),
+    ("seq2seq-lm", "bart", "encoder decoder cross"),
+    ("image-classification", "vit", ""),
+    ("zero-shot", "clip", "vision text"),
+    ("image-text-to-text", "qwen2_5_vl", ""),
+    ("image-text-to-text", "paligemma", ""),
+    ("audio-classification", "wav2vec2", ""),
+    ("speech-seq2seq", "whisper", "encoder decoder cross"),
+)
+"""What the whole registry is asked with `-m registry`, these are asked in every run: task, type, stacks."""
+
+
+@pytest.mark.parametrize(("task", "model_type", "stacks"), REPRESENTATIVE)
+def test_the_stream_and_the_attention_of_every_kind_of_architecture_are_offered(task, model_type, stacks):
+    found = survey(model_type, task)
+
+    for prefix in stacks.split() or [""]:
+        words = (*VIEWS, *MATRICES) if prefix == "cross" else (*BLOCKS, *MATRICES)
+        missing = {word if not prefix else f"{prefix}_{word}" for word in words} - set(found.components)
+        assert not missing, {name: found.refused.get(name) or found.absent.get(name) for name in missing}
+
+
+FLOORS = {
+    "causal-lm": {BLOCKS: 182, VIEWS: 170, MATRICES: 177},
+    "masked-lm": {BLOCKS: 45, VIEWS: 45, MATRICES: 45},
+    "seq2seq-lm": {BLOCKS: 31, VIEWS: 31, MATRICES: 31},
+    "image-text-to-text": {BLOCKS: 49, VIEWS: 49, MATRICES: 49},
+}
+"""For each task: how many of its types must have these components, in one stack at least."""
+
+
+@pytest.fixture(scope="module")
+def asker():
+    beside = Asker()
+    yield beside
+    beside.close()
+
+
+@pytest.mark.registry
+@pytest.mark.parametrize("task", TASKS)
+def test_as_many_types_of_a_task_as_promised_are_mapped(task, asker):
+    found = [asker.ask(survey, model_type, task) for model_type in model_types(task)]
+
+    for words, floor in FLOORS.get(task, {}).items():
+        having = [record.model_type for record in found if _has(record, words)]
+        lacking = sorted(set(model_types(task)) - set(having))
+        assert len(having) >= floor, f"{words} in {len(having)} of {floor}, not in {', '.join(lacking)}"
+    errors = {record.model_type: record.error for record in found if record.error}
+    assert not errors
+    for record in found:
+        for name in BLOCKS:
+            assert _has(record, (name,)) or _says_why(record, name), f"{record.model_type} {name}"
+
+
+def _has(record, words):
+    return any(
+        all((f"{prefix}_{word}" if prefix else word) in record.components for word in words)
+        for prefix in record.stacks
+    )
+
+
+def _says_why(record, name):
+    prefixes = record.stacks or ("",)
+    named = [f"{prefix}_{name}" if prefix else name for prefix in prefixes]
+    return any(one in record.refused or one in record.absent for one in named)
+
+
+# --- what the survey stands on ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_registered_type_is_made_or_has_a_reason_why_not(task):
+    assert set(model_types(task)) | set(UNBUILDABLE_FOR[task]) == set(registered(task))
+    assert all(UNBUILDABLE_FOR[task].values())
+
+
+@pytest.mark.parametrize(
+    ("task", "model_type", "names"),
+    [
+        ("masked-lm", "bert", {"input_ids"}),
+        ("seq2seq-lm", "t5", {"input_ids", "decoder_input_ids"}),
+        ("image-classification", "vit", {"pixel_values"}),
+        ("zero-shot", "clip", {"input_ids", "pixel_values"}),
+        ("speech-seq2seq", "whisper", {"input_features", "decoder_input_ids"}),
+    ],
+)
+def test_a_tiny_model_is_run_on_what_its_task_is_about(task, model_type, names):
+    assert set(build(model_type, task).inputs) == names
+
+
+def test_a_kind_of_layer_is_cut_with_the_layers_of_its_tower():
+    config = build("t5gemma", "seq2seq-lm").model.config
+    assert len(config.encoder.layer_types) == config.encoder.num_hidden_layers == 2
+    assert len(config.decoder.layer_types) == config.decoder.num_hidden_layers == 4
+
+
+def _crash(model_type, task):
+    os._exit(7)
+
+
+def _hang(model_type, task):
+    time.sleep(60)
+
+
+def _stumble(model_type, task):
+    raise ValueError(f"not {model_type}")
+
+
+def _find(model_type, task):
+    return Record(task, model_type, {"": 4}, BLOCKS)
+
+
+@pytest.mark.registry
+def test_a_type_that_ends_its_process_is_a_record_and_the_next_is_asked(asker):
+    def said(function, seconds=60.0):
+        return asker.ask(function, "llama", "causal-lm", seconds).error
+
+    assert said(_find) == ""
+    assert said(_stumble).startswith("ValueError: not llama")
+    assert said(_crash) == "the process ended with code 7"
+    assert said(_hang, 0.5) == "no answer after 0.5 seconds"
+    assert said(_find) == ""
+
+
+def test_the_page_counts_what_was_found_and_names_the_gaps():
+    text = page(
+        [
+            Record("causal-lm", "one", {"": 4}, (*BLOCKS, *VIEWS, *MATRICES)),
+            Record(
+                "causal-lm",
+                "two",
+                {"": 3},
+                ("block_input",),
+                {"block_output": "it breaks 'chain' in layer 1, off by 1 where 0.1 is allowed; a way out"},
+                absent={"attention_pattern": "it has no pattern"},
+            ),
+        ]
+    )
+
+    assert "blocks in **1**, all four views by heads in **1**, scores and patterns in **1**" in text
+    assert "| two |  | 3 | part |" in text
+    assert "- `block_output`: it breaks 'chain'. (1: two)" in text
+    assert "it has no pattern" not in text
+
+
+def test_the_columns_of_the_page_are_components():
+    assert {name for names in GROUPS.values() for name in names} <= set(COMPONENTS)
+    assert PAGE.name == "architectures.md"
