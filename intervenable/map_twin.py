@@ -148,6 +148,18 @@ def spread_weights(model: nn.Module, seed: int = 0) -> None:
         for name, parameter in model.named_parameters():
             if parameter.is_floating_point():
                 _spread(parameter, name, generator)
+        for module in model.modules():
+            _spread_choices(module, generator)
+
+
+def _spread_choices(module: nn.Module, generator: torch.Generator) -> None:
+    """Fill a table of the experts of each token, which a checkpoint brings, with different ones."""
+    experts = getattr(module, "num_experts", None)
+    for table in module.buffers(recurse=False):
+        whole = table.dim() == 2 and not table.is_floating_point() and not table.any()
+        if isinstance(experts, int) and whole and table.shape[-1] <= experts:
+            order = torch.rand(len(table), experts, generator=generator).argsort(-1)
+            table.copy_(order[:, : table.shape[-1]])
 
 
 def _spread(parameter: Tensor, name: str, generator: torch.Generator) -> None:
