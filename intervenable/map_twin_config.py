@@ -145,7 +145,7 @@ class _Shrinking:
         if not geometry.stated:
             return geometry.hidden // self._widths[geometry.hidden]
         if geometry.divisible and geometry.heads * geometry.width > self._shape.most_columns:
-            return shrink_factor([geometry.divisible], self._shape.narrow)
+            return shrink_factor([geometry.divisible], geometry.heads, self._shape)
         return 1
 
     def _small(self, name: str, value: Any, part: _Part) -> Any:

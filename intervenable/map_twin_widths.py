@@ -69,8 +69,7 @@ def hidden_sizes(config: Any, shape: TwinShape) -> dict[int, int]:
         followers = [part.width for part in parts if not part.stated]
         if followers:
             heads = max(part.heads for part in parts if not part.stated)
-            narrow = shape.narrow if heads * shape.narrow <= _WIDE else shape.narrow // 2
-            sizes[hidden] = hidden // shrink_factor(followers, narrow)
+            sizes[hidden] = hidden // shrink_factor(followers, heads, shape)
         else:
             heads = max(part.heads for part in parts) if shape.heads_divide else 1
             sizes[hidden] = min(hidden, heads * 2 * max(1, -(-16 // heads)))
@@ -81,9 +80,9 @@ _WIDE = 256
 """Columns of all heads together from which on they become narrower still."""
 
 
-def shrink_factor(widths: Sequence[int], narrow: int) -> int:
-    """By how much heads of these widths can be narrowed: a number that leaves all of them even."""
+def shrink_factor(widths: Sequence[int], heads: int, shape: TwinShape) -> int:
+    """By how much heads of these widths can be narrowed: a whole number that leaves all of them even."""
+    narrow = shape.narrow if heads * shape.narrow <= _WIDE else shape.narrow // 2
     common = gcd(*widths)
     factors = [f for f in range(1, common + 1) if common % f == 0 and (common // f) % 2 == 0]
-    fitting = [f for f in factors if min(widths) // f >= narrow]
-    return max(fitting, default=1)
+    return max((factor for factor in factors if common // factor >= narrow), default=1)
