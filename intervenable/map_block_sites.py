@@ -208,9 +208,8 @@ class _View:
                 continue
             parts = self._of(BRANCHES[branch])
             if len(parts) != 1:
-                why = NO_SUM if self.residual is None else f"its block adds {len(parts)} results of attention"
-                if parts or self.residual is None:
-                    self.absent[word] = why
+                why = f"its block adds {len(parts)} results of attention" if parts else NARROW
+                self.absent[word] = NO_SUM if self.residual is None else why
                 continue
             if not self._is_added(parts[0]):
                 self.absent[word] = SCALED

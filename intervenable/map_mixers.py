@@ -65,7 +65,7 @@ def _changing(call: Call) -> Callable[[Passage], None]:
 
     def change(passage: Passage) -> None:
         assert call.main_input is not None  # modules without one are not asked
-        tensor = call.main_input.clone()
+        tensor = call.main_input.clone(memory_format=torch.contiguous_format)
         vectors = tensor.view(-1, tensor.shape[-1])
         vectors[_changed_row(tensor)] += 1.0 + vectors[_changed_row(tensor)].abs()
         passage.put("input", None, tensor)
