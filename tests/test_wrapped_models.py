@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import warnings
+from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from declared import at, everything, hooks_of, located, main_output, map_of, same_bits, wrapped
@@ -272,3 +274,47 @@ def test_the_head_of_a_wrapped_model_reads_hidden_states_as_the_models_own():
     here, model = tiny("llama"), nn.DataParallel(tiny("llama"))
     states = torch.randn(3, HIDDEN)
     assert torch.equal(iv.embed_to_distrib(here, states), iv.embed_to_distrib(model, states))
+
+
+# --- weights that are elsewhere ---------------------------------------------------------------------------
+
+
+def on_disk(model: nn.Module, folder: Path) -> nn.Module:
+    accelerate.disk_offload(model, folder, execution_device=torch.device("cpu"))
+    return model
+
+
+def dispatched(model: nn.Module, folder: Path) -> nn.Module:
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
+    places |= {f"model.layers.{layer}": "disk" if layer else "cpu" for layer in range(3)}
+    return accelerate.dispatch_model(
+        model, places, main_device="cpu", offload_dir=folder, force_hooks=True, offload_buffers=True
+    )
+
+
+@pytest.mark.parametrize("offload", [on_disk, dispatched])
+def test_a_model_whose_weights_are_on_disk_is_swept_and_trained_on_like_the_model_in_memory(
+    offload, tmp_path
+):
+    here, model = tiny("llama"), offload(tiny("llama"), tmp_path)
+    elsewhere = [name for name, weight in model.named_parameters() if weight.is_meta]
+    assert elsewhere
+    clean, corrupted = (tiny_inputs(here, batch=1, seed=seed) for seed in (0, 1))
+    metric = iv.metrics.logit_difference(None, 5, 6)
+    for component, axis in (("block_input", "pos"), ("head_attention_output", "head"), ("block_mid", "pos")):
+        plain, found = (
+            iv.patching.sweep(one, clean, corrupted, component, axes=("layer", axis), metric=metric).values
+            for one in (here, model)
+        )
+        assert torch.equal(plain, found), component
+    for component in ("query_output", "mlp_hidden", "block_output"):
+        gradients = []
+        for one in (here, model):
+            torch.manual_seed(0)
+            entry = at(here, component, "pos", low_rank_dimension=2)
+            das = wrapped(one, entry, types=iv.LowRankRotatedSpaceIntervention)
+            das.disable_model_gradients()
+            main_output(das(clean, [corrupted], {"sources->base": 3}).intervened).pow(2).mean().backward()
+            gradients.append(das.get_trainable_parameters()[0].grad)
+        assert torch.equal(*gradients), component
+    assert [name for name, weight in model.named_parameters() if weight.is_meta] == elsewhere
