@@ -25,12 +25,12 @@ FAMILIES = [
 ]
 
 INFERRED = (
-    "afmoe",
+    "apertus",
     "biogpt",
     "codegen",
     "cohere",
-    "deepseek_v3",
-    "ernie4_5_moe",
+    "arcee",
+    "granitemoe",
     "exaone4",
     "glm4",
     "gpt_bigcode",
@@ -38,7 +38,7 @@ INFERRED = (
     "granite_swa",
     "helium",
     "minicpm3",
-    "mimo_v2_flash",
+    "minimax_m2",
     "mpt",
     "nemotron",
     "olmoe",
