@@ -107,14 +107,10 @@ def build(model_type: str, task: str = "causal-lm", *, seed: int = 0) -> TinyMod
 
 def _built(model_type: str, task: str, shape: Shape, seed: int) -> TinyModel:
     name = registered(task)[model_type]
-    cls: type[nn.Module] = getattr(
-        transformers, name if isinstance(name, str) else name[0]
-    )
+    cls: type[nn.Module] = getattr(transformers, name if isinstance(name, str) else name[0])
     config = tiny_config(model_type, cls, shape, causal=task == "causal-lm")
     with torch.device("meta"):
-        size = sum(
-            parameter.numel() for parameter in cls(copy.deepcopy(config)).parameters()
-        )
+        size = sum(parameter.numel() for parameter in cls(copy.deepcopy(config)).parameters())
     if size > LARGEST:
         raise ValueError(
             f"{model_type} still has {size / 1e6:.1f} M parameters: a field of its config is not known."
@@ -127,10 +123,7 @@ def _built(model_type: str, task: str, shape: Shape, seed: int) -> TinyModel:
     with torch.no_grad():
         output = model(**inputs)
     logits = output.get("logits")
-    if (
-        isinstance(logits, Tensor)
-        and not torch.isfinite(logits[..., :FIRST_SPECIAL]).all()
-    ):
+    if isinstance(logits, Tensor) and not torch.isfinite(logits[..., :FIRST_SPECIAL]).all():
         raise ValueError(f"The logits of {model_type} are not finite.")
     return TinyModel(model_type, model, inputs, shape, task)
 
@@ -158,14 +151,10 @@ def spread_weights(model: nn.Module, seed: int = 0) -> None:
                 elif parameter.dim() == 2:
                     parameter.copy_(normal(parameter) / math.sqrt(parameter.shape[-1]))
                 elif parameter.dim() == 3 and "conv" not in name:
-                    parameter.copy_(
-                        normal(parameter) / math.sqrt(max(parameter.shape[-2:]))
-                    )
+                    parameter.copy_(normal(parameter) / math.sqrt(max(parameter.shape[-2:])))
             elif parameter.dim() == 1:
                 bias = leaf == "bias" or (
-                    leaf.endswith("_bias")
-                    and "dt" not in leaf
-                    and "correction" not in leaf
+                    leaf.endswith("_bias") and "dt" not in leaf and "correction" not in leaf
                 )
                 norm = "norm" in name.lower() or "ln" in name
                 if bias or norm or float(parameter.abs().max()) == 0.0:

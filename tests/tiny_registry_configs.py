@@ -49,9 +49,7 @@ SHAPES = (
 """What is tried, in this order."""
 
 
-def tiny_config(
-    model_type: str, cls: type[nn.Module], shape: Shape, *, causal: bool = False
-) -> Any:
+def tiny_config(model_type: str, cls: type[nn.Module], shape: Shape, *, causal: bool = False) -> Any:
     """The config of a type, made small.
 
     Args:
@@ -123,32 +121,18 @@ def _shrunk(
             fields[name] = type(value)(**_shrunk(value, shape, own, tower=inner))
         elif isinstance(value, dict):
             if name in ("rope_parameters", "rope_scaling"):
-                width = (
-                    shape.head_width if isinstance(defaults.get("head_dim"), int) else 8
-                )
+                width = shape.head_width if isinstance(defaults.get("head_dim"), int) else 8
                 fields[name] = _rotation(value, width)
         elif value is None or isinstance(value, bool):
             continue
         elif ROLE_OF.get(name) == "of_each_layer" and isinstance(value, (list, tuple)):
-            if (
-                not layers_before
-                or len(value) == layers_before
-                or name == "layer_types"
-            ):
-                fields[name] = type(value)(
-                    _cut(value, IMAGE_TOWER_LAYERS if tower else shape.layers)
-                )
-        elif isinstance(value, int) and (
-            name in ROLE_OF or name.endswith("vocab_size")
-        ):
+            if not layers_before or len(value) == layers_before or name == "layer_types":
+                fields[name] = type(value)(_cut(value, IMAGE_TOWER_LAYERS if tower else shape.layers))
+        elif isinstance(value, int) and (name in ROLE_OF or name.endswith("vocab_size")):
             small = _small(ROLE_OF.get(name, "vocabulary"), value, shape, tower, given)
             if small is not None:
                 fields[name] = small
-        elif (
-            isinstance(value, int)
-            and value >= FIRST_SPECIAL
-            and SPECIAL_TOKEN.search(name)
-        ):
+        elif isinstance(value, int) and value >= FIRST_SPECIAL and SPECIAL_TOKEN.search(name):
             fields[name] = special
             special += 1
         elif name in OF_EACH_STAGE and isinstance(value, (list, tuple)) and value:
@@ -157,32 +141,20 @@ def _shrunk(
             fields[name] = VALUES[name]
     for name, value in exceptions.items():
         if "." not in name:
-            fields[name] = (
-                value.of(shape.layers) if isinstance(value, PerLayer) else value
-            )
+            fields[name] = value.of(shape.layers) if isinstance(value, PerLayer) else value
     renamed = getattr(cls, "attribute_map", {})
-    return {
-        name: value
-        for name, value in fields.items()
-        if name not in renamed or name in names
-    }
+    return {name: value for name, value in fields.items() if name not in renamed or name in names}
 
 
 def _inside(exceptions: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The exceptions for a config inside, by their paths from there."""
     begin = f"{name}."
-    return {
-        path.removeprefix(begin): value
-        for path, value in exceptions.items()
-        if path.startswith(begin)
-    }
+    return {path.removeprefix(begin): value for path, value in exceptions.items() if path.startswith(begin)}
 
 
 def _fits(name: str, value: Any) -> bool:
     """Whether there is a value for a field, and of its kind."""
-    return name in VALUES and isinstance(value, (list, tuple)) == isinstance(
-        VALUES[name], (list, tuple)
-    )
+    return name in VALUES and isinstance(value, (list, tuple)) == isinstance(VALUES[name], (list, tuple))
 
 
 def _small(role: str, value: int, shape: Shape, tower: bool, given: bool) -> int | None:
@@ -192,9 +164,7 @@ def _small(role: str, value: int, shape: Shape, tower: bool, given: bool) -> int
         "mlp": MLP if value else None,
         "heads": HEADS if value else None,
         "key_value_heads": shape.key_value_heads if value else None,
-        "head_width": shape.head_width
-        if given
-        else None,  # the config works it out itself
+        "head_width": shape.head_width if given else None,  # the config works it out itself
         "layers": IMAGE_TOWER_LAYERS if tower else shape.layers,
         "encoder_layers": shape.layers,
         "tower_layers": IMAGE_TOWER_LAYERS,
@@ -230,17 +200,11 @@ def _rotation(value: Mapping[str, Any], head_width: int) -> dict[str, Any]:
             key: _rotation(inner, head_width) if isinstance(inner, dict) else inner
             for key, inner in value.items()
         }
-    found = {
-        key: inner
-        for key, inner in value.items()
-        if key not in ("long_factor", "short_factor")
-    }
+    found = {key: inner for key, inner in value.items() if key not in ("long_factor", "short_factor")}
     if found.get("mrope_section"):
         half = int(head_width * (found.get("partial_rotary_factor") or 1.0)) // 2
         parts = len(found["mrope_section"])
-        found["mrope_section"] = [half - (parts - 1) * (half // parts)] + [
-            half // parts
-        ] * (parts - 1)
+        found["mrope_section"] = [half - (parts - 1) * (half // parts)] + [half // parts] * (parts - 1)
     if "original_max_position_embeddings" in found:
         found["original_max_position_embeddings"] = 32
     if found.get("rope_type") in ("longrope", "su"):

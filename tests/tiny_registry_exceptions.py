@@ -226,7 +226,7 @@ UNBUILDABLE = {
 UNBUILDABLE_FOR: Mapping[str, Mapping[str, str]] = {
     "causal-lm": UNBUILDABLE,
     "masked-lm": {},
-    "seq2seq-lm": {},
+    "seq2seq-lm": {"voxtral_realtime": "its sounds have to go on in step with its text"},
     "image-text-to-text": {
         "fast_vlm": "it needs timm",
         "gemma3n": "it needs timm",
@@ -240,6 +240,6 @@ UNBUILDABLE_FOR: Mapping[str, Mapping[str, str]] = {
     "zero-shot": {},
     "audio-classification": {},
     "ctc": {},
-    "speech-seq2seq": {},
+    "speech-seq2seq": {"voxtral_realtime": "its sounds have to go on in step with its text"},
 }
 """The same for each task."""

@@ -89,6 +89,8 @@ _NUMBERS = """
         output_channels=32 mm_tokens_per_image=4 num_mel_bins=80 prompt_length=4 prompt_types=4 segment_types=4
         max_2d_position_embeddings=64 qformer_hidden_size=32 num_query_tokens=4 image_feature_size=32
         base_channels=32 classifier_proj_size=32 num_codebooks=2 audio_vocab_size=160 codebook_size=32
+    sounds: num_filters=2 codebook_dim=32 num_quantizers=2 upsample_groups=4 num_embeddings=32
+        num_latents=8 img_max_token_num=64
     kinds of layers: no_rope_layer_interval=2 attn_layer_period=2 attn_layer_offset=1 attn_layer_interval=2
         layer_group_size=2 n_layers_per_attn_res_block=2 max_window_layers=2 rescale_every=2
         num_kv_shared_layers=0 num_nextn_predict_layers=0
@@ -112,9 +114,7 @@ OF_EACH_STAGE: Mapping[str, int] = {
     ),
     **dict.fromkeys(("downsample_channels", "neck_hidden_sizes"), HIDDEN),
     **dict.fromkeys(("num_heads", "num_attention_heads"), HEADS),
-    **dict.fromkeys(
-        ("depths", "depth", "num_block_repeats", "n_attn_blocks", "stage_num_blocks"), 2
-    ),
+    **dict.fromkeys(("depths", "depth", "num_block_repeats", "n_attn_blocks", "stage_num_blocks"), 2),
     "num_groups": 4,
     "key_dim": 8,
 }

@@ -27,9 +27,7 @@ SEES = (
 """Types that run on an image and text, and not on text alone."""
 
 
-def tiny_inputs(
-    model: nn.Module, model_type: str, task: str, seed: int = 0
-) -> dict[str, Tensor]:
+def tiny_inputs(model: nn.Module, model_type: str, task: str, seed: int = 0) -> dict[str, Tensor]:
     """Random inputs for a model, as its task asks for them."""
     drawn = _Drawn(model, model_type, seed)
     if task in ("causal-lm", "masked-lm"):
@@ -41,9 +39,7 @@ def tiny_inputs(
         if model_type in SEES:
             inputs = {"input_ids": drawn.with_image_tokens(), **drawn.image()}
         if "bbox" in drawn.takes:
-            inputs["bbox"] = (
-                torch.rand((ROWS, LENGTH, 4), generator=drawn.generator).sort(-1).values
-            )
+            inputs["bbox"] = torch.rand((ROWS, LENGTH, 4), generator=drawn.generator).sort(-1).values
         if getattr(model.config, "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = drawn.tokens(LENGTH - 1)
         elif "decoder_input_ids" in drawn.takes and "input_ids" not in inputs:
@@ -57,13 +53,9 @@ def tiny_inputs(
         return {"input_ids": drawn.tokens(), **drawn.image()}
     sound = drawn.main()
     if task == "speech-seq2seq" and "decoder_input_ids" in drawn.takes:
-        channels = getattr(
-            getattr(model.config, "decoder_config", None), "num_channels", None
-        )
+        channels = getattr(getattr(model.config, "decoder_config", None), "num_channels", None)
         ids = drawn.tokens()
-        sound["decoder_input_ids"] = (
-            ids if channels is None else ids[..., None].expand(-1, -1, channels)
-        )
+        sound["decoder_input_ids"] = ids if channels is None else ids[..., None].expand(-1, -1, channels)
     return sound
 
 
@@ -86,13 +78,19 @@ class _Drawn:
         """What the model calls its main input."""
         name = str(getattr(self.model, "main_input_name", "input_ids"))
         if name in ("input_ids", "decoder_input_ids"):
-            return {"input_ids": self.tokens()}
+            ids = self.tokens()
+            if self.model_type == "kyutai_speech_to_text":  # a text and two code books
+                ids = torch.stack([ids] * (self.config.num_codebooks + 1), -1)
+            return {"input_ids": ids}
         if name.startswith("pixel_values"):
             return self.image()
         if name == "flattened_patches":
             width = self.config.vision_config.patch_embed_hidden_size
             at = torch.arange(1, 7).view(1, 6, 1).expand(ROWS, 6, 2)
             return {name: torch.cat([at.float(), self.normal(6, width)], -1)}
+        if name == "inputs":
+            name = next(known for known in ("input_values", "input_ids", "inputs") if known in self.takes)
+            return {name: self.tokens() if self.model_type == "perceiver" else self.normal(SAMPLES)}
         return {name: self.sound(name)}
 
     def image(self) -> dict[str, Tensor]:
@@ -100,18 +98,12 @@ class _Drawn:
         vision: Any = self.config
         for part in ("vision_config", "encoder"):
             vision = getattr(vision, part, None) or vision
-        channels = (
-            getattr(vision, "num_channels", None)
-            or getattr(vision, "in_channels", None)
-            or 3
-        )
+        channels = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3
         channels = channels if isinstance(channels, int) else 3
         if getattr(vision, "num_patches", None) and self.model_type == "siglip2":
             grid = 4
             return {
-                "pixel_values": self.normal(
-                    grid * grid, channels * vision.patch_size**2
-                ),
+                "pixel_values": self.normal(grid * grid, channels * vision.patch_size**2),
                 "pixel_attention_mask": torch.ones(ROWS, grid * grid, dtype=torch.long),
                 "spatial_shapes": torch.tensor([[grid, grid]] * ROWS),
             }
@@ -122,14 +114,10 @@ class _Drawn:
             if "pixel_values_videos" in self.takes and "pixel_values" not in self.takes
             else "pixel_values"
         )
-        frames = {"idefics": (1,), "instructblipvideo": (2,), "videoprism": (2,)}.get(
-            self.model_type, ()
-        )
+        frames = {"idefics": (1,), "instructblipvideo": (2,), "videoprism": (2,)}.get(self.model_type, ())
         images = {name: self.normal(*frames, channels, height, width)}
         if self.model_type == "idefics":
-            images["image_attention_mask"] = torch.ones(
-                ROWS, LENGTH, 1, dtype=torch.long
-            )
+            images["image_attention_mask"] = torch.ones(ROWS, LENGTH, 1, dtype=torch.long)
         if self.model_type == "kosmos-2":
             images["image_embeds_position_mask"] = (
                 torch.arange(LENGTH) < self.config.latent_query_num
@@ -152,17 +140,13 @@ class _Drawn:
 
     def sound(self, name: str) -> Tensor:
         """Sounds: waves or spectrograms."""
-        if (
-            name == "input_values"
-            and self.model_type != "audio-spectrogram-transformer"
-        ):
+        if self.model_type == "granite_speech5_ctc":  # four frames in one
+            return self.normal(FRAMES, 4 * self.config.encoder_config.num_mel_bins)
+        if name == "input_values" and self.model_type != "audio-spectrogram-transformer":
             return self.normal(*((1,) if self.model_type == "dac" else ()), SAMPLES)
         parts = [
             self.config,
-            *(
-                getattr(self.config, part, None)
-                for part in ("audio_config", "encoder_config")
-            ),
+            *(getattr(self.config, part, None) for part in ("audio_config", "encoder_config")),
         ]
         features = next(
             (
@@ -171,9 +155,7 @@ class _Drawn:
                 for field in ("feature_projection_input_dim", "num_mel_bins")
                 if isinstance(value := getattr(part, field, None), int)
             ),
-            getattr(self.config, "d_model", 80)
-            if self.model_type == "pop2piano"
-            else 80,
+            getattr(self.config, "d_model", 80) if self.model_type == "pop2piano" else 80,
         )
         if self.model_type in ("whisper", "voxtral_realtime"):
             return self.normal(features, 2 * FRAMES)
@@ -192,9 +174,5 @@ class _Drawn:
         ]
         found: dict[str, Tensor] = {}
         for name in names:
-            found |= (
-                self.image()
-                if name.startswith("pixel_values")
-                else {name: self.tokens()}
-            )
+            found |= self.image() if name.startswith("pixel_values") else {name: self.tokens()}
         return found
