@@ -345,7 +345,8 @@ def _main_input(
     first = next(iter(signature.parameters), None)
     names = [getattr(unwrapped(model).module, "main_input_name", None), *TOKENS, first]
     # Of models that read pictures too tokens are the main input, whichever these models name.
-    names.sort(key=lambda key: is_of_towers(key or ""))
+    if any(key in kwargs for key in TOKENS):
+        names = [*TOKENS, *names]
     candidates = [(key, kwargs[key]) for key in names if key is not None and key in kwargs]
     candidates += [(first or "", value) for value in args[:1]]
     for key, value in candidates:

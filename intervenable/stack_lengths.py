@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
+from functools import lru_cache
 from threading import RLock
 from typing import Any, NamedTuple
 
@@ -54,6 +55,7 @@ class StackSize(NamedTuple):
     """Positions of each."""
 
 
+@lru_cache(maxsize=1024)
 def is_of_towers(name: str) -> bool:
     """Whether an input of this name is a picture, a film or a sound, or says something of one.
 
