@@ -329,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--task", nargs="*", choices=TASKS, default=None, help="the types of these tasks")
     parser.add_argument("--only", nargs="*", default=None, help="these types, to the terminal")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="a file for the records")
+    parser.add_argument("--json", type=Path, help="a file to which each record is added in a line")
     options = parser.parse_args(arguments)
     wanted = [
         (task, model_type)
@@ -341,10 +341,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for record in survey_all(wanted, options.jobs):
         records.append(record)
         print(line(record), flush=True)
+        if options.json:
+            with options.json.open("a") as file:
+                file.write(json.dumps(asdict(record)) + "\n")
     if options.only is None and options.task is None:
         PAGE.write_text(page(records))
-    if options.json:
-        options.json.write_text(json.dumps([asdict(record) for record in records], indent=1))
 
 
 def line(record: Record) -> str:
