@@ -16,23 +16,8 @@ from intervenable.binding import Places
 from model_maps import COMPONENTS
 
 USUAL = ["jamba", "deepseek_v3"]
-MORE = [
-    "gpt2",
-    "bloom",
-    "falcon",
-    "gemma3_text",
-    "mixtral",
-    "gpt_oss",
-    "starcoder2",
-    "falcon_h1",
-    "opt",
-    "mamba2",
-]
-    ("bert", "masked-lm"),
-    ("t5", "seq2seq-lm"),
-    ("bart", "seq2seq-lm"),
-    ("vit", "image-classification"),
-]
+MORE = ["llama", "bloom", "gpt_oss", "starcoder2", "falcon_h1", "qwen3_next"]
+OTHERS = [("t5", "seq2seq-lm"), ("bart", "seq2seq-lm")]
 
 
 class Blend(iv.Intervention):
@@ -159,4 +144,11 @@ def test_whatever_a_language_model_is_said_to_have_is_read_swapped_swept_and_tra
 @pytest.mark.parametrize("name", MORE)
 def test_so_it_is_in_more_language_models(name):
     tiny = build(name)
+    nothing_is_refused(tiny.model, tiny.inputs)
+
+
+@pytest.mark.registry
+@pytest.mark.parametrize(("name", "task"), OTHERS)
+def test_so_it_is_in_models_of_other_tasks(name, task):
+    tiny = build(name, task)
     nothing_is_refused(tiny.model, tiny.inputs)
