@@ -235,6 +235,7 @@ UNBUILDABLE_FOR: Mapping[str, Mapping[str, str]] = {
     },
     "image-classification": {
         "dinat": "it needs natten",
+        "donut-swin": "no tiny config is known that it runs with",
         "timm_wrapper": "it needs timm",
     },
     "zero-shot": {},

@@ -88,6 +88,8 @@ class _Drawn:
             width = self.config.vision_config.patch_embed_hidden_size
             at = torch.arange(1, 7).view(1, 6, 1).expand(ROWS, 6, 2)
             return {name: torch.cat([at.float(), self.normal(6, width)], -1)}
+        if name == "inputs" and "pixel_values" in self.takes:
+            return self.image()
         if name == "inputs":
             name = next(known for known in ("input_values", "input_ids", "inputs") if known in self.takes)
             return {name: self.tokens() if self.model_type == "perceiver" else self.normal(SAMPLES)}
