@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
 
 from torch import nn
 
+from intervenable.map_config_fields import is_config, parts_of
 from intervenable.map_layers import block_signature, layer_kinds, layers_of_twin
+from intervenable.unwrapping import config_of
 from model_maps import COMPONENTS, AttentionHeads, HeadColumns, LayerKind, ModelMap, Site, Stack
 
 
@@ -24,8 +27,10 @@ def fitted(record: ModelMap, twin: nn.Module, model: nn.Module) -> ModelMap:
         model: The model, whose weights are not read: it may be on the meta device or quantised.
     """
     rows: dict[Stack | None, list[_Layer]] = {}
+    factors = _carried_factors(twin, model)
     for stack, path in _stacks(record):
-        rows[stack] = _layers(record, stack, path, twin, model)
+        layers = _layers(record, stack, path, twin, model)
+        rows[stack] = [_with_sure_factors(layer, factors) for layer in layers]
     outside = _Widths(twin, model)
     sites, absent = {}, dict(record.absent)
     for name, site in record.sites.items():
@@ -62,6 +67,41 @@ class _Layer:
 
     def __hash__(self) -> int:
         return hash((frozenset(self.sites.items()), frozenset(self.absent.items())))
+
+
+def _with_sure_factors(layer: _Layer, factors: Sequence[float]) -> _Layer:
+    """A layer without the components that are multiplied with a number which may be another one in the model."""
+    sites, absent = {}, dict(layer.absent)
+    for name, site in layer.sites.items():
+        if site.scale == 1.0 or any(abs(site.scale - factor) <= 1e-4 * abs(factor) for factor in factors):
+            sites[name] = site
+        else:
+            absent[name] = (
+                f"it is multiplied as it is added, in the tiny twin with {site.scale:.4g}, which is no number of the"
+                " config; iv.model_map(model, example_inputs=...) finds the factor on the model itself"
+            )
+    return _Layer(sites, absent)
+
+
+def _carried_factors(twin: nn.Module, model: nn.Module) -> tuple[float, ...]:
+    """The numbers that a model and its twin have alike in their configs."""
+    ours, theirs = (
+        {
+            (part.model_type, name): float(value)
+            for part in _config_parts(one)
+            for name, value in vars(part).items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+        }
+        for one in (twin, model)
+    )
+    return tuple(value for key, value in ours.items() if theirs.get(key) == value)
+
+
+def _config_parts(model: nn.Module) -> Iterator[Any]:
+    config: Any = config_of(model)
+    return (
+        (part for part in parts_of(config) if hasattr(part, "model_type")) if is_config(config) else iter(())
+    )
 
 
 def _stacks(record: ModelMap) -> Iterator[tuple[Stack | None, str]]:
@@ -128,6 +168,8 @@ def _fitted_layer(layer: _Layer, widths: _Widths) -> _Layer:
             absent[name] = scaled
         else:
             sites[name] = scaled
+    absent.update(_uneven(layer.sites, sites))
+    sites = {name: site for name, site in sites.items() if name not in absent}
     for name, site in sites.items():
         if site.attention is not None and site.attention.width is not None:
             query = name.replace("attention_input", "query_output")
@@ -135,6 +177,24 @@ def _fitted_layer(layer: _Layer, widths: _Widths) -> _Layer:
                 site, attention=_heads(site.attention, layer.sites.get(query), sites.get(query))
             )
     return _Layer(sites, absent)
+
+
+def _uneven(small: Mapping[str, Site], large: Mapping[str, Site]) -> dict[str, str]:
+    """Keys, and values, whose heads are as wide as those of queries in the twin and not in the model."""
+    found = {}
+    for name, site in large.items():
+        query = name.replace("key_output", "query_output")
+        if name == query or query not in large or query not in small:
+            continue
+        sites = (small[query], small[name], large[query], site)
+        widths = [known.columns.width for known in sites if known.columns]
+        if len(widths) == 4 and widths[0] == widths[1] and widths[2] != widths[3]:
+            why = (
+                f"its heads would be {widths[3]} wide where those of queries are {widths[2]}: the config says another"
+                " number of key-value heads than the weights have"
+            )
+            found |= {name: why, name.replace("key_output", "value_output"): why}
+    return found
 
 
 def _heads(heads: AttentionHeads, small: Site | None, large: Site | None) -> AttentionHeads:

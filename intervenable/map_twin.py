@@ -179,3 +179,5 @@ def _spread(parameter: Tensor, name: str, generator: torch.Generator) -> None:
         bias = leaf == "bias" or (leaf.endswith("_bias") and "dt" not in leaf and "correction" not in leaf)
         if bias or "norm" in name.lower() or "ln" in name or not parameter.any():
             parameter.add_(normal(0.1))
+        elif torch.equal(parameter, parameter[:1].expand_as(parameter)):
+            parameter.mul_(1 + normal(0.1))  # a factor that is learned, and may not pass for a fixed one
