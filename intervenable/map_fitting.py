@@ -181,7 +181,7 @@ def _fitted_layer(layer: _Layer, widths: _Widths) -> _Layer:
 
 def _uneven(small: Mapping[str, Site], large: Mapping[str, Site]) -> dict[str, str]:
     """Keys, and values, whose heads are as wide as those of queries in the twin and not in the model."""
-    found = {}
+    found: dict[str, str] = {}
     for name, site in large.items():
         query = name.replace("key_output", "query_output")
         if name == query or query not in large or query not in small:
