@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from model_maps.decoders import DECODERS
-from model_maps.encoder_decoders import ENCODER_DECODERS
-from model_maps.encoders import ENCODERS
 from model_maps.perceptrons import PERCEPTRONS
 from model_maps.recurrent import RECURRENT
 from model_maps.schema import ModelMap, Site
-from model_maps.state_spaces import STATE_SPACES
 from model_maps.vocabulary import COMPONENTS
 
 
@@ -44,8 +40,8 @@ def find_map(class_names: Iterable[str], config: object | None = None) -> ModelM
         UnmappedModelError: none of the classes has a map.
 
     Example:
-        >>> find_map(["MyLlama", "LlamaForCausalLM"]).blocks
-        'model.layers'
+        >>> find_map(["MyGRU", "GRU"]).site("block_output").side
+        'output'
     """
     names = tuple(class_names)
     for name in names:
@@ -99,8 +95,9 @@ def component_site(model_map: ModelMap, component: str, layer: int | None = None
         AbsentComponentError: the architecture has no such component.
 
     Example:
-        >>> component_site(find_map(["GPT2Model"]), "head_query_output").path
-        'attn.c_attn'
+        >>> tiny = ModelMap(("Tiny",), "layers", {"query_output": Site("attn.q", heads="query")})
+        >>> component_site(tiny, "head_query_output").path
+        'attn.q'
     """
     where = f"in the map of {model_map.classes[0]}"
     if component not in COMPONENTS:
@@ -118,5 +115,5 @@ def component_site(model_map: ModelMap, component: str, layer: int | None = None
 
 
 _MAPS: dict[str, ModelMap] = {}
-for _row in (*DECODERS, *ENCODERS, *ENCODER_DECODERS, *STATE_SPACES, *RECURRENT, *PERCEPTRONS):
+for _row in (*RECURRENT, *PERCEPTRONS):
     register_map(_row)

@@ -1,4 +1,8 @@
-"""Maps of plain multi-layer perceptrons."""
+"""Maps of plain multi-layer perceptrons.
+
+The class is ours and has no config of transformers, of which a tiny twin could be made; its inputs are vectors and not
+tokens, and no run of it would tell which.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Maps of torch's recurrent layers, each of which is its own single block."""
+"""Maps of torch's recurrent layers, each of which is its own single block.
+
+Inference looks for a list of blocks, which they do not have: that the layer itself is one is a convention.
+"""
 
 from __future__ import annotations
 

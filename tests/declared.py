@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import intervenable as iv
-from model_maps import COMPONENTS, Sizes, columns_of, find_map, sizes_of
+from intervenable import maps
+from model_maps import COMPONENTS, Sizes, columns_of, sizes_of
 from tiny_models import RECURRENT
 
 LAYER = 1
@@ -24,7 +25,7 @@ RAGGED_KEYS = ((-7, 1), (2,))
 
 def map_of(model: nn.Module) -> Any:
     """The map of a model."""
-    return find_map([base.__name__ for base in type(model).__mro__], getattr(model, "config", None))
+    return maps.map_of(model)
 
 
 def components_of(model: nn.Module) -> tuple[str, ...]:

@@ -33,11 +33,12 @@ from registry_sites import (
 )
 from tiny_registry import FIRST_SPECIAL, HEADS, TOKENS, UNBUILDABLE, build, model_types
 from torch import Tensor, nn
+from written_maps import find_map
 
 import intervenable as iv
 from intervenable import wave_plan
 from intervenable.signatures import takes
-from model_maps import UnmappedModelError, find_map
+from model_maps import UnmappedModelError
 
 # Tiny models stand for large ones here, of which no token is computed that need not be.
 wave_plan.WORTH = 0.0

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import BatchEncoding
 
 import intervenable as iv
-from model_maps import COMPONENTS, WORDS, find_map
+from intervenable.maps import map_of
+from model_maps import COMPONENTS, WORDS
 from tiny_models import HEADS, HIDDEN, KEY_VALUE_HEADS, LAYERS, MLP, tiny, tiny_inputs
 
 NAME = "layer_0.block_output.pos"
@@ -152,7 +153,7 @@ DECLARED = [
         iv.UnsupportedModelError,
         LookupError,
         "representation 0: GPT2LMHeadModel has no 'router_output': its MLP is dense: it has no router and no"
-        f" experts.\nIt has: {', '.join(sorted(find_map(['GPT2LMHeadModel']).components()))}.",
+        f" experts.\nIt has: {', '.join(sorted(map_of(tiny('gpt2')).components()))}.",
     ),
     Case(
         "architecture without a map",
@@ -920,7 +921,7 @@ def test_the_tree_of_errors_is_as_drawn(error, parents):
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "falcon"])
 def test_every_component_that_an_architecture_lacks_is_refused_with_the_reason(family):
     model = tiny(family)
-    found = find_map([type(model).__name__], model.config)
+    found = map_of(model)
     for component in sorted(set(COMPONENTS) - set(found.components())):
         unit = COMPONENTS[component].units[0]
         with pytest.raises(iv.UnsupportedModelError) as caught:

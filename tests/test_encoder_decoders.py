@@ -10,11 +10,12 @@ import torch
 import transformers
 from declared import at, components_of, map_of, same_bits, wrapped
 from torch.testing import assert_close
+from written_maps import find_map
 
 import intervenable as iv
 import tiny_models
 from intervenable.inputs import read_inputs
-from model_maps import COMPONENTS, AbsentComponentError, component_site, find_map, sizes_of
+from model_maps import COMPONENTS, AbsentComponentError, component_site, sizes_of
 from tiny_models import ENCODER_DECODER_CASES as CASES
 from tiny_models import ENCODER_DECODERS, HEAD_DIM, HEADS, tiny, tiny_inputs
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_registry import build
 from torch import nn
+from written_maps import find_map
 
 from intervenable.attention_mode import InsideHook
 from intervenable.hooks import Hook, hooked
@@ -17,7 +18,7 @@ from intervenable.map_attention import WORDS, attention_sites
 from intervenable.map_attention_heads import head_columns
 from intervenable.map_trace import trace
 from intervenable.site_binding import live_width
-from model_maps import AttentionHeads, HeadColumns, ModelMap, Site, columns_of, find_map, sizes_of
+from model_maps import AttentionHeads, HeadColumns, ModelMap, Site, columns_of, sizes_of
 from tiny_models import CASES, ENCODER_DECODER_CASES, RECURRENT, tiny, tiny_inputs
 
 PLACED = WORDS[:6]

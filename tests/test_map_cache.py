@@ -13,11 +13,12 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from written_maps import find_map, known_classes
 
 import intervenable as iv
 from intervenable.map_cache import KeptMap, cache_folder, fingerprint, keep, look_up
 from intervenable.map_records import from_record, to_record
-from model_maps import AttentionHeads, HeadColumns, LayerKind, ModelMap, Site, find_map, known_classes
+from model_maps import AttentionHeads, HeadColumns, LayerKind, ModelMap, Site
 
 RICH = ModelMap(
     ("Tiny",),

@@ -9,10 +9,11 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from written_maps import find_map
 
 from intervenable.map_fitting import fitted
 from intervenable.map_twin import twin_of
-from model_maps import AttentionHeads, HeadColumns, LayerKind, ModelMap, Site, find_map
+from model_maps import AttentionHeads, HeadColumns, LayerKind, ModelMap, Site
 from model_maps.sizes import columns_of, sizes_of
 
 LARGE: dict[str, tuple[str, dict[str, Any]]] = {

@@ -9,9 +9,10 @@ import pytest
 import torch
 from tiny_registry import build
 from torch import Tensor, nn
+from written_maps import find_map
 
 from intervenable.map_inference import infer_map
-from model_maps import COMPONENTS, HeadColumns, ModelMap, Site, columns_of, find_map, sizes_of
+from model_maps import COMPONENTS, HeadColumns, ModelMap, Site, columns_of, sizes_of
 from tiny_models import CASES, ENCODER_DECODER_CASES, MULTIMODAL, RECURRENT, tiny, tiny_inputs
 
 WRITTEN = [

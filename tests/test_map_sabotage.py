@@ -6,11 +6,12 @@ import pytest
 import tiny_registry
 from map_sabotage import Spoiled, spoilt
 from torch import nn
+from written_maps import find_map
 
 from intervenable.map_inference import infer_map
 from intervenable.map_trace import trace
 from intervenable.map_verification import check_map
-from model_maps import ModelMap, find_map
+from model_maps import ModelMap
 from tiny_models import DECODERS, ENCODERS, tiny, tiny_inputs
 
 FAMILIES = [

@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from written_maps import find_map
 
 import intervenable as iv
 from intervenable.map_laws import LAWS, deviation
 from intervenable.map_verification import Verification, check_map
-from model_maps import COMPONENTS, LayerKind, ModelMap, Site, find_map
+from model_maps import COMPONENTS, LayerKind, ModelMap, Site
 from tiny_models import CASES, ENCODER_DECODER_CASES, MULTIMODAL, tiny, tiny_inputs
 
 PLAIN = [

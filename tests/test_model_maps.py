@@ -8,10 +8,11 @@ import pytest
 import torch
 import transformers
 from torch.testing import assert_close
+from written_maps import find_map, known_classes
 
 import tiny_models
 from intervenable.toy_models import MLPClassifier
-from model_maps import COMPONENTS, columns_of, component_site, find_map, known_classes, sizes_of
+from model_maps import COMPONENTS, columns_of, component_site, sizes_of
 from tiny_models import CASES, DECODERS, FEATURES, HIDDEN, MULTIMODAL, RECURRENT, tiny, tiny_inputs
 
 LANGUAGE_CASES = [case for case in CASES if case[0] not in RECURRENT]
