@@ -1,7 +1,7 @@
 """Maps of plain multi-layer perceptrons.
 
-The class is ours and has no config of transformers, of which a tiny twin could be made; its inputs are vectors and not
-tokens, and no run of it would tell which.
+The class is ours and has no config of transformers, of which a tiny twin could be made. That its inputs are vectors
+and not tokens, no signature tells.
 """
 
 from __future__ import annotations
