@@ -237,9 +237,16 @@ UNBUILDABLE_FOR: Mapping[str, Mapping[str, str]] = {
     "image-classification": {
         "dinat": "it needs natten",
         "donut-swin": "no tiny config is known that it runs with",
+        "perceiver": "no tiny config is known that it runs with",
+        "swin": "no tiny config is known that it runs with",
+        "textnet": "no tiny config is known that it runs with",
         "timm_wrapper": "it needs timm",
     },
-    "zero-shot": {"blip-2": "its query tower needs fields that another task's model must not have"},
+    "zero-shot": {
+        "align": "no tiny config is known that it runs with",
+        "blip-2": "its query tower needs fields that another task's model must not have",
+        "videoprism": "no tiny config is known that it runs with",
+    },
     "audio-classification": {},
     "ctc": {},
     "speech-seq2seq": {"voxtral_realtime": "its sounds have to go on in step with its text"},

@@ -116,7 +116,7 @@ class _Drawn:
             if "pixel_values_videos" in self.takes and "pixel_values" not in self.takes
             else "pixel_values"
         )
-        frames = {"idefics": (1,), "instructblipvideo": (2,), "videoprism": (2,)}.get(self.model_type, ())
+        frames = {"idefics": (1,), "instructblipvideo": (2,), "videoprism": (16,)}.get(self.model_type, ())
         images = {name: self.normal(*frames, channels, height, width)}
         if self.model_type == "idefics":
             images["image_attention_mask"] = torch.ones(ROWS, LENGTH, 1, dtype=torch.long)
