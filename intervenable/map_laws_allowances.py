@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from intervenable.map_laws import deviation, limit_of, named, told
-from intervenable.map_laws_runs import Bench, Group, all_have
+from intervenable.map_laws_runs import Bench, Group, Key, all_have
 from model_maps import COMPONENTS
 
 WEIGHTED = ("head_attention_value_output", "attention_pattern", "expanded_head_value")
@@ -91,6 +91,29 @@ def parts_of_heads(
         ):
             return float("inf")
     return float("inf") if unseen and not shared else worst
+
+
+def in_sum(
+    bench: Bench, key: Key, group: Group, rest: Group | None, source: Group, written: Sequence[str]
+) -> float:
+    """How far off it is that scores are one part that follows from what is written, and a bias that does not.
+
+    Some biases follow from the stream through a projection of their own. Then the scores with these parts of the
+    source and those with all but these come to the source's and the base's.
+    """
+    if rest is None or not all_have(key, group, rest, source, bench.base):
+        return float("inf")
+    whole = all(
+        bench.sites[name, key[1]].columns is None or bench.covered(name, key[1]) for name in written
+    )
+    four = [one.seen[key] for one in (group, rest, source, bench.base)]
+    if not whole or len({one.shape for one in four}) > 1:
+        return float("inf")
+    visible = torch.stack([told(one) for one in four]).all(0)
+    alone, others, after, before = (torch.where(visible, one, torch.zeros_like(one)) for one in four)
+    if deviation(alone, before) <= limit_of(before.dtype):
+        return float("inf")
+    return deviation(alone + others, after + before)
 
 
 def of_common(pattern: Tensor, other: Tensor) -> Tensor:

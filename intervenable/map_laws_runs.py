@@ -110,6 +110,7 @@ class Bench:
         """What the places have in the plain pass."""
         self.passes: dict[Key, int] = {}
         """How often a place was passed in the plain pass."""
+        self._trace: Trace | None = None
 
     # -- what there is
 
@@ -154,6 +155,10 @@ class Bench:
         """Whether every column of the tensor in which a component lies belongs to a component."""
         at = self.sites[component, layer]
         width = live_width(at.module, at.side)
+        if width is None and self._trace is not None:
+            call = next(iter(self._trace.of(at.path)), None)
+            tensor = None if call is None else call.main_input if at.side == "input" else call.main_output
+            width = None if tensor is None else tensor.shape[-1]
         taken: set[int] = set()
         for (_, other), site in self.sites.items():
             if other == layer and site.path == at.path and site.side == at.side and site.columns is not None:
@@ -224,6 +229,7 @@ class Bench:
         hooks = self._hooks([group], count=True)
         result = trace(self.model, self.inputs, extra=hooks)
         self.plainly = group.seen
+        self._trace = result
         return result
 
     def run(self) -> None:

@@ -13,6 +13,7 @@ from intervenable.map_laws import ADDED, ONLY, TRANSFERS, Finding, deviation, li
 from intervenable.map_laws_allowances import (
     SEEN_WITH,
     gated,
+    in_sum,
     of_common,
     parts_of_heads,
     turned,
@@ -101,6 +102,27 @@ class Swaps:
             bench.read_in(source, [(name, layer) for layer in bench.layers(name)])
         return group
 
+    def rest(self, prefix: str, words: Iterable[str], source: Group, read: str) -> Group | None:
+        """A group in which all of the attention's input is the source's but for what the words name.
+
+        It is run at once, as few architectures need it.
+        """
+        bench, words = self.bench, tuple(words)
+        key = (prefix, words, id(source), read, "rest")
+        given = named("attention_input", prefix)
+        if not writable(bench, given):
+            return None
+        if key not in self._made:
+            stack = "decoder" if prefix == "cross" else prefix
+            writes: dict[Key, Change] = dict(bench.held(stack))
+            writes.update({(given, layer): taken_from(source) for layer in bench.layers(given)})
+            for name in (named(word, prefix) for word in words):
+                writes.update({(name, layer): taken_from(bench.base) for layer in bench.layers(name)})
+            reads = [(named(read, prefix), layer) for layer in bench.layers(named(read, prefix))]
+            self._made[key] = bench.experiment(f"all but {', '.join(words)} of {source.name}", writes, reads)
+            bench.run()
+        return self._made[key]
+
 
 def _parted(bench: Bench, source: Group, part: Callable[[Tensor, Tensor], Tensor]) -> Change:
     return lambda groups: part(groups[bench.base.index], groups[source.index])
@@ -145,6 +167,9 @@ def determines(bench: Bench, swaps: Swaps) -> Judge:
                     off = min(off, gated(bench, prefix, layer, group, source))
                 if off > limit and COMPONENTS[name].word == "attention_scores":
                     off = min(off, parts_of_heads(bench, prefix, layer, group, source, names))
+                if off > limit and COMPONENTS[name].word == "attention_scores":
+                    rest = swaps.rest(prefix, written, source, read)
+                    off = min(off, in_sum(bench, key, group, rest, source, names))
                 source_dtype[key] = expected.dtype
                 into.setdefault(key, []).append((off <= limit, off))
                 # The pattern is what its module computes; what is written beside it has to fit it.
