@@ -302,7 +302,11 @@ class Bench:
             site = self.sites[key]
 
             def act(passage: Passage) -> None:
-                streams[key] = site.stream(passage, run)
+                stream = site.stream(passage, run)
+                stream = stream if site.scale == 1.0 else stream * site.scale
+                plus = site.plus
+                below = None if plus is None else streams.get((plus.component, plus.layer))
+                streams[key] = stream if below is None else stream + below
 
             return act
 

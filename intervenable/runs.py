@@ -129,11 +129,17 @@ def gather_added(sites: Sequence[BoundSite], inputs: RunInputs) -> tuple[dict[in
 
     def keep(site: BoundSite, plus: BoundSite) -> Callable[[Passage], None]:
         def act(passage: Passage) -> None:
-            streams[id(site)] = plus.stream(passage, inputs)
+            stream = plus.stream(passage, inputs)
+            stream = stream if plus.scale == 1.0 else stream * plus.scale
+            streams[id(site)] = stream if plus.plus is None else stream + streams[id(plus)]
 
         return act
 
-    hooks = [Hook(site.plus.module, site.plus.side, keep(site, site.plus)) for site in sites if site.plus]
+    chained = list(sites)  # what is added may be such a sum itself
+    for site in chained:
+        if site.plus is not None:
+            chained.append(site.plus)
+    hooks = [Hook(site.plus.module, site.plus.side, keep(site, site.plus)) for site in chained if site.plus]
     return streams, hooks
 
 
