@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from intervenable.map_laws import ADDED, Finding, deviation, limit_of, named
 from intervenable.map_laws_runs import Bench
 from intervenable.map_trace import Call, Trace
+from intervenable.norms import centred
 from model_maps import COMPONENTS
 
 INFINITE = float("inf")
@@ -273,9 +274,7 @@ def norm(bench: Bench, _: Trace) -> Iterator[Finding]:
         scale = bench.plainly.get((name, layer))
         if given is None or output is None or scale is None or given.shape != output.shape:
             continue
-        wide = given.double()
-        if isinstance(site.module, nn.LayerNorm):
-            wide = wide - wide.mean(-1, keepdim=True)
+        wide = centred(site.module, given).double()
         unit = (wide / scale.double()).flatten(0, -2)
         bias = getattr(site.module, "bias", None)
         result = output.double().flatten(0, -2) - (bias.double() if isinstance(bias, Tensor) else 0.0)

@@ -33,8 +33,8 @@ from intervenable.errors import (
     unknown_name,
 )
 from intervenable.model import IntervenableModel
+from intervenable.norms import centred, norm_scale
 from intervenable.progress import Progress
-from intervenable.sites import norm_scale
 from intervenable.sweeping import sweep
 from interventions import VanillaIntervention
 
@@ -316,11 +316,11 @@ class _Paths:
             if "Norm" not in type(module).__name__ or any(True for _ in module.children()):
                 continue
             weight, bias = _affine(module, stream)
-            formula = weight * _centred(module, stream) / norm_scale(module, stream) + bias
+            formula = weight * centred(module, stream) / norm_scale(module, stream) + bias
             if formula.shape == read.shape and bool(
                 (formula - read).abs().max() <= _CLOSE * read.abs().max()
             ):
-                return (weight * _centred(module, change) / norm_scale(module, stream)).to(change.dtype)
+                return (weight * centred(module, change) / norm_scale(module, stream)).to(change.dtype)
         raise UnsupportedModelError(
             f"mode='linear' finds no norm in block {layer} of {type(self.model).__name__} that makes what attention"
             " reads of the stream. Take mode='exact'."
@@ -341,10 +341,6 @@ def _constant(
     )
 
 
-def _centred(module: nn.Module, values: Tensor) -> Tensor:
-    return values - values.mean(-1, keepdim=True) if isinstance(module, nn.LayerNorm) else values
-
-
 def _affine(module: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
     """Weight and bias of a norm, found by what it makes of two vectors: some keep their weight less one."""
     width = like.shape[-1]
@@ -356,4 +352,4 @@ def _affine(module: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
             spread = module(probe[None, None])[0, 0] - bias
         except RuntimeError:  # of another width
             return torch.full_like(probe, torch.nan), torch.zeros_like(probe)
-    return spread * norm_scale(module, probe) / _centred(module, probe), bias
+    return spread * norm_scale(module, probe) / centred(module, probe), bias

@@ -21,6 +21,7 @@ from intervenable.hooks import Hook
 from intervenable.inputs import RunInputs
 from intervenable.linear_maps import matrix_of, parameter_of
 from intervenable.mixer_state import state_after
+from intervenable.norms import norm_scale
 from intervenable.passage import Passage
 from intervenable.unit_index import UnitIndex
 from intervenable.units import Level, UnitRows, Units, Whole
@@ -443,19 +444,6 @@ class BoundSite:
         output = index.read(stream)
         scaled = output if bias is None else output - bias
         return index.add(stream, (_wide(scaled) * (old / _wide(new) - 1)).to(output.dtype))
-
-
-def norm_scale(module: nn.Module, stream: Tensor) -> Tensor:
-    """What a norm divides by: the root of the variance (LayerNorm) or mean square (RMSNorm), plus epsilon.
-
-    Shape: `[b, s, D]` to `[b, s, 1]`, in float32 (float64 for a float64 model).
-    """
-    values = _wide(stream)
-    if isinstance(module, nn.LayerNorm):
-        values = values - values.mean(-1, keepdim=True)
-    epsilons = [getattr(module, name, None) for name in ("eps", "variance_epsilon")]
-    epsilon = next((value for value in epsilons if isinstance(value, float)), 0.0)
-    return (values.pow(2).mean(-1, keepdim=True) + epsilon).sqrt()
 
 
 def _wide(tensor: Tensor) -> Tensor:
