@@ -39,11 +39,12 @@ def ends(bench: Bench, swaps: Swaps) -> Judge:
         for (name, layer), prefix, group, source in made:
             if group.output is None or source.output is None or bench.base.output is None:
                 continue
+            assert group.output_beside is not None
             limit = limit_of(source.output.dtype)
             if deviation(source.output, bench.base.output) < MOVED * limit:
                 continue
             if COMPONENTS[name].derived_from:
-                yield moved(name, layer, group.output, bench.base.output, "what the model returns changes")
+                yield moved(name, layer, group.output, group.output_beside, "what the model returns changes")
                 continue
             if prefix and deviation(group.output, bench.base.output) < MOVED * limit:
                 continue  # a tower of which the model reads an earlier layer
@@ -74,12 +75,12 @@ def single_layers(bench: Bench, swaps: Swaps) -> Judge:
         for (name, layer), group in made:
             prefix = COMPONENTS[name].prefix
             whole = bench.sources[prefix].output
-            if group.output is None or bench.base.output is None or whole is None:
+            if group.output is None or group.output_beside is None or whole is None:
                 continue
-            off = deviation(whole, bench.base.output)
+            off = deviation(whole, group.output_beside)
             if prefix and off < MOVED * limit_of(group.output.dtype):
                 continue
-            yield moved(name, layer, group.output, bench.base.output, "what the model returns changes")
+            yield moved(name, layer, group.output, group.output_beside, "what the model returns changes")
 
     return judge
 
@@ -92,7 +93,7 @@ def lookup(bench: Bench, swaps: Swaps) -> Judge:
             continue
         prefix = COMPONENTS[name].prefix
         given = "decoder_input_ids" if prefix == "decoder" else "input_ids"
-        ids = bench.inputs.get(given)
+        ids = bench.experimented.get(given)
         if prefix not in ("", "encoder", "decoder", "text") or not isinstance(ids, Tensor) or ids.dim() != 2:
             continue
         order = _turned_round(ids, bench.special_tokens)

@@ -19,7 +19,7 @@ from intervenable.binding import Places
 from intervenable.errors import IntervenableError
 from intervenable.hooks import Hook, hooked
 from intervenable.inputs import RunInputs
-from intervenable.map_laws import named
+from intervenable.map_laws import deviation, limit_of, named
 from intervenable.map_trace import Trace, trace
 from intervenable.passage import Passage
 from intervenable.signatures import counts_time_first, takes
@@ -41,6 +41,9 @@ NOISE_SEED = 20
 MOST_LOGITS = 40_000_000
 """Entries of logits that one pass may have."""
 
+MOST_ENTRIES = 250_000
+"""Entries that one place may have in a pass: with many heads, few experiments at few places are made at a time."""
+
 
 @dataclass(eq=False)
 class Group:
@@ -57,6 +60,12 @@ class Group:
 
     output: Tensor | None = None
     """What the model returned: its logits if it has any, else its first tensor."""
+
+    beside: Mapping[Key, Tensor] = field(default_factory=dict)
+    """What the base had at the places that were read, in the same pass."""
+
+    output_beside: Tensor | None = None
+    """What the model returned for the base in the same pass."""
 
     index: int = 0
     """Its place in the batch of the pass that is on."""
@@ -92,6 +101,10 @@ class Bench:
             **inputs,
         }
         self.batch, self.time_first = _batch_of(model, inputs)
+        self.experimented: dict[str, Any] = self.inputs
+        """The inputs of experiments: of the first example alone, if the model gives it the same by itself."""
+        self.rows = self.batch
+        """Examples of one experiment."""
         self.sites: dict[Key, BoundSite] = {}
         self.faults: dict[Key, str] = {}
         """Places that cannot be bound, read or written, and why."""
@@ -216,71 +229,122 @@ class Bench:
 
     # -- passes
 
-    def plain(self) -> Tensor:
+    def plain(self, inputs: Inputs | None = None) -> Tensor:
         """What the model returns without hooks."""
         with torch.no_grad():
-            return self._examples_first(_main_tensor(self.model(**self.inputs))).detach().clone()
+            output = self.model(**(self.inputs if inputs is None else inputs))
+            return self._examples_first(_main_tensor(output)).detach().clone()
+
+    def narrow(self, output: Tensor) -> bool:
+        """Make experiments with the first example alone, if the model returns for it what it does beside others.
+
+        Args:
+            output: What the model returns for all examples.
+        """
+        first: dict[str, Any] = {}
+        for name, value in self.inputs.items():
+            axis = self._axis_of(name, value)
+            if axis is not None and value.shape[axis] not in (1, self.batch):
+                return False
+            first[name] = value if axis is None else value.narrow(axis, 0, 1)
+        if self.batch == 1 or len(output) != self.batch:
+            return False
+        try:
+            alone = self.plain(first)
+        except Exception:  # whatever the code of a model may raise that needs several
+            return False
+        if deviation(alone, output[:1]) > limit_of(output.dtype):
+            return False
+        self.experimented, self.rows = first, 1
+        return True
 
     def traced(self) -> Trace:
         """The plain pass written down; what the places of the map have is put into the base, bit for bit."""
         group = Group("plain")
         group.reads = set(self.sites)
         group.index = 0
-        hooks = self._hooks([group], count=True)
+        hooks = self._hooks([group], self.batch, count=True)
         result = trace(self.model, self.inputs, extra=hooks)
         self.plainly = group.seen
         self._trace = result
         return result
 
     def run(self) -> None:
-        """Make all experiments, in as few passes as the memory for logits allows."""
-        waiting, self.groups = self.groups, []
-        room = max(2, self._room() - len(self.fixed))
-        for start in range(0, len(waiting), room):
-            self._pass([*self.fixed, *waiting[start : start + room]])
+        """Make all experiments, in as few passes as memory allows; places with large values in passes of few."""
+        waiting, self.groups = sorted(self.groups, key=self._size_of), []
+        fixed = {group: group.reads for group in self.fixed}
+        passes = self._shared_out(waiting)
+        least = min(passes, key=len, default=None)
+        lone = set().union(*fixed.values()).difference(*(group.reads for group in waiting))
+        for groups in passes:
+            wanted = set().union(*(group.reads for group in groups)) | (lone if groups is least else set())
+            for group, reads in fixed.items():
+                group.reads = reads & wanted
+            self._pass([*self.fixed, *groups])
+        for group, reads in fixed.items():
+            group.reads = reads
+
+    def _size_of(self, group: Group) -> int:
+        """How many entries the largest value has that a group reads or writes, for one example."""
+        keys = group.reads | group.writes.keys()
+        sizes = [self.plainly[key].numel() for key in keys if key in self.plainly]
+        return max(sizes, default=0) * self.rows // self.batch
+
+    def _shared_out(self, groups: Sequence[Group]) -> list[list[Group]]:
+        """The groups of each pass; those with the smallest values come first."""
+        passes: list[list[Group]] = []
+        most = self._room() - len(self.fixed)
+        for group in groups:
+            room = min(most, MOST_ENTRIES // max(1, self._size_of(group)) - len(self.fixed))
+            if not passes or len(passes[-1]) >= room:
+                passes.append([])
+            passes[-1].append(group)
+        return passes
 
     def identity(self, keys: Sequence[Key]) -> Tensor:
         """What the model returns if at these places everything is written back as it was read."""
         group = Group("identity", dict.fromkeys(keys, _back))
-        with torch.no_grad(), hooked(self._hooks([group]), self.model):
+        with torch.no_grad(), hooked(self._hooks([group], self.batch), self.model):
             return self._examples_first(_main_tensor(self.model(**self.inputs))).detach().clone()
 
     def _room(self) -> int:
         ids = next((v for v in self.inputs.values() if isinstance(v, Tensor) and v.dim() >= 2), None)
-        tokens = self.batch if ids is None else self.batch * ids.shape[1]
+        tokens = self.rows if ids is None else self.rows * ids.shape[1]
         return max(8, MOST_LOGITS // max(1, tokens * (self.places.sizes.vocabulary or 1)))
 
     def _pass(self, groups: Sequence[Group]) -> None:
         for index, group in enumerate(groups):
             group.index = index
-        given = {name: self._stacked(name, value, groups) for name, value in self.inputs.items()}
-        with torch.no_grad(), hooked(self._hooks(groups), self.model):
+        given = {name: self._stacked(name, value, groups) for name, value in self.experimented.items()}
+        with torch.no_grad(), hooked(self._hooks(groups, self.rows), self.model):
             output = _main_tensor(self.model(**given))
         by_group = _by_group(self._examples_first(output), len(groups))
         for group in groups:
             group.output = by_group[group.index].detach().clone()
+            group.beside, group.output_beside = dict(self.base.seen), self.base.output
 
     def _examples_first(self, output: Tensor) -> Tensor:
         return output.transpose(0, 1) if self.time_first and output.dim() == 3 else output
 
-    def _stacked(self, name: str, value: Any, groups: Sequence[Group]) -> Any:
+    def _axis_of(self, name: str, value: Any) -> int | None:
+        """The axis of examples of an input; None if it has none."""
         if not isinstance(value, Tensor) or value.dim() == 0 or name == "cache_position":
-            return value
-        axis = (
-            1
-            if (self.time_first and value.dim() == 3) or (name == "position_ids" and value.dim() == 3)
-            else 0
-        )
-        if name == "position_ids" and value.shape[axis] == 1 != self.batch:
+            return None
+        second = (self.time_first and value.dim() == 3) or (name == "position_ids" and value.dim() == 3)
+        return 1 if second else 0
+
+    def _stacked(self, name: str, value: Any, groups: Sequence[Group]) -> Any:
+        axis = self._axis_of(name, value)
+        if axis is None or (name == "position_ids" and value.shape[axis] == 1 != self.rows):
             return value
         return torch.cat([group.inputs.get(name, value) for group in groups], axis)
 
-    def _hooks(self, groups: Sequence[Group], *, count: bool = False) -> list[Hook]:
+    def _hooks(self, groups: Sequence[Group], each: int, *, count: bool = False) -> list[Hook]:
         """Hooks for a pass of these groups: first all that write, then all that read what was made of it."""
         written = [key for key in self.sites if any(key in group.writes for group in groups)]
         read = [key for key in self.sites if any(key in group.reads for group in groups)]
         streams: dict[Key, Tensor] = {}
-        run = self._run_inputs(len(groups))
+        run = self._run_inputs(each * len(groups))
         whole = {
             (site.plus.component, site.plus.layer) for site in self.sites.values() if site.plus is not None
         }
@@ -296,7 +360,7 @@ class Bench:
                 return site.index(Whole(), run, tensor.device)
             # How many positions there are is read off what passes: a tower's are those of no input.
             length = tensor.numel() // (run.batch * tensor.shape[-1])
-            return site.index(Whole(), self._run_inputs(len(groups), length), tensor.device)
+            return site.index(Whole(), self._run_inputs(run.batch, length), tensor.device)
 
         def keeping(key: Key) -> Callable[[Passage], None]:
             site = self.sites[key]
@@ -358,8 +422,8 @@ class Bench:
                 hooks.append(hook_at(self.sites[key], keeping(key)))
         return [*hooks, *(hook_at(self.sites[key], noting(key)) for key in read)]
 
-    def _run_inputs(self, groups: int, length: int = 0) -> RunInputs:
-        run = RunInputs((), {}, None, self.batch * groups, length, None, None, self.time_first)
+    def _run_inputs(self, batch: int, length: int = 0) -> RunInputs:
+        run = RunInputs((), {}, None, batch, length, None, None, self.time_first)
         return replace(run, decoder=run)
 
 

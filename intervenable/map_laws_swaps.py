@@ -305,8 +305,8 @@ def moves(bench: Bench, swaps: Swaps) -> Judge:
         for name, prefix, group in made:
             for layer in bench.layers(name):
                 key = (named("block_output", prefix), layer)
-                if bench.has(*key) and all_have(key, group, bench.base):
-                    yield moved(name, layer, group.seen[key], bench.base.seen[key], f"{key[0]} changes")
+                if bench.has(*key) and key in group.seen and key in group.beside:
+                    yield moved(name, layer, group.seen[key], group.beside[key], f"{key[0]} changes")
 
     return judge
 
