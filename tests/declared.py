@@ -29,9 +29,9 @@ def map_of(model: nn.Module) -> Any:
 
 
 def components_of(model: nn.Module) -> tuple[str, ...]:
-    """Every component a model has."""
+    """Every component a model has where text passes."""
     names: tuple[str, ...] = map_of(model).components()
-    return names
+    return tuple(name for name in names if COMPONENTS[name].prefix not in ("vision", "audio"))
 
 
 def units_of(component: str) -> tuple[str, ...]:
@@ -47,7 +47,7 @@ def is_inside(component: str) -> bool:
 def writable(model: nn.Module) -> tuple[str, ...]:
     """The components that can be written: all but the logits of routers, which no model reads back."""
     described = map_of(model)
-    return tuple(name for name in described.components() if not described.site(name).read_only)
+    return tuple(name for name in components_of(model) if not described.site(name).read_only)
 
 
 def everything(model: nn.Module) -> list[tuple[str, str]]:
