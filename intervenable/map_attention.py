@@ -219,10 +219,16 @@ class _Answer:
         """The projection of what the heads have read; its site or the reason is noted."""
         try:
             known = output_projection(self._view, self._found)
-            self._sites["attention_value_output"] = self._site(known, "input", False, self._attention.queries)
+            at = known if known.norm is None else Projection(known.norm, known.columns)
+            self._sites["attention_value_output"] = self._site(at, "input", False, self._attention.queries)
         except RefusedError as error:
             self._absent["attention_value_output"] = str(error)
             return None
+        if known.norm is not None:
+            self._absent["head_attention_output"] = (
+                f"{self._view.name(known.norm)} divides all heads by one number before they are projected, so that"
+                " what one adds depends on the others"
+            )
         return known
 
     def _site(self, known: Projection, side: Literal["input", "output"], shared: bool, length: int) -> Site:

@@ -56,6 +56,9 @@ class Projection:
     call: Call
     columns: HeadColumns
 
+    norm: Call | None = None
+    """A norm over all heads that lies before a map that reads them; then the columns are those of its input."""
+
 
 def take_moments(probe: Probe, found: Sequence[Operands]) -> None:
     """Gradients of all attentions of all blocks at once: five backward passes for each of three operands."""
@@ -237,15 +240,17 @@ def output_projection(view: BlockView, found: Sequence[Operands]) -> Projection:
     mixing = _mixing_heads(view, attention, reader)
     if mixing is not None and not within(reader, attention.call):  # a matrix further on
         raise RefusedError("no linear module reads the pattern times the values")
-    if mixing is not None:
+    if mixing is None:
+        return Projection(reader, _result_columns(view, attention, reader))
+    if not same_values(mixing.main_output, reader.main_input):
         raise RefusedError(
-            f"{mixing}, between the pattern times the values and {view.name(reader)}, mixes the heads"
+            f"{view.name(mixing)}, between the pattern times the values and {view.name(reader)}, mixes the heads"
         )
-    return Projection(reader, _result_columns(view, attention, reader))
+    return Projection(reader, _result_columns(view, attention, mixing), mixing)
 
 
-def _mixing_heads(view: BlockView, attention: Attention, reader: Call) -> str | None:
-    """The name of a norm over all heads between the pattern times the values and their projection."""
+def _mixing_heads(view: BlockView, attention: Attention, reader: Call) -> Call | None:
+    """A norm over all heads between the pattern times the values and their projection."""
     for call in view.block.inside():
         given, returned = call.main_input, call.main_output
         if (
@@ -264,7 +269,7 @@ def _mixing_heads(view: BlockView, attention: Attention, reader: Call) -> str | 
             other[..., half:] = 0
             before, after = call.module(given.detach()), call.module(other)
         if not torch.equal(before[..., :half], after[..., :half]):
-            return view.name(call)
+            return call
     return None
 
 

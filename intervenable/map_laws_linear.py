@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from intervenable.map_attention_probe import keeps_columns
 from intervenable.map_laws import Finding, deviation, limit_of, named
 from intervenable.map_laws_runs import Bench, Change, Group
 from intervenable.map_laws_swaps import MOVED, Judge
@@ -30,7 +31,14 @@ def affine(bench: Bench) -> Judge:
             written, read = named(given, prefix), named(output, prefix)
             if COMPONENTS[written].word != given or COMPONENTS[read].word != output:
                 continue
-            layers = [layer for layer in bench.layers(written) if bench.has(read, layer)]
+            layers = [
+                layer
+                for layer in bench.layers(written)
+                if bench.has(read, layer)
+                and not (
+                    given == "attention_value_output" and keeps_columns(bench.sites[written, layer].module)
+                )
+            ]
             if layers:
                 stack = "decoder" if prefix == "cross" else prefix
                 groups = []

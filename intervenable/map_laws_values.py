@@ -101,6 +101,8 @@ def projects(bench: Bench, traced: Trace) -> Iterator[Finding]:
         function = None if site.function is None else site.function[0]
         inside = [*site.module.children()]  # one alone is a linear map in a wrapper
         linear = _has_matrix(site.module) or (len(inside) == 1 and _has_matrix(inside[0]))
+        if not linear and COMPONENTS[name].word == "attention_value_output":
+            linear = _is_normed_for_a_matrix(traced, site.path)
         right = function == "linear" or (site.side == side and linear)
         why = f"the {side} of a module with a matrix of weights"
         yield Finding(name, "projects", layer, right, 0.0 if right else INFINITE, 0.0, why)
@@ -109,6 +111,20 @@ def projects(bench: Bench, traced: Trace) -> Iterator[Finding]:
             right = not _holds(bench.plainly[name, layer], given)
             why = "another matrix than the one that is given the MLP's input"
             yield Finding(name, "projects", layer, right, 0.0 if right else INFINITE, 0.0, why)
+
+
+def _is_normed_for_a_matrix(traced: Trace, path: str) -> bool:
+    """Whether a module has no matrix of its own, and one is given what it returns."""
+    made = next((call.main_output for call in traced.of(path) if not call.children), None)
+    around = next((call.parent for call in traced.of(path)), None)
+    return (
+        made is not None
+        and around is not None
+        and any(
+            _has_matrix(call.module) and call.main_input is not None and _holds(call.main_input, made)
+            for call in around.inside()
+        )
+    )
 
 
 def rows(bench: Bench, traced: Trace) -> Iterator[Finding]:

@@ -139,8 +139,11 @@ def test_layers_without_attention_say_so():
 
 
 REFUSED = {
-    ("bitnet", "attention_value_output"): "self_attn.attn_sub_norm, between the pattern times the values and"
-    " self_attn.o_proj, mixes the heads",
+    (
+        "bitnet",
+        "head_attention_output",
+    ): "self_attn.attn_sub_norm divides all heads by one number before they are"
+    " projected, so that what one adds depends on the others",
     ("diffllama", "value_output"): "it multiplies its pattern with values 2 times",
     ("jetmoe", "query_output"): "no linear module hands over what its queries are made of",
     ("xlnet", "query_output"): "no linear module hands over what its queries are made of",
@@ -162,6 +165,26 @@ def test_keys_that_a_convolution_makes_are_read_behind_it():
 
     assert {one.sites["key_output"].path for one in found} == {"self_attn.k_sconv"}
     assert {one.sites["query_output"].path for one in found} == {"self_attn.q_proj"}
+
+
+def test_a_norm_of_all_heads_before_their_projection_is_given_pattern_times_values():
+    made = build("bitnet")
+    made.model.set_attn_implementation("eager")
+    found = found_in(made.model, made.inputs, "model.layers")
+    seen = {}
+    layer = made.model.model.layers[1].self_attn
+    layer.attn_sub_norm.register_forward_pre_hook(lambda _, given: seen.update(given=given[0]))
+    layer.v_proj.register_forward_hook(lambda _, __, made: seen.update(values=made))
+    with torch.no_grad():
+        pattern = made.model(**made.inputs, output_attentions=True).attentions[1]
+
+    site = found[1].sites["attention_value_output"]
+    firsts, width = laid_out(site.columns)
+    values = seen["values"].unflatten(-1, (-1, width)).transpose(1, 2)
+    by_heads = pattern @ values.repeat_interleave(len(firsts) // values.shape[1], 1)
+    assert (site.path, site.side) == ("self_attn.attn_sub_norm", "input")
+    for head, first in enumerate(firsts):
+        torch.testing.assert_close(seen["given"][..., first : first + width], by_heads[:, head])
 
 
 # --- layers made by hand ----------------------------------------------------------------------------------
