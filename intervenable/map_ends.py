@@ -70,9 +70,21 @@ def _embedding(trace: Trace, stack: BlockStack) -> Call | None:
         given, returned = call.main_input, call.main_output
         if given is None or returned is None or given.is_floating_point() or not _is_table(call.module):
             continue
-        if returned.shape[:-1] == given.shape and key_of(given) in tokens:
+        if returned.shape[:-1] == given.shape and key_of(given) in tokens and _looks_up(call):
             return call
     return None
+
+
+def _looks_up(call: Call) -> bool:
+    """Whether a table gives each token its own row, up to a factor; one of positions may be given tokens as well."""
+    given, returned, table = call.main_input, call.main_output, getattr(call.module, "weight", None)
+    if given is None or returned is None or not isinstance(table, Tensor) or table.shape[-1] != returned.shape[-1]:
+        return True
+    if int(given.min()) < 0 or int(given.max()) >= len(table):
+        return False
+    rows, found = table.detach()[given].double(), returned.double()
+    factor = float((rows * found).sum()) / (float((rows * rows).sum()) or 1.0)
+    return float((found - factor * rows).abs().max()) <= 1e-4 * float(found.abs().max())
 
 
 def _is_table(module: nn.Module) -> bool:

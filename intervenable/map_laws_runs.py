@@ -463,12 +463,17 @@ def _batch_of(model: nn.Module, inputs: Inputs) -> tuple[int, bool]:
 
 
 def _main_tensor(output: Any) -> Tensor:
-    """The logits, else the first floating-point tensor of an output."""
+    """The logits, else what towers make of each example, else the first floating-point tensor of an output."""
     logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         return logits
-    items: Any = output.values() if isinstance(output, Mapping) else output
     if isinstance(output, Tensor):
         return output
+    if isinstance(output, Mapping):
+        # That of one tower is compared with those of all examples of the other.
+        ends = [value for name, value in output.items() if str(name).endswith("_embeds")]
+        if len(ends) > 1 and all(isinstance(end, Tensor) and end.dim() == 2 for end in ends):
+            return torch.cat(ends, -1)
+    items: Any = output.values() if isinstance(output, Mapping) else output
     found: Tensor = next(item for item in items if isinstance(item, Tensor) and item.is_floating_point())
     return found

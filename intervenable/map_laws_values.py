@@ -356,6 +356,8 @@ def _holds(tensor: Tensor, given: Tensor) -> bool:
 
 
 def _like(tensor: Tensor, stream: Tensor) -> Tensor | None:
+    if (tensor.dim() == 3 and tensor.shape != stream.shape) and tensor.transpose(0, 1).shape == stream.shape:
+        return tensor.transpose(0, 1)  # positions come first
     return tensor.reshape(stream.shape) if tensor.numel() == stream.numel() else None
 
 
