@@ -78,7 +78,12 @@ def _embedding(trace: Trace, stack: BlockStack) -> Call | None:
 def _looks_up(call: Call) -> bool:
     """Whether a table gives each token its own row, up to a factor; one of positions may be given tokens as well."""
     given, returned, table = call.main_input, call.main_output, getattr(call.module, "weight", None)
-    if given is None or returned is None or not isinstance(table, Tensor) or table.shape[-1] != returned.shape[-1]:
+    if (
+        given is None
+        or returned is None
+        or not isinstance(table, Tensor)
+        or table.shape[-1] != returned.shape[-1]
+    ):
         return True
     if int(given.min()) < 0 or int(given.max()) >= len(table):
         return False
