@@ -15,14 +15,14 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 REQUIREMENTS := pyproject.toml constraints.txt
 
-.PHONY: help demo test lint format types smollm2 test-smollm2 capital-map registry registry-page maps maps-page peers bench bench-attention bench-sweep bench-das bench-maps bench-easyroutine tutorials clean
+.PHONY: help demo test lint format types smollm2 minilm test-smollm2 capital-map registry registry-page maps maps-page peers bench bench-attention bench-sweep bench-das bench-maps bench-easyroutine tutorials clean
 
 help:
 	@echo "make demo          run the main job on the language model that ships with the library"
 	@echo "make test          tests and doctests (2 processes)"
 	@echo "make lint          ruff check and ruff format --check;  make format repairs"
 	@echo "make types         mypy --strict on the three packages"
-	@echo "make test-smollm2  fetch SmolLM2-135M once, run the tests that need it"
+	@echo "make test-smollm2  fetch SmolLM2-135M and MiniLM once, run the tests that need them"
 	@echo "make capital-map   train an alignment for every layer of SmolLM2, draw docs/images/smollm2_das_map.png"
 	@echo "make registry      sweep every architecture of transformers, compared cell by cell (some minutes)"
 	@echo "make registry-page the same, and write docs/sweep-coverage.md"
@@ -76,7 +76,10 @@ types: $(VENV)/.dev
 smollm2: $(VENV)/.dev
 	$(VENV)/bin/python scripts/fetch_smollm2.py
 
-test-smollm2: smollm2
+minilm: $(VENV)/.dev
+	$(VENV)/bin/python scripts/fetch_minilm.py
+
+test-smollm2: smollm2 minilm
 	$(VENV)/bin/python -m pytest -m smollm2 tests
 
 # Finished cells stay in out/capital_map: a run that was ended goes on from there.
@@ -90,7 +93,8 @@ registry-page: $(VENV)/.dev
 	$(ONE_THREAD) $(VENV)/bin/python tests/registry_survey.py
 
 maps: $(VENV)/.dev
-	$(ONE_THREAD) $(VENV)/bin/python -m pytest -n 2 -m registry tests/test_map_registry.py
+	$(ONE_THREAD) $(VENV)/bin/python -m pytest -n 2 -m registry \
+		tests/test_map_registry.py tests/test_map_sabotage.py tests/test_experts.py tests/test_all_components_everywhere.py
 
 maps-page: $(VENV)/.dev
 	$(ONE_THREAD) $(VENV)/bin/python tests/map_survey.py
