@@ -35,6 +35,7 @@ LAWS: Mapping[str, str] = {
     "identity": "writing back what was read changes nothing",
     "determines": "with another run's value here, what follows is that run's",
     "only": "what does not follow from it stays as it was",
+    "apart": "it has other numbers than what it is computed from",
     "adds": "the block's output changes as it does by what is added in the end",
     "elementwise": "each column follows from its own column alone",
     "heads": "a head's columns move what that head computes and nothing of other heads",
@@ -43,7 +44,7 @@ LAWS: Mapping[str, str] = {
 }
 """Every law by its name, in the order of tables."""
 
-TELLS_NOTHING = ("bound", "once", "layout", "projects", "identity", "moves", "causal")
+TELLS_NOTHING = ("bound", "once", "layout", "projects", "identity", "moves", "causal", "apart")
 """Laws that a place with another meaning keeps as well."""
 
 

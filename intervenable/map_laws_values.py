@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +107,8 @@ def projects(bench: Bench, traced: Trace) -> Iterator[Finding]:
     sides = {"query_output": "output", "key_output": "output", "value_output": "output"}
     sides |= {"attention_value_output": "input", "mlp_hidden": "input"}
     for (name, layer), site in bench.sites.items():
-        side = sides.get(COMPONENTS[name].word)
+        known = COMPONENTS[name]
+        side = sides.get(known.word)
         if side is None or (name, layer) in bench.faults:
             continue
         function = None if site.function is None else site.function[0]
@@ -118,8 +119,8 @@ def projects(bench: Bench, traced: Trace) -> Iterator[Finding]:
         right = function == "linear" or (site.side == side and linear)
         why = f"the {side} of a module with a matrix of weights"
         yield Finding(name, "projects", layer, right, 0.0 if right else INFINITE, 0.0, why)
-        given = bench.plainly.get((named("mlp_input", COMPONENTS[name].prefix), layer))
-        if COMPONENTS[name].word == "mlp_hidden" and given is not None and (name, layer) in bench.plainly:
+        given = bench.plainly.get((named("mlp_input", known.prefix), layer))
+        if known.word == "mlp_hidden" and given is not None and (name, layer) in bench.plainly:
             right = not _holds(bench.plainly[name, layer], given)
             why = "another matrix than the one that is given the MLP's input"
             yield Finding(name, "projects", layer, right, 0.0 if right else INFINITE, 0.0, why)
@@ -222,25 +223,24 @@ def _residual_of(bench: Bench, traced: Trace, prefix: str, layer: int | None) ->
         return
     calls = list(block.inside())
     limit = limit_of(end.dtype)
-    streams = _normed([start], calls)
-    used: list[tuple[str, Tensor]] = []
+    streams = _normed([_Stream(start)], calls)
     pending = list(added)
     # Any order: attention before the MLP in most, beside it in some.
     while pending:
         for position, (name, value) in enumerate(pending):
-            sums = [stream + value for stream in streams]
-            known = [total for total in sums if _is_seen(total, calls, end, limit)]
+            sums = [_Stream(stream.value + value, stream.added | {name}) for stream in streams]
+            known = [total for total in sums if _is_seen(total.value, calls, end, limit)]
             if known:
                 yield Finding(name, "residual", layer, True, 0.0, limit, "the stream and this is a stream")
                 streams = _normed([*known, *streams], calls)
-                used.append(pending.pop(position))
+                pending.pop(position)
                 break
         else:
             break
     if pending:
         # Several are added at once, beside each other.
         total = sum((value for _, value in pending), torch.zeros_like(start))
-        best = min(deviation(stream + total, end) for stream in streams)
+        best = min(deviation(stream.value + total, end) for stream in streams)
         for name, _ in pending:
             yield Finding(
                 name,
@@ -251,19 +251,38 @@ def _residual_of(bench: Bench, traced: Trace, prefix: str, layer: int | None) ->
                 limit,
                 "the stream and this is the block's output",
             )
-    middles = [named("block_mid", one) for one in prefixes]
-    for name in middles:
+    for one in prefixes:
+        name = named("block_mid", one)
         middle = seen.get((name, layer))
-        if middle is not None and COMPONENTS[name].word == "block_mid":
-            off = min((deviation(middle, stream) for stream in streams), default=INFINITE)
-            yield Finding(
-                name, "residual", layer, off <= limit, off, limit, "the stream and what attention adds"
-            )
+        if middle is not None and COMPONENTS[name].prefix == one:
+            possible = _between(streams, [added_name for added_name, _ in added], one)
+            off = min((deviation(middle, stream.value) for stream in possible), default=INFINITE)
+            why = "the stream and what attention adds"
+            yield Finding(name, "residual", layer, off <= limit, off, limit, why)
 
 
-def _normed(streams: Sequence[Tensor], calls: Sequence[Call]) -> list[Tensor]:
+class _Stream(NamedTuple):
+    """A vector at each position that a block has or makes, and what was added to its input to get it."""
+
+    value: Tensor
+    added: frozenset[str] = frozenset()
+
+
+def _between(streams: Sequence[_Stream], added: Sequence[str], prefix: str) -> list[_Stream]:
+    """The streams to which attention, or what is in its place, has been added and nothing that comes later."""
+    mixing = {named(word, prefix) for word in ("attention_contribution", "mixer_contribution")} & {*added}
+    later = {named("mlp_contribution", prefix)}
+    if prefix != "cross":
+        later |= {named("attention_contribution", "cross")}
+    if not mixing:
+        return [*streams]
+    return [stream for stream in streams if stream.added & mixing and not stream.added & later]
+
+
+def _normed(streams: Sequence[_Stream], calls: Sequence[Call]) -> list[_Stream]:
     """The streams, and what modules without matrices make of them (norms behind an addition)."""
     result = list(streams)
+    shaped = streams[0].value
     for call in calls:
         if (
             call.module._modules
@@ -272,11 +291,11 @@ def _normed(streams: Sequence[Tensor], calls: Sequence[Call]) -> list[Tensor]:
             or call.main_input is None
         ):
             continue
-        given = _like(call.main_input, streams[0])
-        if given is not None and any(_equal(given, stream) for stream in result):
-            out = _like(call.main_output, streams[0])
-            if out is not None and not any(_equal(out, stream) for stream in result):
-                result.append(out)
+        given = _like(call.main_input, shaped)
+        origin = None if given is None else next((x for x in result if _equal(given, x.value)), None)
+        out = _like(call.main_output, shaped)
+        if origin is not None and out is not None and not any(_equal(out, x.value) for x in result):
+            result.append(_Stream(out, origin.added))
     return result
 
 

@@ -14,6 +14,7 @@ from intervenable.map_laws import LAWS, TELLS_NOTHING, Finding, deviation, limit
 from intervenable.map_laws_ends import ends, lookup, single_layers
 from intervenable.map_laws_heads import heads, shares
 from intervenable.map_laws_linear import affine
+from intervenable.map_laws_order import apart, given_to_experts, order
 from intervenable.map_laws_runs import Bench, Key
 from intervenable.map_laws_swaps import Swaps, adds, determines, elementwise, moves, stays
 from intervenable.map_laws_values import (
@@ -159,8 +160,8 @@ def _known(components: Iterable[str]) -> frozenset[str]:
 
 def _steady_output(bench: Bench) -> Tensor:
     """What the model returns, if it returns the same twice."""
-    one, other = bench.plain(), bench.plain()
-    if deviation(one, other) > limit_of(one.dtype):
+    one = bench.plain()
+    if not bench.narrow(one) and deviation(one, bench.plain()) > limit_of(one.dtype):
         name = type(bench.model).__name__
         remedy = (
             "It is in training mode, in which dropout is on: call model.eval() first."
@@ -176,14 +177,15 @@ def _findings(bench: Bench, output: Tensor) -> list[Finding]:
     swaps = Swaps(bench)
     judges = [
         law(bench, swaps)
-        for law in (determines, stays, adds, elementwise, moves, ends, single_layers, lookup)
+        for law in (determines, stays, adds, elementwise, moves, ends, order, single_layers, lookup)
     ]
     judges += [heads(bench), shares(bench), affine(bench)]
     bench.run()
     found = [finding for judge in judges for finding in judge()]
     found += _identity(bench, output)
-    for law in (once, layout, chain, reads, projects, rows, weighted, projection, residual, norm):
+    for law in (once, layout, chain, apart, reads, projects, rows, weighted, projection, residual, norm):
         found += law(bench, traced)
+    found += given_to_experts(bench, traced)
     found += logits(bench, traced, output)
     return [*bound(bench, traced), *found]
 

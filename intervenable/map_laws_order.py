@@ -1,0 +1,114 @@
+"""Laws about what comes before and what after: places that follow from each other are two places, in this order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from intervenable.map_laws import Finding, named
+from intervenable.map_laws_runs import Bench, Group, Key, all_have, taken_from
+from intervenable.map_laws_swaps import Judge, Swaps, near
+from intervenable.map_trace import Trace
+from model_maps import COMPONENTS
+
+APART: tuple[tuple[str, str], ...] = (
+    ("block_input", "block_mid"),
+    ("block_mid", "block_output"),
+    ("block_input", "block_output"),
+    ("attention_input", "attention_output"),
+    ("attention_value_output", "attention_output"),
+    ("mixer_input", "mixer_output"),
+    ("mlp_input", "mlp_output"),
+    ("mlp_hidden", "mlp_output"),
+    ("router_input", "router_output"),
+    ("expert_input", "expert_output"),
+    ("final_norm_input", "final_norm_output"),
+)
+"""What is computed from what, so that both are never the same."""
+
+LATER: tuple[tuple[str, str], ...] = (
+    ("block_output", "final_norm_input"),
+    ("final_norm_input", "final_norm_output"),
+)
+"""What stays as it was if what comes later is written."""
+
+
+def apart(bench: Bench, _: Trace) -> Iterator[Finding]:
+    """What one thing is computed from is not that thing."""
+    for name, layer in bench.sites:
+        known = COMPONENTS[name]
+        for before, after in APART:
+            given, found = (
+                bench.plainly.get((named(before, known.prefix), layer)),
+                bench.plainly.get((name, layer)),
+            )
+            if (
+                known.word != after
+                or given is None
+                or found is None
+                or not _does_something(bench, name, layer)
+            ):
+                continue
+            same = given.numel() == found.numel() and torch.equal(given.reshape(-1), found.reshape(-1))
+            for one, other in ((named(before, known.prefix), name), (name, named(before, known.prefix))):
+                yield Finding(one, "apart", layer, not same, float(same), 0.0, f"other numbers than {other}")
+
+
+def _does_something(bench: Bench, name: str, layer: int | None) -> bool:
+    """Whether something is added to the stream in a layer, so that it does not leave as it came."""
+    prefix = COMPONENTS[name].prefix
+    parts = [named(f"{part}_contribution", prefix) for part in ("attention", "mixer", "mlp")]
+    added = [bench.plainly[one, layer] for one in parts if (one, layer) in bench.plainly]
+    return layer is None or not added or any(bool(one.any()) for one in added)
+
+
+def given_to_experts(bench: Bench, _: Trace) -> Iterator[Finding]:
+    """What experts are given is what their router or the MLP is given, or goes into weights beside the router."""
+    for (name, layer), site in bench.sites.items():
+        known = COMPONENTS[name]
+        router = bench.sites.get((named("router_input", known.prefix), layer))
+        if known.word != "expert_input" or router is None or (name, layer) not in bench.plainly:
+            continue
+        beside = not f"{router.path}.".startswith(f"{site.path}.") if site.path else False
+        weighs = any(parameter.dim() > 1 for parameter in site.module.parameters())
+        others = [(named(word, known.prefix), layer) for word in ("router_input", "mlp_input")]
+        right = (beside and weighs) or any(_equal(bench, (name, layer), other) for other in others)
+        why = "what the router is given, or what is given to weights beside it"
+        yield Finding(name, "reads", layer, right, 0.0 if right else float("inf"), 0.0, why)
+
+
+def order(bench: Bench, swaps: Swaps) -> Judge:
+    """With another run's value behind the blocks, what comes before it stays as it was."""
+    made: list[tuple[str, Key, Group]] = []
+    for prefix in bench.prefixes:
+        source = bench.sources.get(prefix)
+        for before, after in LATER if source is not None else ():
+            written = named(after, prefix)
+            key = (named(before, prefix), bench.last_layer(prefix) if before == "block_output" else None)
+            if source is None or not bench.has(written, None) or not bench.has(*key):
+                continue
+            if not bench.sites[written, None].read_only:
+                group = bench.experiment(f"{written} alone", {(written, None): taken_from(source)}, [key])
+                bench.read_in(source, [key])
+                made.append((written, key, group))
+
+    def judge() -> Iterator[Finding]:
+        for written, key, group in made:
+            if all_have(key, group, bench.base) and not _equal(bench, (written, None), key):
+                found, expected = group.seen[key], bench.base.seen[key]
+                yield near(written, "only", None, found, expected, f"{key[0]} as before")
+
+    return judge
+
+
+def _equal(bench: Bench, one: Key, other: Key) -> bool:
+    a: Tensor | None = bench.plainly.get(one)
+    b: Tensor | None = bench.plainly.get(other)
+    return (
+        a is not None
+        and b is not None
+        and a.numel() == b.numel()
+        and torch.equal(a.reshape(-1), b.reshape(-1))
+    )
