@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 from torch import Tensor, nn
 
 from intervenable.map_trace import Trace
-from model_maps import COMPONENTS, AttentionHeads, HeadColumns, ModelMap, Site, columns_of, sizes_of
+from model_maps import (
+    COMPONENTS,
+    AttentionHeads,
+    HeadColumns,
+    LayerKind,
+    ModelMap,
+    Site,
+    columns_of,
+    sizes_of,
+)
 
 
 @dataclass(frozen=True)
@@ -24,18 +32,23 @@ class Spoiled:
 
 
 def spoilt(model: nn.Module, model_map: ModelMap, traced: Trace) -> Iterator[Spoiled]:
-    """Every mistake that can be made in a map of this model.
+    """Every mistake that can be made in a map of this model: where layers differ, in one layer of each kind.
 
     Args:
         model: The model.
         model_map: A map of it that is right.
         traced: A pass of the model written down.
     """
-    for prefix in ("", "encoder", "decoder", "cross"):
+    for prefix in PREFIXES:
         if any(COMPONENTS[name].prefix == prefix for name in model_map.components()):
-            yield from _of_stack(model, model_map, traced, prefix)
+            for layer in _one_of_each_kind(model, model_map, prefix):
+                yield from _Block(model, model_map, traced, prefix, layer).spoilt()
+            yield from _of_the_ends(model_map, traced, prefix)
     if "decoder" in model_map.stacks:
         yield from _of_two_stacks(model_map)
+
+
+PREFIXES = ("", "encoder", "decoder", "cross", "vision", "audio", "text")
 
 
 def _named(word: str, prefix: str) -> str:
@@ -46,174 +59,307 @@ def _with(model_map: ModelMap, **sites: Site) -> ModelMap:
     return replace(model_map, sites={**model_map.sites, **sites})
 
 
+def _one_of_each_kind(model: nn.Module, model_map: ModelMap, prefix: str) -> list[int]:
+    """A layer of each kind, the second one rather than the first."""
+    blocks = model_map.blocks_of(_named("attention_input", prefix))
+    if blocks is None:
+        return []
+    listed = model.get_submodule(blocks) if blocks else [model]
+    count = len(listed) if hasattr(listed, "__len__") else 1
+    if not model_map.kinds:
+        return [1] if count > 1 else [0]
+    words = [name for name, known in COMPONENTS.items() if known.prefix == prefix and known.scope == "block"]
+    layers: dict[tuple[Site | None, ...], int] = {}
+    for layer in (*range(1, count), 0):
+        layers.setdefault(tuple(model_map.site(name, layer) for name in words), layer)
+    return sorted(layers.values())
+
+
 class _Block:
-    """One layer of a stack in a pass that was written down."""
+    """One layer of a stack in a pass that was written down, and the mistakes that can be made about it."""
 
     def __init__(self, model: nn.Module, model_map: ModelMap, traced: Trace, prefix: str, layer: int) -> None:
-        self.map, self.prefix = model_map, prefix
-        self.blocks = model_map.blocks_of(_named("attention_input", prefix))
-        self.path = f"{self.blocks}.{layer}" if self.blocks else None
-        self.call = next(iter(traced.of(self.path)), None) if self.path else None
-        self.model = model
+        self.map, self.prefix, self.layer, self.traced = model_map, prefix, layer, traced
+        blocks = model_map.blocks_of(_named("attention_input", prefix))
+        self.path = ".".join(part for part in (blocks, str(layer) if blocks else "") if part)
+        self.call = next(iter(traced.of(self.path)), None)
+        self.sizes = sizes_of(getattr(model, "config", None))
+        self.where = f" in layer {layer}" if model_map.kinds else ""
+
+    def name(self, word: str) -> str:
+        return _named(word, self.prefix)
 
     def site(self, word: str) -> Site | None:
-        return self.map.site(_named(word, self.prefix))
+        name = self.name(word)
+        return self.map.site(name, self.layer) if name in COMPONENTS else None
 
     def tensor(self, site: Site) -> Tensor | None:
-        if self.call is None:
+        if self.call is None or site.function is not None:
             return None
         path = ".".join(part for part in (self.path, site.path) if part)
         call = next((one for one in (self.call, *self.call.inside()) if one.path == path), None)
         if call is None:
             return None
-        return call.main_input if site.side == "input" else call.main_output
+        if site.side == "input":
+            return call.main_input if site.slot is None else call.inputs.get(site.slot)
+        return call.main_output if site.slot is None else call.outputs.get(site.slot)
 
     def same(self, one: Site, other: Site) -> bool:
-        """Whether two sites have the same numbers."""
+        """Whether two sites have the same numbers, so that nothing is wrong with taking one for the other."""
         a, b = self.tensor(one), self.tensor(other)
         return (
             a is not None
             and b is not None
             and a.numel() == b.numel()
+            and one.scale == other.scale
             and bool((a.reshape(-1) == b.reshape(-1)).all())
         )
 
     def norms(self) -> list[str]:
-        """Paths of the norms in the block that change what they are given, in order."""
-        if self.call is None or self.path is None:
+        """Paths of the norms in the block, in order."""
+        if self.call is None:
+            return []
+        children = self.call.children
+        return [
+            one.path.removeprefix(f"{self.path}.") for one in children if "Norm" in type(one.module).__name__
+        ]
+
+    def linears(self) -> list[str]:
+        """Paths of the modules in the block that have a matrix of weights, in order."""
+        if self.call is None:
             return []
         return [
             one.path.removeprefix(f"{self.path}.")
-            for one in self.call.children
-            if "Norm" in type(one.module).__name__
+            for one in self.call.inside()
+            if "Linear" in type(one.module).__name__ or "Conv1D" in type(one.module).__name__
         ]
 
+    def put(self, mistake: str, wrong: tuple[str, ...] = (), **sites: Site) -> Spoiled:
+        """A map in which components of this layer lie elsewhere.
 
-def _of_stack(model: nn.Module, model_map: ModelMap, traced: Trace, prefix: str) -> Iterator[Spoiled]:
-    block = _Block(model, model_map, traced, prefix, 1)
-    if block.call is None:
-        return
-    sizes = sizes_of(getattr(model, "config", None))
+        Args:
+            mistake: What is wrong, in words.
+            wrong: The words it is wrong about; by default those that lie elsewhere.
+            sites: Word -> where it is said to be.
+        """
+        placed = {self.name(word): site for word, site in sites.items()}
+        names = tuple(self.name(word) for word in (wrong or tuple(sites)))
+        if not self.map.kinds:
+            spoiled = _with(self.map, **placed)
+        else:
+            stack = "decoder" if self.prefix == "cross" else self.prefix or None
+            own = LayerKind((self.layer,), stack, sites=placed)
+            spoiled = replace(self.map, kinds=(*self.map.kinds, own))
+        return Spoiled(f"{', '.join(names)}: {mistake}{self.where}", names, spoiled)
 
-    def moved(mistake: str, word: str, site: Site | None, *also: str) -> Iterator[Spoiled]:
-        own = block.site(word)
-        name = _named(word, prefix)
-        if own is None or site is None or site == own or name not in COMPONENTS:
+    def moved(self, mistake: str, word: str, site: Site | None) -> Iterator[Spoiled]:
+        """The word's site is another one, if that has other numbers."""
+        own = self.site(word)
+        if own is None or site is None or site == own:
             return
-        kept = replace(site, width=own.width)
-        names = (name, *(_named(other, prefix) for other in also))
-        yield Spoiled(f"{name}: {mistake}", names, _with(model_map, **{name: kept}))
+        if own.plus == site.plus and own.columns == site.columns and self.same(own, site):
+            return
+        yield self.put(mistake, **{word: replace(site, width=own.width)})
 
-    def exchanged(one: str, other: str) -> Iterator[Spoiled]:
-        first, second = block.site(one), block.site(other)
-        if first is not None and second is not None:
-            a, b = _named(one, prefix), _named(other, prefix)
-            yield Spoiled(f"{a} and {b} exchanged", (a, b), _with(model_map, **{a: second, b: first}))
+    def spoilt(self) -> Iterator[Spoiled]:
+        if self.call is None:
+            return
+        yield from self.of_heads()
+        yield from self.exchanged("key_output", "value_output")
+        yield from self.exchanged("query_output", "key_output")
+        yield from self.exchanged("query_output", "value_output")
+        yield from self.exchanged("mlp_pre_activation", "mlp_activation")
+        yield from self.exchanged("attention_output", "mlp_output")
+        yield from self.counted()
+        yield from self.of_norms()
+        yield from self.of_matrices()
+        yield from self.of_places()
 
     # -- heads
 
-    for word, view in (
-        ("query_output", "head_query_output"),
-        ("key_output", "head_key_output"),
-        ("value_output", "head_value_output"),
-        ("attention_value_output", "head_attention_value_output"),
-    ):
-        site = block.site(word)
-        tensor = None if site is None else block.tensor(site)
-        columns = None if site is None or tensor is None else columns_of(site, sizes, width=tensor.shape[-1])
-        if site is None or columns is None or tensor is None:
-            continue
-        name, by_heads = _named(word, prefix), _named(view, prefix)
-        laid = partial(_laid, model_map, name, site, by_heads)
-        step = columns.first_column(1) - columns.first_column(0) if columns.heads > 1 else columns.width
-        if step:
-            yield laid("heads shifted by one", replace(columns, start=columns.start + step))
-            yield laid("half a head further", replace(columns, start=columns.start + columns.width // 2))
-        if columns.heads > 1 and columns.contiguous:
-            last = columns.start + (columns.heads - 1) * columns.width
-            turned = HeadColumns(columns.heads, columns.width, last, -columns.width, columns.heads)
-            yield laid("heads in the other order", turned)
-        if columns.heads > 1 and columns.contiguous and columns.width % 2 == 0:
-            half = columns.width // 2
-            yield laid("twice as many heads", HeadColumns(2 * columns.heads, half, columns.start))
-        if columns.heads % 2 == 0 and columns.contiguous:
-            wide = HeadColumns(columns.heads // 2, 2 * columns.width, columns.start)
-            yield laid("half as many heads", wide)
-        if not columns.contiguous:
-            yield laid("heads side by side", HeadColumns(columns.heads, columns.width, columns.start))
-    yield from exchanged("key_output", "value_output")
-    yield from exchanged("query_output", "key_output")
-    yield from exchanged("query_output", "value_output")
-    attention = block.site("attention_input")
-    if attention is not None and sizes.query_heads and model_map.site(_named("attention_pattern", prefix)):
+    def exchanged(self, one: str, other: str) -> Iterator[Spoiled]:
+        first, second = self.site(one), self.site(other)
+        if first is not None and second is not None and first != second and not self.same(first, second):
+            yield self.put("exchanged", **{one: second, other: first})
+
+    def of_heads(self) -> Iterator[Spoiled]:
+        for word, view in (
+            ("query_output", "head_query_output"),
+            ("key_output", "head_key_output"),
+            ("value_output", "head_value_output"),
+            ("attention_value_output", "head_attention_value_output"),
+        ):
+            site = self.site(word)
+            tensor = None if site is None else self.tensor(site)
+            if site is None or tensor is None:
+                continue
+            columns = columns_of(site, self.sizes, width=tensor.shape[-1])
+            if columns is None:
+                continue
+            for mistake, wrong in _wrong_columns(columns):
+                if _columns(columns) != _columns(wrong):  # other columns are other heads
+                    kept = replace(site, columns=wrong, heads=None, part=None)
+                    yield self.put(f"{word}, {mistake}", (view,), **{word: kept})
+
+    def counted(self) -> Iterator[Spoiled]:
+        """Another number of heads in what is computed inside the attention."""
+        attention = self.site("attention_input")
+        if attention is None or self.site("attention_pattern") is None:
+            return
+        stated = attention.attention
+        heads = self.sizes.query_heads if stated is None else stated.query
         for times, mistake in ((2.0, "twice as many heads"), (0.5, "half as many heads")):
-            query = max(1, int(sizes.query_heads * times))
-            if query != sizes.query_heads:
+            query = max(1, int((heads or 0) * times))
+            if heads and query != heads:
                 counted = replace(attention, attention=AttentionHeads(query, query))
-                name = _named("attention_input", prefix)
-                pattern = _named("attention_pattern", prefix)
-                yield Spoiled(f"{pattern}: {mistake}", (pattern,), _with(model_map, **{name: counted}))
+                yield self.put(mistake, ("attention_pattern",), attention_input=counted)
 
     # -- places
 
-    norms = block.norms()
-    if attention is not None and prefix != "cross":
-        yield from moved("the block's input", "attention_input", Site("", "input"))
-    for norm in norms:
-        before, after = Site(norm, "input"), Site(norm)
-        yield from moved(f"before {norm}", "attention_input", before)
-        yield from moved(f"before {norm}", "mlp_input", before)
-        output = block.site("block_output")
-        if output is not None and not block.same(output, after):  # a norm may be a block's last part
-            yield from moved(f"after {norm}", "block_output", after)
-        for word in ("attention_output", "mlp_output"):
-            own_site = block.site(word)
-            if own_site is not None and not block.same(own_site, after):
-                yield from moved(f"after {norm}", word, after)
-        middle = block.site("block_mid")
-        if middle is not None and middle.plus is not None:
-            yield from moved(f"on the branch into {norm}", "block_mid", before)
-    yield from moved("the attention's input", "mlp_input", block.site("attention_input"))
-    yield from moved("the MLP's input", "attention_input", block.site("mlp_input"))
-    hidden = block.site("mlp_hidden")
-    if hidden is not None:
+    def of_norms(self) -> Iterator[Spoiled]:
+        output, middle = self.site("block_output"), self.site("block_mid")
+        for norm in self.norms():
+            before, after = Site(norm, "input"), Site(norm)
+            if self.prefix != "cross":
+                yield from self.moved(f"before {norm}", "attention_input", before)
+                yield from self.moved(f"before {norm}", "mlp_input", before)
+                yield from self.moved(f"before {norm}", "mixer_input", before)
+            if output is not None:  # a norm may be a block's last part
+                yield from self.moved(f"after {norm}", "block_output", after)
+            for word in ("attention_output", "mlp_output", "mixer_output"):
+                yield from self.moved(f"after {norm}", word, after)
+            if middle is not None and middle.plus is not None:
+                yield from self.moved(f"on the branch into {norm}", "block_mid", before)
+
+    def of_matrices(self) -> Iterator[Spoiled]:
+        """Of another matrix of weights in the block."""
+        linears = self.linears()
+        for word in ("query_output", "key_output", "value_output", "mlp_pre_activation", "router_output"):
+            for path in linears:
+                own = self.site(word)
+                if own is not None and own.path != path and self.same_shape(own, Site(path)):
+                    yield from self.moved(f"from {path}", word, replace(own, path=path, slot=None))
+        for word in ("attention_value_output", "mlp_hidden"):
+            for path in linears:
+                own = self.site(word)
+                if own is not None and own.path != path:
+                    yield from self.moved(f"into {path}", word, replace(own, path=path, slot=None))
+
+    def same_shape(self, one: Site, other: Site) -> bool:
+        a, b = self.tensor(one), self.tensor(other)
+        return a is not None and b is not None and a.shape == b.shape
+
+    def of_places(self) -> Iterator[Spoiled]:
+        moved, site = self.moved, self.site
+        if self.prefix != "cross":
+            yield from moved("the block's input", "attention_input", Site("", "input"))
+            yield from moved("the block's input", "mixer_input", Site("", "input"))
+            yield from moved("the block's input", "mlp_input", Site("", "input"))
+            yield from moved("of the block before", "block_output", Site("", "input"))
+            yield from moved("of the block behind", "block_input", Site(""))
+        for one, other in (("attention", "MLP"), ("mixer", "MLP"), ("MLP", "attention"), ("MLP", "mixer")):
+            this, that = one.lower(), other.lower()
+            for word in ("input", "output", "contribution"):
+                yield from moved(f"the {other}'s", f"{this}_{word}", site(f"{that}_{word}"))
         for word in ("mlp_input", "mlp_pre_activation", "mlp_activation", "mlp_output"):
-            other = block.site(word)
-            if other is not None and not block.same(hidden, other):
-                yield from moved(f"at {word}", "mlp_hidden", other)
-        yield from moved("after the nonlinearity", "mlp_pre_activation", block.site("mlp_activation"))
-        yield from moved("before the nonlinearity", "mlp_activation", block.site("mlp_pre_activation"))
-    for part in ("attention", "mlp"):
-        contribution, output = block.site(f"{part}_contribution"), block.site(f"{part}_output")
-        if contribution is not None and output is not None and not block.same(contribution, output):
-            yield from moved("before the norm behind it", f"{part}_contribution", output)
-    yield from moved("the MLP's", "attention_output", block.site("mlp_output"))
-    yield from moved("the attention's", "mlp_output", block.site("attention_output"))
-    yield from moved("the MLP's", "attention_contribution", block.site("mlp_contribution"))
-    yield from moved("the attention's", "mlp_contribution", block.site("attention_contribution"))
-    if prefix != "cross":
-        yield from moved("of the block before", "block_output", Site("", "input"))
-        yield from moved("of the block behind", "block_input", Site(""))
-        yield from moved("the attention's", "block_output", block.site("attention_output"))
-        yield from moved("the MLP's", "block_output", block.site("mlp_output"))
-    yield from moved("the stream", "attention_output", block.site("block_mid"))
+            yield from moved(f"at {word}", "mlp_hidden", site(word))
+            if word != "mlp_input":
+                yield from moved("at mlp_hidden", word, site("mlp_hidden"))
+        yield from moved("after the nonlinearity", "mlp_pre_activation", site("mlp_activation"))
+        yield from moved("before the nonlinearity", "mlp_activation", site("mlp_pre_activation"))
+        for part in ("attention", "mlp", "mixer"):
+            contribution = site(f"{part}_contribution")
+            yield from moved("before what is behind it", f"{part}_contribution", site(f"{part}_output"))
+            if contribution is not None:
+                doubled = replace(contribution, scale=2 * contribution.scale)
+                yield self.put("twice as large", **{f"{part}_contribution": doubled})
+            if self.prefix != "cross":
+                yield from moved(f"the {part}'s", "block_output", site(f"{part}_output"))
+            yield from moved("the stream", f"{part}_output", site("block_mid"))
+            yield from moved("the block's output", f"{part}_contribution", site("block_output"))
+        yield from moved("at the router", "router_output", site("router_input"))
+        yield from moved("the block's input", "router_input", Site("", "input"))
+        yield from moved("the block's input", "expert_input", Site("", "input"))
+        yield from moved("what goes in", "expert_output", site("expert_input"))
+        middle = site("block_mid")
+        if middle is not None and self.prefix != "cross":
+            yield from moved("before attention", "block_mid", Site("", "input"))
+            yield from moved("behind the MLP", "block_mid", Site(""))
+            if middle.plus is not None:
+                yield from moved("without the stream", "block_mid", replace(middle, plus=None))
+
+
+def _columns(columns: HeadColumns) -> list[range]:
+    firsts = (columns.first_column(head) for head in range(columns.heads))
+    return [range(first, first + columns.width) for first in firsts]
+
+
+def _wrong_columns(columns: HeadColumns) -> Iterator[tuple[str, HeadColumns]]:
+    """Other columns than the right ones, with the mistake."""
+    heads, width, start = columns.heads, columns.width, columns.start
+    step = columns.first_column(1) - columns.first_column(0) if heads > 1 else width
+    yield "heads shifted by one", replace(columns, start=start + step)
+    yield "heads shifted back by one", replace(columns, start=start - step)
+    yield "half a head further", replace(columns, start=start + width // 2)
+    if heads > 1 and columns.contiguous:
+        last = start + (heads - 1) * width
+        yield "heads in the other order", HeadColumns(heads, width, last, -width, heads)
+        turns = HeadColumns(heads, width // heads, start, width // heads, heads)
+        if width % heads == 0:
+            yield "heads narrower than they are", turns
+    if heads > 1 and columns.contiguous and width % 2 == 0:
+        yield "twice as many heads", HeadColumns(2 * heads, width // 2, start)
+    if heads % 2 == 0 and columns.contiguous:
+        yield "half as many heads", HeadColumns(heads // 2, 2 * width, start)
+    if heads > 1:
+        yield "without the last head", replace(columns, heads=heads - 1)
+    if not columns.contiguous:
+        yield "heads side by side", HeadColumns(heads, width, start)
+
+
+def _of_the_ends(model_map: ModelMap, traced: Trace, prefix: str) -> Iterator[Spoiled]:
+    """What is before and behind the blocks."""
+    blocks = None if prefix == "cross" else model_map.blocks_of(_named("block_output", prefix))
+    if not blocks:
+        return
+    layer = next((call.path for call in traced.of(f"{blocks}.0")), None)
+    if layer is None:
+        return
+    norms = [one.path for one in traced.of(layer)[0].children if "Norm" in type(one.module).__name__]
+
+    def moved(mistake: str, word: str, site: Site | None) -> Iterator[Spoiled]:
+        name = _named(word, prefix) if word != "logits" else word
+        own = model_map.site(name)
+        if own is None or site is None or site == own or _equal(traced, own, site):
+            return
+        yield Spoiled(
+            f"{name}: {mistake}", (name,), _with(model_map, **{name: replace(site, width=own.width)})
+        )
+
     for norm in norms[:1]:
-        inside = f"{block.blocks}.0.{norm}"
-        yield from moved("a block's norm", "final_norm_output", Site(inside))
-        yield from moved("a block's norm", "final_norm_input", Site(inside, "input"))
-    yield from moved("the last norm", "logits", block.site("final_norm_output"))
-    first = block.site("embedding_output")
-    if first is not None:
-        yield from moved("the last norm", "embedding_output", block.site("final_norm_output"))
-        yield from moved("the first block", "embedding_output", Site(f"{block.blocks}.0"))
+        yield from moved("a block's norm", "final_norm_output", Site(norm))
+        yield from moved("a block's norm", "final_norm_input", Site(norm, "input"))
+    yield from moved("the first block", "final_norm_input", Site(f"{blocks}.0"))
+    own = model_map.site(_named("final_norm_output", prefix))
+    if own is not None:
+        yield from moved("before it", "final_norm_output", replace(own, side="input"))
+        yield from moved("behind it", "final_norm_input", own)
+    yield from moved("the last norm", "logits", own)
+    yield from moved("the last norm", "embedding_output", own)
+    yield from moved("the first block", "embedding_output", Site(layer))
+    yield from moved("the second block's input", "embedding_output", Site(f"{blocks}.1", "input"))
 
 
-def _laid(
-    model_map: ModelMap, name: str, site: Site, by_heads: str, mistake: str, columns: HeadColumns
-) -> Spoiled:
-    """A map in which the heads of a component lie elsewhere."""
-    changed = replace(site, columns=columns, heads=None, part=None)
-    return Spoiled(f"{name}: {mistake}", (by_heads,), _with(model_map, **{name: changed}))
+def _equal(traced: Trace, one: Site, other: Site) -> bool:
+    """Whether two sites outside the blocks have the same numbers."""
+    found = []
+    for site in (one, other):
+        call = next(iter(traced.of(site.path)), None)
+        tensor = None if call is None else call.main_input if site.side == "input" else call.main_output
+        if tensor is None:
+            return False
+        found.append(tensor.reshape(-1))
+    return found[0].shape == found[1].shape and bool((found[0] == found[1]).all())
 
 
 def _of_two_stacks(model_map: ModelMap) -> Iterator[Spoiled]:
