@@ -53,7 +53,7 @@ INFERRED = (
 )
 """Types without a written map: fused and latent heads, layers of several kinds, norms behind, two stacks, a tower."""
 
-USUAL_ROWS = (("llama", None, 3), ("gpt2", None, 7), ("olmo2", None, 7), ("t5", None, 24))
+USUAL_ROWS = (("llama", None, 3), ("gpt2", None, 7), ("olmo2", None, 7), ("t5", None, 40))
 USUAL_INFERRED = (
     ("deepseek_v3", "causal-lm", 12),
     ("qwen3_next", "causal-lm", 12),
