@@ -177,20 +177,30 @@ def test_a_parallel_block_that_is_said_to_have_a_middle_is_refused_there():
     assert set(found.refused) == {"block_mid"}
 
 
-def test_a_norm_with_a_mean_that_looks_like_one_without_loses_its_scale_alone():
+class Replaced(nn.Module):
+    """A norm of a class of its own."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+
+class Centred(Replaced):
+    def forward(self, hidden):
+        return nn.functional.layer_norm(hidden, hidden.shape[-1:], self.weight, self.bias, self.eps)
+
+
+class ByTheLargest(Replaced):
+    def forward(self, hidden):
+        return self.weight * hidden / hidden.abs().amax(-1, keepdim=True) + self.bias
+
+
+@pytest.mark.parametrize(("norm", "refused"), [(Centred, set()), (ByTheLargest, {"final_norm_scale"})])
+def test_a_norm_that_divides_by_something_else_loses_its_scale_alone(norm, refused):
     model = tiny("gpt2")
-
-    class Centred(nn.Module):
-        def __init__(self, norm):
-            super().__init__()
-            self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
-
-        def forward(self, hidden):
-            return nn.functional.layer_norm(hidden, hidden.shape[-1:], self.weight, self.bias, self.eps)
-
-    model.transformer.ln_f = Centred(model.transformer.ln_f)
+    model.transformer.ln_f = norm(model.transformer.ln_f)
     found = check_map(model, map_of(model), tiny_inputs(model))
-    assert set(found.refused) == {"final_norm_scale"}
+    assert set(found.refused) == refused
 
 
 def test_what_no_law_tells_is_not_offered(llama):
