@@ -194,7 +194,7 @@ def with_roles(stacks: Sequence[BlockStack], trace: Trace) -> list[BlockStack]:
         role: Stack | None = (tower_of(main, trace) or "text") if _independent(main, large, trace) else None
         found = [replace(main, role=role)]
     for stack in large:
-        role = tower_of(stack, trace)
+        role = tower_of(stack, trace, main)
         if stack not in (main, encoder) and role and role not in {known.role for known in found}:
             found.append(replace(stack, role=role))
     return sorted(found, key=lambda stack: stack.first.call.entered)
@@ -210,16 +210,26 @@ def _main(stacks: Sequence[BlockStack], trace: Trace) -> BlockStack:
     return max(stacks, key=lambda stack: (tower_of(stack, trace) is None, stack.last.call.left))
 
 
-def tower_of(stack: BlockStack, trace: Trace) -> Stack | None:
-    """Whether a stack reads images or sound, by what the modules around it are given."""
+def tower_of(stack: BlockStack, trace: Trace, beside: BlockStack | None = None) -> Stack | None:
+    """Whether a stack reads images or sound, by what the modules around it are given.
+
+    Args:
+        stack: The stack.
+        trace: The forward pass.
+        beside: Only modules that do not hold this other stack count.
+    """
     around = stack.first.call.parent
-    while around is not None:
+    while around is not None and (beside is None or beside.first.call not in around.inside()):
         floats = [name for name, tensor in around.inputs.items() if isinstance(name, str)]
         for role, words in _SIGNALS.items():
             if any(words.search(name) for name in floats) and around.path:
                 return role  # type: ignore[return-value]
         around = around.parent
     leaf = stack.path.lower()
+    if beside is not None:
+        shared = zip(leaf.split("."), beside.path.lower().split("."), strict=False)
+        same = sum(1 for _ in itertools.takewhile(lambda parts: parts[0] == parts[1], shared))
+        leaf = ".".join(leaf.split(".")[same:])
     for role, words in _SIGNALS.items():
         if words.search(leaf):
             return role  # type: ignore[return-value]
