@@ -80,6 +80,7 @@ class Swaps:
     ) -> Group:
         """A group in which the words of a stack have the source's values, in every layer that has them."""
         bench, words = self.bench, tuple(words)
+        held = held and "block_input" not in words
         key = (prefix, words, id(source), base_at, held, tag)
         if key not in self._made:
             stack = "decoder" if prefix == "cross" else prefix
