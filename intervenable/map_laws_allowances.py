@@ -103,9 +103,7 @@ def in_sum(
     """
     if rest is None or not all_have(key, group, rest, source, bench.base):
         return float("inf")
-    whole = all(
-        bench.sites[name, key[1]].columns is None or bench.covered(name, key[1]) for name in written
-    )
+    whole = all(bench.sites[name, key[1]].columns is None or bench.covered(name, key[1]) for name in written)
     four = [one.seen[key] for one in (group, rest, source, bench.base)]
     if not whole or len({one.shape for one in four}) > 1:
         return float("inf")
