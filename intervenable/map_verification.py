@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from intervenable.errors import MapError, UnknownNameError, unknown_name
+from intervenable.errors import MapError, UnknownNameError, UnsupportedModelError, unknown_name
+from intervenable.map_inputs import example_inputs as made_inputs
 from intervenable.map_laws import LAWS, TELLS_NOTHING, Finding, deviation, limit_of
 from intervenable.map_laws_ends import ends, lookup, single_layers
 from intervenable.map_laws_heads import heads, shares
@@ -31,7 +32,9 @@ from intervenable.map_laws_values import (
     rows,
     weighted,
 )
-from model_maps import COMPONENTS, LayerKind, ModelMap, Site
+from intervenable.map_shortcuts import shortcuts_of
+from intervenable.maps import map_of
+from model_maps import COMPONENTS, LayerKind, ModelMap, Site, UnmappedModelError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,6 +64,9 @@ class Verification:
     components: tuple[str, ...]
     """The components that keep all laws, in every layer that the map gives them."""
 
+    shortcuts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """What a run of the model can leave out -> how exactly, or why not; what `verify` looks at besides."""
+
     @property
     def passed(self) -> bool:
         """Whether nothing was refused."""
@@ -84,6 +90,9 @@ class Verification:
 
     def __str__(self) -> str:
         return _table(self)
+
+    def __repr__(self) -> str:
+        return _table(self)  # at a prompt it is there to be read
 
     def to_pandas(self) -> pd.DataFrame:
         """The findings as a table, one a row."""
@@ -142,13 +151,16 @@ def verify(
         UnsupportedModelError: there is no map.
         UnknownNameError: no component is called so.
     """
-    from intervenable.map_inputs import example_inputs as made_inputs
-    from intervenable.maps import map_of
-
     inside = getattr(model, "model", model) if type(model).__name__ == "IntervenableModel" else model
-    described = map_of(inside) if model_map is None else model_map
+    try:
+        described = map_of(inside) if model_map is None else model_map
+    except UnmappedModelError as error:
+        raise UnsupportedModelError(str(error)) from error
     given = made_inputs(inside) if example_inputs is None else example_inputs
-    return check_map(inside, described, given, components=components)
+    found = check_map(inside, described, given, components=components)
+    if components is not None:
+        return found
+    return dataclasses.replace(found, shortcuts=shortcuts_of(inside, found.map, given))
 
 
 def _known(components: Iterable[str]) -> frozenset[str]:
@@ -376,4 +388,5 @@ def _table(verification: Verification) -> str:
         lines.append(
             f"absent {', '.join(name for name, own in verification.absent.items() if own == why)}: {why}."
         )
+    lines += [f"a run can {name}: {how}." for name, how in verification.shortcuts.items()]
     return "\n".join(line.rstrip() for line in lines)

@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from intervenable.errors import UnsupportedModelError
 from intervenable.map_cache import note, notes_of
 from intervenable.map_layers import layer_kinds
 from intervenable.maps import map_of, registered_map, remember
 from intervenable.unwrapping import config_of, unwrapped
-from model_maps import COMPONENTS, ModelMap, Site
+from model_maps import COMPONENTS, ModelMap, Site, UnmappedModelError
 from model_maps.sizes import columns_of, sizes_of
 
 
@@ -28,7 +29,7 @@ def model_map(model: nn.Module, *, example_inputs: Mapping[str, Any] | None = No
             runs of the model itself, also if there was one, and describes it from now on.
 
     Raises:
-        UnmappedModelError: there is none and none could be found out; the message says why and the ways out.
+        UnsupportedModelError: there is none and none could be found out; the message says why and the ways out.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -44,7 +45,10 @@ def model_map(model: nn.Module, *, example_inputs: Mapping[str, Any] | None = No
 
         remember(inside, make_map(inside, example_inputs))
         note(inside, "found out by runs of the model on the inputs given")
-    return ModelView(inside, map_of(inside), _notes(inside))
+    try:
+        return ModelView(inside, map_of(inside), _notes(inside))
+    except UnmappedModelError as error:
+        raise UnsupportedModelError(str(error)) from error
 
 
 @dataclass(frozen=True)
