@@ -28,6 +28,9 @@ _LAYER_INDICES = re.compile(r"(layer|idx|indices|indexes|block)")
 _UNCHANGED = ("transformers_version", "architectures", "dtype", "model_type", "quantization_config")
 _PLAIN_ROTATIONS = ("longrope", "su")
 
+_LEAST_LENGTH = 16
+"""As many positions the twin has at least, however short the model's inputs must be."""
+
 _MOST: Mapping[str, int] = {
     "experts": 4,
     "chosen_experts": 2,
@@ -185,7 +188,8 @@ class _Shrinking:
                 return max(value // part.factor, 2)
             case None if name == "num_kv_shared_layers" and value and part.layers:
                 return sum(layer >= part.layers - value for layer in part.shown)
-        return min(value, _MOST.get(role or name, value))
+        most = min(value, _MOST.get(role or name, value))
+        return max(most, _LEAST_LENGTH) if role == "length" else most
 
     def _width(self, value: int) -> int:
         """A hidden size, or another that belongs to it: twice as much, a half."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import by_hand
 import torch
-from declared import LAYER, main_output
+from declared import LAYER, main_output, map_of
 from torch import Tensor, nn
 
 Change = Callable[[Tensor], Tensor]
@@ -75,6 +75,7 @@ def attention_written_out(
             weights = pattern(weights)
         return torch.einsum("bhqk,bhkd->bqhd", weights, value).contiguous(), weights
 
+    map_of(model)  # found out before the formula takes the place of what it is found by
     home = importlib.import_module(type(model).__module__)
     usual = home.eager_attention_forward  # type: ignore[attr-defined]
     implementation = model.config._attn_implementation
