@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from intervenable.attention_mode import SCORES
+from intervenable.attention_mode import SCORES, floor_of
 from intervenable.map_laws import Finding, deviation, limit_of, named, told
 from intervenable.map_laws_runs import Bench, Change, Group, Key
 from intervenable.map_laws_swaps import MOVED, STILL, Judge
@@ -159,8 +159,13 @@ def _changed(coded: Coded, bits: range) -> Callable[[Bench], Change]:
             for bit, position in _coded(bits, value.shape[2]) if coded.at else whole:
                 chosen = [head for head in range(value.shape[1]) if _has_bit(head, bit)]
                 old = value[:, chosen, position]
-                by_size = coded.written in ("attention_pattern", "attention_scores")
-                value[:, chosen, position] = old * 0.5 if by_size else old.flip(-1)
+                if coded.written == "attention_pattern":
+                    new = old * 0.5
+                elif coded.written == "attention_scores":  # half of large ones would give the same pattern
+                    new = torch.where(old.abs() < -floor_of(old.dtype), -old, old)
+                else:
+                    new = old.flip(-1)
+                value[:, chosen, position] = new
             return value
 
         return change
