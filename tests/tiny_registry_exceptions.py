@@ -238,6 +238,7 @@ UNBUILDABLE_FOR: Mapping[str, Mapping[str, str]] = {
         "dinat": "it needs natten",
         "donut-swin": "no tiny config is known that it runs with",
         "perceiver": "no tiny config is known that it runs with",
+        "shieldgemma2": "it reads the logits of two tokens that a small vocabulary does not have",
         "swin": "no tiny config is known that it runs with",
         "textnet": "no tiny config is known that it runs with",
         "timm_wrapper": "it needs timm",
