@@ -143,6 +143,8 @@ def _without_adapters(block: nn.Module, prefix: str = "") -> list[tuple[str, nn.
     if adapted is not None:
         return _without_adapters(adapted, prefix)
     found = [(prefix, block)]
+    if _is_linear(block):  # packed weights are a part of it in some
+        return found
     for name, child in block._modules.items():
         if child is not None:
             found += _without_adapters(child, f"{prefix}.{name}" if prefix else name)
