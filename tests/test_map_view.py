@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from written_maps import WRITTEN_MAPS
 
 import intervenable as iv
 from intervenable.__main__ import main
@@ -21,6 +22,13 @@ from model_maps import lookup
 @pytest.fixture(autouse=True)
 def nothing_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("INTERVENABLE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def a_registered_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The map that was written for GPT-2 is registered."""
+    name = "GPT2LMHeadModel"
+    monkeypatch.setattr(lookup, "_MAPS", {**lookup._MAPS, name: WRITTEN_MAPS[name]})
 
 
 def gpt2(layers: int = 3) -> Any:
@@ -47,6 +55,7 @@ class Wired(nn.Module):
         return self.head(stream)
 
 
+@pytest.mark.usefixtures("a_registered_row")
 def test_components_are_those_of_the_map_with_their_places_in_words() -> None:
     view = model_map(gpt2())
 
@@ -172,6 +181,7 @@ def test_the_command_fails_where_a_component_is_not_there(
     assert "rotary_query is not there: it has no rotary embedding." in printed
 
 
+@pytest.mark.usefixtures("a_registered_row")
 def test_the_command_fails_where_a_law_is_broken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = gpt2()
     wrong = iv.ModelMap(
