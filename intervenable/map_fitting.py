@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from intervenable.map_config_fields import is_config, parts_of
-from intervenable.map_layers import block_signature, layer_kinds, layers_of_twin
+from intervenable.map_layers import block_signature, blocks_at, layer_kinds, layers_of_twin
 from intervenable.unwrapping import config_of
 from model_maps import COMPONENTS, AttentionHeads, HeadColumns, LayerKind, ModelMap, Site, Stack
 
@@ -118,7 +118,7 @@ def _stack_of(record: ModelMap, component: str) -> Stack | None:
 def _layers(
     record: ModelMap, stack: Stack | None, path: str, twin: nn.Module, model: nn.Module
 ) -> list[_Layer]:
-    small, large = _blocks(twin, path), _blocks(model, path)
+    small, large = blocks_at(twin, path), blocks_at(model, path)
     known = [_of_twin(record, stack, layer) for layer in range(len(small))]
     kinds, shown = layer_kinds(large), layers_of_twin(small, large) or ()
     same = {kinds[at]: layer for layer, at in reversed(list(enumerate(shown)))}
@@ -135,11 +135,6 @@ def _layers(
         made[kind] = _fitted_layer(known[like], widths)
         usual.update(widths.seen)
     return [made[kind] for kind in kinds]
-
-
-def _blocks(model: nn.Module, path: str) -> list[nn.Module]:
-    found = model.get_submodule(path)
-    return list(found.children()) if isinstance(found, (nn.ModuleList, nn.Sequential)) else [found]
 
 
 def _of_twin(record: ModelMap, stack: Stack | None, layer: int) -> _Layer:

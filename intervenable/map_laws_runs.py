@@ -233,7 +233,7 @@ class Bench:
         """What the model returns without hooks."""
         with torch.no_grad():
             output = self.model(**(self.inputs if inputs is None else inputs))
-            return self._examples_first(_main_tensor(output)).detach().clone()
+            return self._examples_first(main_tensor(output)).detach().clone()
 
     def narrow(self, output: Tensor) -> bool:
         """Make experiments with the first example alone, if the model returns for it what it does beside others.
@@ -305,7 +305,7 @@ class Bench:
         """What the model returns if at these places everything is written back as it was read."""
         group = Group("identity", dict.fromkeys(keys, _back))
         with torch.no_grad(), hooked(self._hooks([group], self.batch), self.model):
-            return self._examples_first(_main_tensor(self.model(**self.inputs))).detach().clone()
+            return self._examples_first(main_tensor(self.model(**self.inputs))).detach().clone()
 
     def _room(self) -> int:
         ids = next((v for v in self.inputs.values() if isinstance(v, Tensor) and v.dim() >= 2), None)
@@ -317,7 +317,7 @@ class Bench:
             group.index = index
         given = {name: self._stacked(name, value, groups) for name, value in self.experimented.items()}
         with torch.no_grad(), hooked(self._hooks(groups, self.rows), self.model):
-            output = _main_tensor(self.model(**given))
+            output = main_tensor(self.model(**given))
         by_group = _by_group(self._examples_first(output), len(groups))
         for group in groups:
             group.output = by_group[group.index].detach().clone()
@@ -462,7 +462,7 @@ def _batch_of(model: nn.Module, inputs: Inputs) -> tuple[int, bool]:
     return main.shape[1 if time_first else 0], time_first
 
 
-def _main_tensor(output: Any) -> Tensor:
+def main_tensor(output: Any) -> Tensor:
     """The logits, else what towers make of each example, else the first floating-point tensor of an output."""
     logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor):

@@ -32,6 +32,19 @@ def block_signature(block: nn.Module) -> Hashable:
     return _signature(block, sizes=False)
 
 
+def blocks_at(model: nn.Module, path: str) -> list[nn.Module]:
+    """The blocks in the list at a path; what is there, if it is no list.
+
+    Example:
+        >>> blocks_at(nn.Sequential(nn.ReLU(), nn.ReLU()), "")
+        [ReLU(), ReLU()]
+        >>> blocks_at(nn.GRU(2, 3), "")
+        [GRU(2, 3)]
+    """
+    found = model.get_submodule(path)
+    return list(found.children()) if isinstance(found, (nn.ModuleList, nn.Sequential)) else [found]
+
+
 def layer_kinds(blocks: Sequence[nn.Module]) -> tuple[int, ...]:
     """For each block the number of the first block that is of its kind: of the same parts and sizes.
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from intervenable.errors import IntervenableError
 from intervenable.hooks import Hook, hooked, stubbed
 from intervenable.map_laws import deviation, limit_of
+from intervenable.map_laws_runs import main_tensor
+from intervenable.map_layers import blocks_at
 from intervenable.passage import Passage
 from intervenable.signatures import takes
-from intervenable.site_binding import module_at
 from model_maps import ModelMap
 
 START = "start at a layer"
@@ -67,7 +68,7 @@ def _said(found: Tensor, expected: Tensor) -> str:
 
 def _blocks(model: nn.Module, model_map: ModelMap) -> list[nn.Module]:
     path = model_map.blocks or model_map.stacks.get("decoder") or ""
-    return list(module_at(model, path, "the list of blocks").children()) if path else []
+    return blocks_at(model, path) if path else []
 
 
 def _start(model: nn.Module, model_map: ModelMap, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | str:
@@ -111,11 +112,3 @@ def _suffix(model: nn.Module, model_map: ModelMap, inputs: Mapping[str, Any]) ->
         return "not here: it keeps nothing of earlier tokens"
     rest = model(input_ids=tokens[:, start:], **masks, past_key_values=cache, use_cache=True)
     return main_tensor(rest), plain[:, start:]
-
-
-def main_tensor(output: Any) -> Tensor:
-    """What a model returned first: its logits, or its last stream."""
-    if isinstance(output, Tensor):
-        return output
-    items = list(output.values()) if isinstance(output, Mapping) else list(output)
-    return next(item for item in items if isinstance(item, Tensor) and item.is_floating_point())

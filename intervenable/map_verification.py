@@ -34,6 +34,7 @@ from intervenable.map_laws_values import (
 )
 from intervenable.map_shortcuts import shortcuts_of
 from intervenable.maps import map_of
+from intervenable.model import IntervenableModel
 from model_maps import COMPONENTS, LayerKind, ModelMap, Site, UnmappedModelError
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def verify(
         UnsupportedModelError: there is no map.
         UnknownNameError: no component is called so.
     """
-    inside = getattr(model, "model", model) if type(model).__name__ == "IntervenableModel" else model
+    inside = model.model if isinstance(model, IntervenableModel) else model
     try:
         described = map_of(inside) if model_map is None else model_map
     except UnmappedModelError as error:

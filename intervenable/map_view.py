@@ -11,8 +11,9 @@ from torch import nn
 
 from intervenable.errors import UnsupportedModelError
 from intervenable.map_cache import note, notes_of
-from intervenable.map_layers import layer_kinds
+from intervenable.map_layers import blocks_at, layer_kinds
 from intervenable.maps import map_of, registered_map, remember
+from intervenable.model import IntervenableModel
 from intervenable.unwrapping import config_of, unwrapped
 from model_maps import COMPONENTS, ModelMap, Site, UnmappedModelError
 from model_maps.sizes import columns_of, sizes_of
@@ -39,7 +40,7 @@ def model_map(model: nn.Module, *, example_inputs: Mapping[str, Any] | None = No
         >>> view.refused["router_output"]
         'its MLP is dense: it has no router and no experts'
     """
-    inside = getattr(model, "model", model) if type(model).__name__ == "IntervenableModel" else model
+    inside = model.model if isinstance(model, IntervenableModel) else model
     if example_inputs is not None:
         from intervenable.map_making import make_map
 
@@ -82,7 +83,7 @@ class ModelView:
     @property
     def layers(self) -> Mapping[str, int]:
         """Path of each list of blocks -> how many there are."""
-        return MappingProxyType({path: len(_children(self.model, path)) for path in self._lists})
+        return MappingProxyType({path: len(blocks_at(self.model, path)) for path in self._lists})
 
     def __str__(self) -> str:
         count = ", ".join(f"{number} layers at {path!r}" for path, number in self.layers.items())
@@ -106,7 +107,7 @@ class ModelView:
     def _place(self, name: str) -> str:
         blocks = self.map.blocks_of(name) if COMPONENTS[name].scope == "block" else None
         places: dict[str, list[int]] = {}
-        for layer in range(len(_children(self.model, blocks)) if blocks else 1):
+        for layer in range(len(blocks_at(self.model, blocks)) if blocks else 1):
             site = self.map.site(name, layer if blocks else None)
             if site is not None:
                 path = ".".join(part for part in (f"{blocks}.{{layer}}" if blocks else "", site.path) if part)
@@ -165,11 +166,6 @@ def _notes(model: nn.Module) -> tuple[str, ...]:
 # --- the tree ---------------------------------------------------------------------------------------------
 
 
-def _children(model: nn.Module, path: str) -> Sequence[nn.Module]:
-    found = model.get_submodule(path)
-    return list(found.children()) if isinstance(found, (nn.ModuleList, nn.Sequential)) else [found]
-
-
 def _tree(view: ModelView) -> list[str]:
     beside = _beside(view)
     rows = list(_rows(view.model, "", 0, beside, view))
@@ -184,7 +180,7 @@ def _beside(view: ModelView) -> dict[str, list[str]]:
         blocks = view.map.blocks_of(name) if known.scope == "block" else None
         if known.scope == "block" and blocks is None:
             continue
-        for layer in range(len(_children(view.model, blocks)) if blocks else 1):
+        for layer in range(len(blocks_at(view.model, blocks)) if blocks else 1):
             site = view.map.site(name, layer if blocks else None)
             if site is None or known.heads_of or known.derived_from:
                 continue
