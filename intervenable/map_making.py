@@ -47,17 +47,30 @@ def make_map(model: nn.Module, example: Mapping[str, Any] | None = None) -> Mode
     if found.note:
         note(model, found.note)
     made = _made(model)
-    keep(model, KeptMap(made))
+    if _has_config(model) or not _measured(made):
+        keep(model, KeptMap(made))
     return made
+
+
+def _has_config(model: nn.Module) -> bool:
+    """Whether a tiny twin can be made of a model."""
+    return hasattr(getattr(model, "config", None), "to_dict")
+
+
+def _measured(made: ModelMap) -> bool:
+    """Whether a map says what was measured on weights, which another model of the same structure has otherwise."""
+    everywhere = [made.sites, *(kind.sites for kind in made.kinds)]
+    return any(site.scale != 1.0 for sites in everywhere for site in sites.values())
 
 
 def _made(model: nn.Module) -> ModelMap:
     try:
-        if not hasattr(getattr(model, "config", None), "to_dict"):
+        if not _has_config(model):
             return proved_map(model, example_inputs(model))
         with torch.inference_mode(False):
             twin = twin_of(model)
         record = with_towers(twin, proved_map(twin, example_inputs(twin)), proved_map)
+        return fitted(record, twin, model)
     except Exception as error:  # whatever the code of a model that we know nothing of may raise
         why = str(error) if isinstance(error, IntervenableError) else f"{type(error).__name__}: {error}"
         raise UnmappedModelError(
@@ -65,4 +78,3 @@ def _made(model: nn.Module) -> ModelMap:
             "\nCall iv.model_map(model, example_inputs=...) once with inputs that it runs on, write a ModelMap and"
             " register_map() it, or name the place by its module path, such as 'model.layers[3].mlp.output'."
         ) from error
-    return fitted(record, twin, model)

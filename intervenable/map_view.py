@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from intervenable.errors import UnsupportedModelError
+from intervenable.errors import InputError, IntervenableError, UnsupportedModelError
 from intervenable.map_cache import note, notes_of
 from intervenable.map_layers import blocks_at, layer_kinds
+from intervenable.map_making import make_map
 from intervenable.maps import map_of, registered_map, remember
 from intervenable.model import IntervenableModel
 from intervenable.unwrapping import config_of, unwrapped
@@ -30,6 +31,7 @@ def model_map(model: nn.Module, *, example_inputs: Mapping[str, Any] | None = No
             runs of the model itself, also if there was one, and describes it from now on.
 
     Raises:
+        InputError: the model does not run on the inputs given.
         UnsupportedModelError: there is none and none could be found out; the message says why and the ways out.
 
     Example:
@@ -42,14 +44,26 @@ def model_map(model: nn.Module, *, example_inputs: Mapping[str, Any] | None = No
     """
     inside = model.model if isinstance(model, IntervenableModel) else model
     if example_inputs is not None:
-        from intervenable.map_making import make_map
-
-        remember(inside, make_map(inside, example_inputs))
+        remember(inside, _found_out(inside, example_inputs))
         note(inside, "found out by runs of the model on the inputs given")
     try:
         return ModelView(inside, map_of(inside), _notes(inside))
     except UnmappedModelError as error:
         raise UnsupportedModelError(str(error)) from error
+
+
+def _found_out(model: nn.Module, inputs: Mapping[str, Any]) -> ModelMap:
+    """The map that runs of the model on these inputs show."""
+    try:
+        return make_map(model, inputs)
+    except IntervenableError:
+        raise
+    except Exception as error:  # in the model's own words
+        said = str(error).splitlines()[0] if str(error) else ""
+        raise InputError(
+            f"{type(model).__name__} does not run on the example_inputs given ({', '.join(inputs)}):"
+            f" {type(error).__name__}: {said}"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from written_maps import find_map, known_classes
 import intervenable as iv
 from intervenable.map_cache import KeptMap, cache_folder, fingerprint, keep, look_up
 from intervenable.map_records import from_record, to_record
+from intervenable.maps import map_of
 from model_maps import AttentionHeads, HeadColumns, LayerKind, ModelMap, Site
 
 RICH = ModelMap(
@@ -153,3 +154,41 @@ def test_what_is_no_record_is_refused() -> None:
         from_record({"classes": ["Tiny"], "blocks": "layers", "sites": {"block_output": {"side": "output"}}})
     with pytest.raises(iv.StorageError, match="names 'block_ouput', which is no component"):
         from_record({"classes": ["Tiny"], "blocks": "layers", "sites": {"block_ouput": {"path": ""}}})
+
+
+class Scaled(nn.Module):
+    """A stack whose branches are added times a learned number, which is no part of its structure."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.table = nn.Embedding(40, 8)
+        self.layers = nn.ModuleList(Branch(factor) for _ in range(3))
+        self.head = nn.Linear(8, 40)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        stream = self.table(input_ids)
+        for layer in self.layers:
+            stream = layer(stream)
+        logits: torch.Tensor = self.head(stream)
+        return logits
+
+
+class Branch(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(factor))
+        self.norm = nn.LayerNorm(8)
+        self.mlp = nn.Sequential(nn.Linear(8, 20), nn.GELU(), nn.Linear(20, 8))
+
+    def forward(self, stream: torch.Tensor) -> torch.Tensor:
+        added: torch.Tensor = stream + self.factor * self.mlp(self.norm(stream))
+        return added
+
+
+def test_a_factor_that_was_measured_on_weights_is_not_kept_for_others() -> None:
+    torch.manual_seed(0)
+    one, other = Scaled(0.5).train(False), Scaled(0.25).train(False)
+
+    scales = [map_of(model).sites["mlp_contribution"].scale for model in (one, other)]
+
+    assert scales == pytest.approx([0.5, 0.25], rel=1e-4)
