@@ -156,9 +156,7 @@ def test_a_sweep_over_mixers_is_one_swap_a_cell():
 )
 def test_what_attention_computes_is_refused_with_the_reason(component):
     entry = iv.RepresentationConfig(0, component, "h", intervention=iv.CollectIntervention())
-    with pytest.raises(
-        iv.UnsupportedModelError, match="mix positions by a state space and have neither attention"
-    ):
+    with pytest.raises(iv.UnsupportedModelError, match="computes no attention: no softmax"):
         iv.IntervenableModel(entry, tiny("Mamba"))
-    with pytest.raises(iv.UnsupportedModelError, match="mix positions by a state space"):
+    with pytest.raises(iv.UnsupportedModelError, match="computes no attention: no softmax"):
         iv.collect(tiny("Mamba"), tokens(1), component)
