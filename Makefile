@@ -138,7 +138,7 @@ bench-easyroutine: $(EASYROUTINE_VENV)/.easyroutine smollm2
 		--models tiny-llama smollm2 --baseline "eager, output_attentions" $(BENCH)
 
 tutorials: smollm2
-	$(ONE_THREAD) $(VENV)/bin/python scripts/run_tutorials.py
+	$(ONE_THREAD) $(VENV)/bin/python scripts/run_tutorials.py --jobs 2
 
 clean:
 	rm -rf $(VENV) $(PEERS_VENV) $(EASYROUTINE_VENV) out dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

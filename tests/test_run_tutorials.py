@@ -50,3 +50,15 @@ def test_a_cell_that_raises_fails_the_run_and_is_shown(tmp_path):
     assert "bad.ipynb: failed" in done.stderr
     assert "no such layer" in done.stderr
     assert path.read_text() == before
+
+
+def test_of_several_at_a_time_the_others_run_to_their_end(tmp_path):
+    bad = notebook(tmp_path / "bad.ipynb", "raise ValueError('no such layer')")
+    good = [notebook(tmp_path / f"{name}.ipynb", f"print('{name}')") for name in ("one", "two")]
+
+    done = run_tutorials("--write", "--jobs", "2", good[0], bad, good[1])
+
+    assert done.returncode == 1
+    assert "no such layer" in done.stderr
+    for path in good:
+        assert nbformat.read(path, as_version=4).cells[0].outputs[0].text == f"{path.stem}\n"
