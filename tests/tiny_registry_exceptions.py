@@ -140,6 +140,10 @@ EXCEPTIONS: Mapping[str, Mapping[str, Any]] = {
         "moe_intermediate_size": [MLP, 16],
         "rope_parameters": {**_ROTARY, "mrope_section": [1, 1, 2]},
     },
+    "encoder-decoder": {
+        "decoder.is_decoder": True,
+        "decoder.add_cross_attention": True,
+    },
     "speech-encoder-decoder": {
         "decoder.is_decoder": True,
         "decoder.add_cross_attention": True,
