@@ -102,14 +102,15 @@ def _around(softmax: Met, before: Sequence[Met], after: Sequence[Met], batch: in
     if matrix is None or not torch.allclose(matrix.detach().sum(-1), torch.ones(()).to(matrix), atol=1e-3):
         return None
     rows, heads, queries, columns = matrix.shape
-    first = next((met for met in before if _returns(met, softmax, pattern)), None)
-    second = next((met for met in after if _reads(met, softmax, pattern)), None)
+    here = tuple(_around_a_function(softmax.call))
+    first = next((met for met in before if met.call in here and _returns(met, pattern)), None)
+    second = next((met for met in after if met.call in here and _reads(met, pattern)), None)
     if first is None or second is None or first.returned is None or second.returned is None:
         return None
     query, key = _operands(first, batch)
     _, value = _operands(second, batch)
     return Attention(
-        softmax.call,
+        first.call,
         softmax.at,
         query,
         None if key is None else key.transpose(2, 3),
@@ -156,18 +157,27 @@ def _is_product(left: Tensor, right: Tensor, returned: Tensor) -> bool:
     )
 
 
-def _returns(met: Met, softmax: Met, pattern: Tensor) -> bool:
+def _around_a_function(call: Call) -> Iterator[Call]:
+    """A call, and the one around it if its module is a function with a name alone, such as `nn.Softmax`."""
+    yield call
+    module = call.module
+    is_function = next(module.children(), None) is None and next(module.parameters(), None) is None
+    if is_function and call.parent is not None:
+        yield call.parent
+
+
+def _returns(met: Met, pattern: Tensor) -> bool:
     """Whether a product has the shape of a pattern; a sink may be a column more."""
-    if met.name not in ("product", "einsum") or met.call is not softmax.call or met.returned is None:
+    if met.name not in ("product", "einsum") or met.returned is None:
         return False
     shape, wanted = met.returned.shape, pattern.shape
     more = wanted[-1] - shape[-1] if shape else -1
     return shape[:-1].numel() == wanted[:-1].numel() and shape[-2:-1] == wanted[-2:-1] and more in (0, 1)
 
 
-def _reads(met: Met, softmax: Met, pattern: Tensor) -> bool:
+def _reads(met: Met, pattern: Tensor) -> bool:
     """Whether a product reads a pattern."""
-    if met.name not in ("product", "einsum") or met.call is not softmax.call or len(met.given) < 2:
+    if met.name not in ("product", "einsum") or len(met.given) < 2:
         return False
     shape, wanted = met.given[0].shape, pattern.shape
     return shape[:-1].numel() == wanted[:-1].numel() and wanted[-1] - shape[-1] in (0, 1)

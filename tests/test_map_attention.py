@@ -405,6 +405,35 @@ def test_scores_and_pattern_are_seen_where_positions_come_first():
     assert torch.allclose(pattern.sum(-1), torch.ones(2, 4, 7), atol=1e-5)
 
 
+def pattern_in(model, inputs, block, one):
+    """What a block's attention shows of its pattern."""
+    site = one.sites["attention_input"]
+    seen = []
+    heads = (site.attention.query, site.attention.key_value, site.axes == (1, 0))
+    inside = InsideHook("attention_pattern", lambda p: seen.append(p.take("output", None)), False, *heads)
+    hook = Hook(block.get_submodule(site.path), "output", inside.act, inside)
+    with torch.no_grad(), hooked([hook], model):
+        model(**inputs)
+    (pattern,) = seen
+    return pattern
+
+
+def test_a_softmax_that_is_a_module_of_its_own_belongs_to_the_attention_around_it():
+    made = build("cpmant")  # it puts a prompt before the tokens and masks what the softmax returns
+    found = found_in(made.model, made.inputs, "cpmant.encoder.layers")
+    attention = made.model.cpmant.encoder.layers[1].self_att.self_attention
+    seen = {}
+    attention.attention_out.register_forward_pre_hook(lambda _, given: seen.update(read=given[0]))
+    attention.project_v.register_forward_hook(lambda _, __, made: seen.update(values=made))
+
+    pattern = pattern_in(made.model, made.inputs, made.model.cpmant.encoder.layers[1], found[1])
+
+    assert {one.path for one in found} == {"self_att.self_attention"}
+    assert {one.sites["query_output"].path for one in found} == {"self_att.self_attention.project_q"}
+    values = seen["values"].unflatten(-1, (4, -1)).transpose(1, 2)
+    torch.testing.assert_close((pattern @ values).transpose(1, 2).flatten(2), seen["read"])
+
+
 def test_the_matrices_inside_a_module_lie_as_what_it_is_given():
     given = Site("look", "input", axes=(1, 0), attention=AttentionHeads(4, 4))
     known = ModelMap(classes=("Hers",), blocks="layers", sites={"attention_input": given})
