@@ -15,7 +15,14 @@ from intervenable.errors import InputError, NotAvailableError, UnsupportedModelE
 from intervenable.maps import map_of
 from intervenable.media_tokens import media_tokens
 from intervenable.signatures import Signature, counts_time_first, forward_signature, misfit
-from intervenable.stack_lengths import StackSize, is_of_towers, main_size, mask_in_tower, stack_size
+from intervenable.stack_lengths import (
+    StackSize,
+    is_of_towers,
+    main_size,
+    mask_in_tower,
+    reads_codes,
+    stack_size,
+)
 from intervenable.unwrapping import unwrapped, virtual_tokens
 from model_maps import Stack, UnmappedModelError
 
@@ -202,7 +209,7 @@ def read_inputs(given: object, model: nn.Module, name: str) -> RunInputs:
     if ids is None and args and not args[0].is_floating_point() and args[0].dim() == 2:
         ids = args[0]
     of_towers = any(is_of_towers(key) and isinstance(item, Tensor) for key, item in named.items())
-    measured = main_size(main_name, model, args, kwargs) if of_towers else None
+    measured = main_size(main_name, model, args, kwargs) if of_towers or reads_codes(model) else None
     if measured is None:
         mask = _mask(named, "attention_mask", (batch, length), name)
     else:

@@ -25,6 +25,7 @@ from intervenable.passage import Passage
 from intervenable.signatures import counts_time_first, takes
 from intervenable.site_binding import live_width
 from intervenable.sites import BoundSite, hook_at
+from intervenable.stack_lengths import rows_of_example
 from intervenable.unit_index import UnitIndex
 from intervenable.units import Whole
 from model_maps import COMPONENTS, ModelMap
@@ -105,6 +106,8 @@ class Bench:
         """The inputs of experiments: of the first example alone, if the model gives it the same by itself."""
         self.rows = self.batch
         """Examples of one experiment."""
+        self.rows_of_example = rows_of_example(model, model_map, inputs, self.batch)
+        """Rows of the inputs that are one example of the blocks."""
         self.sites: dict[Key, BoundSite] = {}
         self.faults: dict[Key, str] = {}
         """Places that cannot be bound, read or written, and why."""
@@ -344,7 +347,7 @@ class Bench:
         written = [key for key in self.sites if any(key in group.writes for group in groups)]
         read = [key for key in self.sites if any(key in group.reads for group in groups)]
         streams: dict[Key, Tensor] = {}
-        run = self._run_inputs(each * len(groups))
+        run = self._run_inputs(each * len(groups) // self.rows_of_example)
         whole = {
             (site.plus.component, site.plus.layer) for site in self.sites.values() if site.plus is not None
         }

@@ -67,7 +67,7 @@ def is_of_towers(name: str) -> bool:
 
 
 def is_by_picture(name: str, item: Tensor, batch: int, length: int) -> bool:
-    """Whether an input has an entry for each picture or sound, or for each patch of one, and not for each example.
+    """Whether an input has an entry for each picture or sound, for a patch or code of one, and not for each example.
 
     Those of all examples lie behind each other then, so that what is given several times is given as a whole.
 
@@ -78,7 +78,26 @@ def is_by_picture(name: str, item: Tensor, batch: int, length: int) -> bool:
         length: Positions of each.
     """
     of_tokens = not item.is_floating_point() and tuple(item.shape[:2]) == (batch, length)
-    return is_of_towers(name) and not of_tokens
+    in_rows = name == "input_ids" and item.dim() == 2 and item.shape[1] == length and item.shape[0] > batch
+    return in_rows or (is_of_towers(name) and not of_tokens)
+
+
+def reads_codes(model: nn.Module) -> bool:
+    """Whether a model has tables of embeddings beside each other, one for each of several code books.
+
+    Then several rows of ids, one for each, may be one example of the blocks.
+
+    Args:
+        model: The model.
+    """
+    known = _CODES.get(model)
+    if known is None:
+        lists = (part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) > 1)
+        known = _CODES[model] = any(all(isinstance(one, nn.Embedding) for one in part) for part in lists)
+    return known
+
+
+_CODES: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 def check_divisible(kwargs: Mapping[str, Any], batch: int, length: int, what: str) -> None:
@@ -144,6 +163,21 @@ def stack_size(
         else:
             known.move_to_end(key)
     return size
+
+
+def rows_of_example(model: nn.Module, described: ModelMap, inputs: Mapping[str, Any], rows: int) -> int:
+    """How many rows of the inputs are one example of the blocks: several of a model that is given codes in rows.
+
+    Args:
+        model: The model.
+        described: A map of it.
+        inputs: Its keyword inputs.
+        rows: How many rows they have.
+    """
+    if not described.blocks or not reads_codes(model):
+        return 1
+    examples = _measured(model, None, _entrance(described, None), (), inputs, inputs).batch
+    return rows // examples if rows % examples == 0 else 1
 
 
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, OrderedDict[Hashable, StackSize]] = weakref.WeakKeyDictionary()
@@ -267,8 +301,8 @@ def main_size(
 ) -> StackSize | None:
     """What the blocks count that the main input goes to, where that does not follow from tokens; None where it does.
 
-    It does not follow where the input is a picture or a sound, and where the places of one are put before or behind
-    those of the tokens, which models do that have no token for them.
+    It does not follow where the input is a picture or a sound, where the places of one are put before or behind those
+    of the tokens, which models do that have no token for them, and where several rows of codes are one example.
 
     Args:
         main: The name of the main input.
@@ -276,7 +310,8 @@ def main_size(
         args: Inputs by position.
         kwargs: Inputs by name.
     """
-    if not is_of_towers(main) and media_tokens(unwrapped(model).module):
+    codes = reads_codes(model)
+    if not is_of_towers(main) and not codes and media_tokens(unwrapped(model).module):
         return None
     try:
         stack = _main_stack(model)
