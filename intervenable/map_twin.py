@@ -175,6 +175,8 @@ def _spread(parameter: Tensor, name: str, generator: torch.Generator) -> None:
             parameter.copy_(normal(1 / math.sqrt(parameter.shape[-1])))
         elif parameter.dim() == 3 and "conv" not in name:
             parameter.copy_(normal(1 / math.sqrt(max(parameter.shape[-2:]))))
+        elif parameter.dim() == 4:  # of convolutions over images and spectra
+            parameter.copy_(normal(1 / math.sqrt(parameter[0].numel())))
     elif parameter.dim() == 1:
         bias = leaf == "bias" or (leaf.endswith("_bias") and "dt" not in leaf and "correction" not in leaf)
         if bias or "norm" in name.lower() or "ln" in name or not parameter.any():

@@ -13,7 +13,7 @@ from torch import nn
 import intervenable as iv
 from intervenable.map_inputs import example_inputs
 from intervenable.map_layers import block_signature, layer_kinds, layers_shown
-from intervenable.map_twin import twin_of
+from intervenable.map_twin import spread_weights, twin_of
 
 LARGE: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama 3 70B": (
@@ -292,3 +292,14 @@ def test_a_model_without_a_config_has_no_twin() -> None:
         "Linear has no config of transformers, so no tiny model can be made like it."
         "\nIts map can still be found by running the model itself."
     )
+
+
+def test_what_a_convolution_over_a_spectrogram_returns_is_as_large_as_what_it_is_given() -> None:
+    layers = nn.Sequential(nn.Conv2d(64, 64, 3, bias=False), nn.Conv2d(64, 64, 3, bias=False))
+    for parameter in layers.parameters():
+        parameter.data.normal_(0.0, 0.02)  # as many models begin: of a sound nothing would be left
+
+    spread_weights(layers)
+
+    with torch.no_grad():
+        assert 0.5 < float(layers(torch.randn(2, 64, 9, 9)).std()) < 2.0

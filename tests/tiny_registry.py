@@ -152,6 +152,8 @@ def spread_weights(model: nn.Module, seed: int = 0) -> None:
                     parameter.copy_(normal(parameter) / math.sqrt(parameter.shape[-1]))
                 elif parameter.dim() == 3 and "conv" not in name:
                     parameter.copy_(normal(parameter) / math.sqrt(max(parameter.shape[-2:])))
+                elif parameter.dim() == 4:  # of convolutions over images and spectra
+                    parameter.copy_(normal(parameter) / math.sqrt(parameter[0].numel()))
             elif parameter.dim() == 1:
                 bias = leaf == "bias" or (
                     leaf.endswith("_bias") and "dt" not in leaf and "correction" not in leaf

@@ -169,6 +169,7 @@ EXCEPTIONS: Mapping[str, Mapping[str, Any]] = {
     "pp_formulanet_vision": {
         "global_attn_indexes": (1,),
         "post_conv_out_channels": HIDDEN,
+        "image_size": 64,  # of a smaller one a single position is left for the decoder
     },
     "diffusion_gemma_text": {
         "num_experts": 4,
