@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intervenable.errors import ConfigError
+from intervenable.errors import ConfigError, LocationRangeError
+from intervenable.sites import BoundSite
+from intervenable.sweep_axes import Tokens
 from intervenable.sweep_cells import Cell
 from intervenable.sweep_grids import Grids
 from intervenable.sweep_pairs import Pair
 from intervenable.sweep_runs import Unpatched
 from intervenable.sweep_sources import Source
 from intervenable.sweep_values import CellUnits, Edits, Patches, Place, edits_together, patches_at
+from intervenable.units import Level
 
 TOGETHER = 2**18
 """How many numbers of activations are looked at in one go."""
@@ -73,13 +76,34 @@ def edits_of(
                 f"{grids.sites[place].label} is passed {len(own)} times in one run and {len(put)} in the other."
             )
         for passage, (value, there) in enumerate(zip(put, own, strict=True)):
-            listed += patches_at(grids.sites[place], passage, here, grids.whole[place], value, there, known)
+            whole = _as_long(grids.sites[place], [cell for _, cell in here], grids.whole[place], there)
+            listed += patches_at(grids.sites[place], passage, here, whole, value, there, known)
     return [
         edits
         for _, alike in groupby(listed, key=lambda patches: patches.kind)
         for together in _parts(list(alike))
         for edits in edits_together(together, start)
     ]
+
+
+def _as_long(
+    site: BoundSite, cells: Sequence[Cell], whole: Mapping[Level, Tokens], own: Tensor
+) -> Mapping[Level, Tokens]:
+    """All tokens of a place, where its tensor has fewer positions than the run has tokens: a classifier's logits."""
+    given = whole.get("positions")
+    length = own.shape[-2]
+    if given is None or int(given.base.max()) < length:
+        return whole
+    for cell in cells:
+        named = cell.tokens("positions", given)
+        if named is not given and int(named.base.max()) >= length:
+            raise LocationRangeError(
+                f"{cell.label}: position {int(named.base.max())} is out of range, because {site.label} has"
+                f" {length} position(s) where the run has {int(given.base.max()) + 1}. Leave the axis 'pos' out to"
+                " patch it as a whole."
+            )
+    every = torch.arange(length).expand(own.shape[0], -1)
+    return {**whole, "positions": Tokens(every, every, torch.ones_like(every, dtype=torch.bool))}
 
 
 def _parts(alike: Sequence[Patches]) -> Iterator[Sequence[Patches]]:

@@ -88,10 +88,10 @@ def output_embedding(model: nn.Module) -> nn.Module | None:
 
 
 def reads_head(model: nn.Module, sites: Iterable[BoundSite]) -> bool:
-    """Whether a place is at the output embedding, which then has to compute all logits, or is the model itself."""
+    """Whether a place is at the output embedding or around it: then all logits have to be computed."""
     head = output_embedding(model)
-    whole = (model, unwrapped(model).module)
-    return any(site.module is head or site.module in whole for site in sites)
+    of_the_model = {site.module for site in sites if site.layer is None}
+    return any(inner in (model, head) for module in of_the_model for inner in module.modules())
 
 
 class Readout:

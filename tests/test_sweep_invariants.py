@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from declared import heads_of, is_inside, main_output, map_of, writable
+from declared import heads_of, main_output, map_of, writable
 from sweep_by_hand import ByHand, cells_of
+from tiny_registry import build
 from torch import Tensor
 from torch.testing import assert_close
 
+import intervenable as iv
 from intervenable.sweeping import sweep
 from model_maps import COMPONENTS
 from tiny_models import DECODERS, tiny, tiny_inputs
@@ -135,6 +137,28 @@ def test_what_no_token_may_read_does_not_matter(family, variant):
     near(values[0], wrong)  # token 1 reads neither 2 nor 4
     near(values[1, 1], wrong)  # token 3 does not read 4
     assert (values[1, 0] - wrong).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_logits_are_swept_where_they_are_read(family):
+    """Also in a model whose output embedding is one of several modules that make the logits."""
+    model = tiny(family)
+    clean, corrupted = prompts(model)
+    values = sweep(model, clean, corrupted, "logits", "pos", metric).values
+    near(values[:-1], unpatched(model, corrupted))
+    near(values[-1], unpatched(model, clean))
+
+
+def test_logits_without_positions_are_swept_as_a_whole():
+    made = build("vit", "image-classification")
+    clean, corrupted = made.inputs, {name: value + 1 for name, value in made.inputs.items()}
+    scores = made.model(**clean).logits[:, 0]
+    found = sweep(made.model, clean, corrupted, "logits", (), lambda logits: logits.flatten(1)[:, 0])
+    near(found.values, scores)
+    with pytest.raises(
+        iv.LocationRangeError, match=r"pos 1: .*logits has 1 position\(s\) where the run has 17"
+    ):
+        sweep(made.model, clean, corrupted, "logits", "pos", lambda logits: logits.flatten(1)[:, 0])
 
 
 # --- against loops by hand --------------------------------------------------------------------------------
