@@ -19,7 +19,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,6 +29,7 @@ def run(path: Path, *, write: bool, timeout: float) -> None:
 
     Raises:
         CellExecutionError: A cell raised; the message shows the cell and the traceback.
+        CellTimeoutError: A cell took longer than it may.
     """
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
@@ -57,7 +58,7 @@ def report(path: Path, *, write: bool, timeout: float) -> bool:
     begun = time.monotonic()
     try:
         run(path, write=write, timeout=timeout)
-    except CellExecutionError as error:
+    except (CellExecutionError, CellTimeoutError) as error:
         print(f"{path.name}: failed\n{error}", file=sys.stderr, flush=True)
         return False
     print(f"{path.name}: ran in {time.monotonic() - begun:.1f} s", flush=True)
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("notebooks", nargs="*", type=Path, help="default: every one in tutorials/")
     parser.add_argument("--write", action="store_true", help="store the outputs in the notebooks")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds that one cell may take")
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds that one cell may take")
     parser.add_argument("--jobs", type=int, default=1, help="notebooks that run at the same time")
     options = parser.parse_args(arguments)
     notebooks = [path.resolve() for path in options.notebooks] or sorted((ROOT / "tutorials").glob("*.ipynb"))

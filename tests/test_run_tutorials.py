@@ -52,6 +52,14 @@ def test_a_cell_that_raises_fails_the_run_and_is_shown(tmp_path):
     assert path.read_text() == before
 
 
+def test_a_cell_that_takes_too_long_fails_the_run_and_is_shown(tmp_path):
+    path = notebook(tmp_path / "slow.ipynb", "import time", "time.sleep(600)")
+    done = run_tutorials("--timeout", "5", path)
+    assert done.returncode == 1
+    assert "slow.ipynb: failed" in done.stderr
+    assert "time.sleep(600)" in done.stderr
+
+
 def test_of_several_at_a_time_the_others_run_to_their_end(tmp_path):
     bad = notebook(tmp_path / "bad.ipynb", "raise ValueError('no such layer')")
     good = [notebook(tmp_path / f"{name}.ipynb", f"print('{name}')") for name in ("one", "two")]
