@@ -6,6 +6,7 @@ so it is inferred and verified by itself, and joined to the map of the whole.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from intervenable.map_inputs import example_inputs
+from intervenable.map_media import tower_calls
 from intervenable.unwrapping import prefixed
 from model_maps import COMPONENTS, LayerKind, ModelMap, Site, Stack
 
@@ -36,32 +38,49 @@ def with_towers(model: nn.Module, model_map: ModelMap, prove: Prove) -> ModelMap
         model_map: What a run of it showed.
         prove: How to find out about a tower.
     """
-    for path, tower, role in _towers(model, model_map):
-        try:
-            found = prove(tower, example_inputs(tower))
-        except Exception:  # it cannot be run by itself, for whatever reason: its components stay absent
+    for role in dict.fromkeys(TOWERS.values()):
+        if role in model_map.stacks:
             continue
-        model_map = _joined(model_map, found, path, role, model)
+        for path, tower, inputs in _towers(model, model_map, role):
+            try:
+                found = prove(tower, inputs())
+            except Exception:  # it cannot be run by itself, for whatever reason: its components stay absent
+                continue
+            joined = _joined(model_map, found, path, role, model)
+            if joined is not model_map:
+                model_map = joined
+                break
     return model_map
 
 
-def _towers(model: nn.Module, model_map: ModelMap) -> Iterator[tuple[str, nn.Module, Stack]]:
-    """The outermost models inside a model that read what is no text and that no stack of the map is in."""
+_Inputs = Callable[[], Mapping[str, Any]]
+
+
+def _towers(model: nn.Module, model_map: ModelMap, role: Stack) -> Iterator[tuple[str, nn.Module, _Inputs]]:
+    """The modules that may be a tower, likeliest first, and what each can be run on.
+
+    What the model itself runs when it reads a picture comes first, if it runs it once; then the outermost models
+    inside it that read what is no text.
+    """
     known = [path for path in (model_map.blocks, *model_map.stacks.values()) if path]
-    taken = set(model_map.stacks)
+
+    def holds(path: str) -> bool:
+        return any(blocks.startswith(f"{path}.") for blocks in known)
+
+    calls = tower_calls(model, role)
+    times = Counter(call.path for call in calls)
+    for call in calls:
+        if times[call.path] == 1 and not holds(call.path):
+            yield call.path, call.module, lambda call=call: call.inputs  # type: ignore[misc]
     inside: list[str] = []
     for path, module in model.named_modules():
-        role = TOWERS.get(str(getattr(module, "main_input_name", "")))
-        if not path or role is None or getattr(module, "config", None) is None:
+        reads = TOWERS.get(str(getattr(module, "main_input_name", "")))
+        if not path or reads != role or getattr(module, "config", None) is None or path in times:
             continue
-        if any(path.startswith(f"{outer}.") for outer in inside):
-            continue
-        if any(blocks.startswith(f"{path}.") for blocks in known):
+        if any(path.startswith(f"{outer}.") for outer in inside) or holds(path):
             continue
         inside.append(path)
-        if role not in taken:
-            taken.add(role)
-            yield path, module, role
+        yield path, module, lambda module=module: example_inputs(module)  # type: ignore[misc]
 
 
 def _joined(whole: ModelMap, tower: ModelMap, path: str, role: Stack, model: nn.Module) -> ModelMap:

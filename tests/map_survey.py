@@ -17,17 +17,19 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
 
 import torch
 from tiny_registry import TASKS, UNBUILDABLE_FOR, build, model_types
 from torch import nn
 
 from intervenable.map_inference import infer_map
+from intervenable.map_layers import blocks_at
+from intervenable.map_making import proved_map
+from intervenable.map_towers import with_towers
 from intervenable.map_verification import Verification, check_map
 from model_maps import COMPONENTS, ModelMap
 
@@ -65,7 +67,25 @@ def survey(model_type: str, task: str) -> Record:
     begun = time.process_time()
     found = infer_map(tiny.model, tiny.inputs)
     verified = check_map(tiny.model, found, tiny.inputs)
+    whole = with_towers(tiny.model, verified.map, proved_map)
+    towers = tuple(name for name in whole.components() if name not in verified.map.components())
+    verified = replace(
+        verified,
+        map=whole,
+        components=(*verified.components, *towers),
+        absent={**verified.absent, **_absent_in_towers(whole, verified.map)},
+    )
     return recorded(task, model_type, tiny.model, verified, time.process_time() - begun)
+
+
+def _absent_in_towers(whole: ModelMap, main: ModelMap) -> Mapping[str, str]:
+    """Why the towers that were joined to a map lack what they lack."""
+    joined = whole.stacks.keys() - main.stacks.keys()
+    return {
+        name: whole.reason(name)
+        for name, known in COMPONENTS.items()
+        if known.prefix in joined and whole.site(name) is None
+    }
 
 
 def recorded(
@@ -99,8 +119,7 @@ def _of_layers(layers: Sequence[int | None]) -> str:
 def _stacks(model: nn.Module, found: ModelMap) -> Iterator[tuple[str, int]]:
     paths = {"": found.blocks, **found.stacks} if found.blocks is not None else dict(found.stacks)
     for prefix, path in paths.items():
-        blocks: Any = model.get_submodule(path or "")
-        yield prefix, len(blocks) if path else 1
+        yield prefix, len(blocks_at(model, path)) if path else 1
 
 
 # --- a process for each type ------------------------------------------------------------------------------
