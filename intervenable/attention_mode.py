@@ -85,6 +85,9 @@ class _Call:
     met: dict[int, int] = field(default_factory=dict)
     """How often each hook was called."""
 
+    shown: dict[tuple[str, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """What was shown last for components, and what their hooks made of it."""
+
 
 class AttentionMode(TorchFunctionMode):
     """Lets hooks see and change what one call of one attention module computes.
@@ -131,7 +134,16 @@ class AttentionMode(TorchFunctionMode):
         return any(hook.writes for hook in self._hooks if hook.component in components)
 
     def _shown(self, tensor: Tensor, *components: str) -> Tensor:
-        """What the hooks of these components make of a tensor."""
+        """What the hooks of these components make of a tensor.
+
+        Some modules compute a pattern anew for each half of their values: it is one, and is shown and changed once.
+        """
+        if not self._wanted(*components):
+            return tensor
+        before, after = self._call.shown.get(components, (None, tensor))
+        if before is not None and before.dtype == tensor.dtype and torch.equal(before, tensor):
+            return after
+        before = tensor
         for index, hook in enumerate(self._hooks):
             if hook.component in components:
                 times = self._call.met.get(index, 0)
@@ -139,6 +151,7 @@ class AttentionMode(TorchFunctionMode):
                 passage = InsidePassage(self._module, tensor, repeated=times > 0)
                 hook.act(passage)
                 tensor = passage.tensor
+        self._call.shown[components] = (before, tensor)
         return tensor
 
     # -- layouts

@@ -16,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 
 import intervenable as iv
+from intervenable.attention_mode import InsideHook
+from intervenable.hooks import Hook, hooked
 from model_maps import lookup
 from tiny_models import CASES, DECODERS, LANGUAGE_MODELS, RECURRENT, tiny, tiny_inputs
 
@@ -330,6 +332,39 @@ def test_both_softmaxes_of_differential_attention_are_edited(registry):
     assert same_bits(same, expected)
     assert not seen[0].any()
     assert [line.fired for line in receipt] == [1, 1]
+
+
+class Twice(nn.Module):
+    """Attention that reads two halves of its values with one pattern, which it computes for each of them anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, hidden_states):
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (2, 4)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        halves = [(query @ key.transpose(2, 3)).softmax(-1) @ half for half in value.chunk(2, -1)]
+        return torch.cat(halves, -1).transpose(1, 2).flatten(2)
+
+
+def test_a_pattern_computed_again_for_other_values_is_shown_once_and_changed_alike():
+    torch.manual_seed(0)
+    module, given, made = Twice(), torch.randn(2, 5, 8), []
+
+    def act(passage):
+        made.append(passage.take("output", None) + torch.randn(2, 2, 5, 5))
+        passage.put("output", None, made[-1])
+
+    hook = Hook(module, "output", act, InsideHook("attention_pattern", act, True, 2, 2))
+    with torch.no_grad(), hooked([hook], module):
+        returned = module(given)
+        values = module.v_proj(given).unflatten(-1, (2, 4)).transpose(1, 2)
+
+    (noisy,) = made
+    assert_close(returned, (noisy @ values).transpose(1, 2).flatten(2))
 
 
 class Mixing(nn.Module):
