@@ -28,6 +28,7 @@ ROLES: Mapping[str, str] = {
         n_activated_experts""",
     "groups": "n_group topk_group num_expert_group",
     "linear_width": "linear_key_head_dim linear_value_head_dim linear_head_dim",
+    "linear_heads": "linear_num_heads linear_num_key_heads linear_num_value_heads",
     "length": """max_position_embeddings n_positions n_ctx max_seq_len model_max_length context_length
         max_target_positions max_source_positions original_max_position_embeddings max_sequence_length
         num_position_embeddings max_2d_position_embeddings""",

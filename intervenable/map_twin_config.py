@@ -12,9 +12,18 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
-from intervenable.map_config_fields import ROLE_OF, field_of, is_config, is_number, layer_overrides, layers_of
+from intervenable.map_config_fields import (
+    ROLE_OF,
+    ROLES,
+    field_of,
+    is_config,
+    is_number,
+    layer_overrides,
+    layers_of,
+)
 from intervenable.map_twin_shape import Shown, TwinShape
 from intervenable.map_twin_widths import Geometry, geometry_of, hidden_sizes, shrink_factor
 
@@ -24,6 +33,7 @@ FIRST_SPECIAL = 100
 
 _WIDTHS_BY_HEAD = ("rotary_dim", "query_pre_attn_scalar")
 _SPECIAL_TOKEN = re.compile(r"(_token_id|_token_index|_index|_tokens?_ids?|_token)$")
+_LINEAR = ("linear_heads", "linear_width")
 _LAYER_INDICES = re.compile(r"(layer|idx|indices|indexes|block)")
 _UNCHANGED = ("transformers_version", "architectures", "dtype", "model_type", "quantization_config")
 _PLAIN_ROTATIONS = ("longrope", "su")
@@ -36,7 +46,7 @@ _MOST: Mapping[str, int] = {
     "chosen_experts": 2,
     "groups": 1,
     "length": 64,
-    "linear_width": 8,
+    "linear_width": 4,
     "image_size": 64,
     "index_topk": 4,
     "index_block_size": 2,
@@ -79,6 +89,9 @@ class _Part:
     factor: int
     """By how much heads become narrower."""
 
+    fewer: int
+    """By how much the heads of linear attention become fewer: no component is of one of them."""
+
 
 class _Shrinking:
     """Makes small configs of the parts of one."""
@@ -117,7 +130,8 @@ class _Shrinking:
             given = {name: value for name, value in given.items() if _is_stated(fields.get(name), value)}
         small = cls(**given)
         for name, value in values.items():
-            if name not in given and not hasattr(small, name):
+            # Some configs give linear attention the heads of the other, whatever they are told.
+            if (name not in given and not hasattr(small, name)) or ROLE_OF.get(name) in _LINEAR:
                 setattr(small, name, value)
         own = {
             at: {name: self._small(name, value, part) for name, value in overrides[layer].items()}
@@ -141,7 +155,7 @@ class _Shrinking:
             self._shown(layers, sharing=sharing if is_number(sharing) else 0, listed=listed) if layers else ()
         )
         factor = 1 if geometry is None else self._head_factor(geometry)
-        return _Part(geometry, layers, shown, factor)
+        return _Part(geometry, layers, shown, factor, _fewer_linear_heads(config))
 
     def _head_factor(self, geometry: Geometry) -> int:
         """By how much heads become narrower."""
@@ -180,6 +194,8 @@ class _Shrinking:
                 return len(part.shown) if value == part.layers else len(self._shown(value))
             case "head_width":
                 return value // part.factor if value % part.factor == 0 else value
+            case "linear_heads":
+                return value // part.fewer
             case "latent":
                 return min(value, 16 if name.endswith("kv_lora_rank") else 24)
             case "window":
@@ -234,6 +250,13 @@ class _Shrinking:
         ):
             return [at for at, layer in enumerate(part.shown) if layer in value] or [len(part.shown) - 1]
         return list(value)
+
+
+def _fewer_linear_heads(config: Any) -> int:
+    """By how much the heads of linear attention become fewer: two stay at least, shared as they were."""
+    counts = [value for name in ROLES["linear_heads"].split() if is_number(value := field_of(config, name))]
+    common = gcd(*counts)
+    return max((factor for factor in range(1, common // 2 + 1) if common % factor == 0), default=1)
 
 
 def _fill_state_spaces(config: Any, values: dict[str, Any], part: _Part, width: Callable[[int], int]) -> None:

@@ -303,3 +303,29 @@ def test_what_a_convolution_over_a_spectrogram_returns_is_as_large_as_what_it_is
 
     with torch.no_grad():
         assert 0.5 < float(layers(torch.randn(2, 64, 9, 9)).std()) < 2.0
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("Qwen3NextForCausalLM", {"linear_num_key_heads": 2, "linear_num_value_heads": 4}),
+        (
+            "BailingHybridForCausalLM",
+            {"linear_num_heads": 2, "num_attention_heads": 32},
+        ),  # one number for both
+    ],
+)
+def test_heads_of_linear_attention_become_few_and_those_of_attention_stay(
+    name: str, counts: dict[str, int]
+) -> None:
+    cls: Any = getattr(transformers, name)
+    with torch.device("meta"):
+        model: Any = cls(cls.config_class())
+
+    twin: Any = twin_of(model)
+
+    assert {field: getattr(twin.config, field) for field in counts} == counts
+    assert heads_of(twin) == heads_of(model)
+    twin_mixers = [module for module in twin.modules() if hasattr(module, "A_log")]
+    heads = {len(module.A_log.flatten()) for module in twin_mixers}
+    assert heads == {max(count for field, count in counts.items() if field.startswith("linear"))}
