@@ -39,6 +39,8 @@ LAWS: Mapping[str, str] = {
     "adds": "the block's output changes as it does by what is added in the end",
     "elementwise": "each column follows from its own column alone",
     "heads": "a head's columns move what that head computes and nothing of other heads",
+    "chosen": "an expert is chosen with a logit far above the others', not with one far below them",
+    "weighs": "with twice the weights the experts return twice as much",
     "moves": "a write changes what the block, or the model, returns",
     "ends": "with another run's value here the model returns what it did then",
 }

@@ -10,7 +10,7 @@ from torch import Tensor
 from intervenable.map_attention_probe import keeps_columns
 from intervenable.map_laws import Finding, deviation, limit_of, named
 from intervenable.map_laws_runs import Bench, Change, Group
-from intervenable.map_laws_swaps import MOVED, Judge
+from intervenable.map_laws_swaps import MOVED, STILL, Judge
 from model_maps import COMPONENTS
 
 GIVEN = {
@@ -64,8 +64,10 @@ def affine(bench: Bench) -> Judge:
                 whole = bench.base.seen[key]
                 limit = MOVED * limit_of(whole.dtype)
                 off = deviation(even + odd - none, whole)
+                follows = deviation(none, whole) > STILL * limit_of(whole.dtype)
                 why = f"{read} is the sum of what parts of {written} come to"
-                yield Finding(read, "linear", layer, off <= limit, off, limit, why)
+                why = why if follows else f"{read} is another without {written}"
+                yield Finding(read, "linear", layer, off <= limit and follows, off, limit, why)
 
     return judge
 

@@ -74,7 +74,7 @@ class _Search:
                 "expert_input": self._site(experts, experts.main_input, "input"),
                 "expert_output": self._site(experts, experts.main_output),
             }
-            if numbers.shape == weights.shape:
+            if numbers.shape == weights.shape and _all_differ(numbers):
                 sites["expert_choice"] = self._site(
                     experts, numbers, "input", choice, read_only=CHOICE_IS_READ
                 )
@@ -163,6 +163,12 @@ class _Search:
         assert tensor is not None  # a call without it was passed over
         width = "any" if slot is not None else self._width(tensor)
         return Site(self._path(call), side, slot, width=width, flat=tensor.dim() == 2, read_only=read_only)
+
+
+def _all_differ(numbers: Tensor) -> bool:
+    """Whether each position has each number once, as it has experts; a mask of all experts has noughts."""
+    ordered = numbers.sort(-1).values
+    return bool((ordered[..., 1:] != ordered[..., :-1]).all())
 
 
 def _choice_and_weight(call: Call) -> tuple[Slot, Slot] | None:

@@ -13,6 +13,7 @@ from intervenable.errors import MapError, UnknownNameError, UnsupportedModelErro
 from intervenable.map_inputs import example_inputs as made_inputs
 from intervenable.map_laws import LAWS, TELLS_NOTHING, Finding, deviation, limit_of
 from intervenable.map_laws_ends import ends, lookup, single_layers
+from intervenable.map_laws_experts import chosen, numbered, weighs
 from intervenable.map_laws_heads import heads, shares
 from intervenable.map_laws_linear import affine
 from intervenable.map_laws_order import apart, given_to_experts, order
@@ -192,13 +193,13 @@ def _findings(bench: Bench, output: Tensor) -> list[Finding]:
         law(bench, swaps)
         for law in (determines, stays, adds, elementwise, moves, ends, order, single_layers, lookup)
     ]
-    judges += [heads(bench), shares(bench), affine(bench)]
+    judges += [heads(bench), shares(bench), affine(bench), chosen(bench), weighs(bench)]
     bench.run()
     found = [finding for judge in judges for finding in judge()]
     found += _identity(bench, output)
     for law in (once, layout, chain, apart, reads, projects, rows, weighted, projection, residual, norm):
         found += law(bench, traced)
-    found += given_to_experts(bench, traced)
+    found += [*given_to_experts(bench, traced), *numbered(bench)]
     found += logits(bench, traced, output)
     return [*bound(bench, traced), *found]
 

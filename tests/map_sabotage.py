@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from torch import Tensor, nn
+from map_sabotage_block import PREFIXES, Block, Spoiled, named, one_of_each_kind, with_sites
+from map_sabotage_inferred import inferred_wrongly, of_the_whole_inferred_wrongly
+from torch import nn
 
 from intervenable.map_trace import Trace
-from model_maps import (
-    COMPONENTS,
-    AttentionHeads,
-    HeadColumns,
-    LayerKind,
-    ModelMap,
-    Site,
-    columns_of,
-    sizes_of,
-)
+from model_maps import COMPONENTS, AttentionHeads, HeadColumns, ModelMap, Site, columns_of
 
-
-@dataclass(frozen=True)
-class Spoiled:
-    """A map with one mistake."""
-
-    mistake: str
-    components: tuple[str, ...]
-    """What it is wrong about: each of these has to be refused."""
-
-    map: ModelMap
+__all__ = ["Spoiled", "spoilt"]
 
 
 def spoilt(model: nn.Module, model_map: ModelMap, traced: Trace) -> Iterator[Spoiled]:
@@ -41,125 +25,16 @@ def spoilt(model: nn.Module, model_map: ModelMap, traced: Trace) -> Iterator[Spo
     """
     for prefix in PREFIXES:
         if any(COMPONENTS[name].prefix == prefix for name in model_map.components()):
-            for layer in _one_of_each_kind(model, model_map, prefix):
-                yield from _Block(model, model_map, traced, prefix, layer).spoilt()
+            for layer in one_of_each_kind(model, model_map, prefix):
+                yield from _Mistakes(model, model_map, traced, prefix, layer).spoilt()
             yield from _of_the_ends(model_map, traced, prefix)
     if "decoder" in model_map.stacks:
         yield from _of_two_stacks(model_map)
+    yield from of_the_whole_inferred_wrongly(model, model_map, traced)
 
 
-PREFIXES = ("", "encoder", "decoder", "cross", "vision", "audio", "text")
-
-
-def _named(word: str, prefix: str) -> str:
-    return f"{prefix}_{word}" if prefix else word
-
-
-def _with(model_map: ModelMap, **sites: Site) -> ModelMap:
-    return replace(model_map, sites={**model_map.sites, **sites})
-
-
-def _one_of_each_kind(model: nn.Module, model_map: ModelMap, prefix: str) -> list[int]:
-    """A layer of each kind, the second one rather than the first."""
-    blocks = model_map.blocks_of(_named("attention_input", prefix))
-    if blocks is None:
-        return []
-    listed = model.get_submodule(blocks) if blocks else [model]
-    count = len(listed) if hasattr(listed, "__len__") else 1
-    if not model_map.kinds:
-        return [1] if count > 1 else [0]
-    words = [name for name, known in COMPONENTS.items() if known.prefix == prefix and known.scope == "block"]
-    layers: dict[tuple[Site | None, ...], int] = {}
-    for layer in (*range(1, count), 0):
-        layers.setdefault(tuple(model_map.site(name, layer) for name in words), layer)
-    return sorted(layers.values())
-
-
-class _Block:
-    """One layer of a stack in a pass that was written down, and the mistakes that can be made about it."""
-
-    def __init__(self, model: nn.Module, model_map: ModelMap, traced: Trace, prefix: str, layer: int) -> None:
-        self.map, self.prefix, self.layer, self.traced = model_map, prefix, layer, traced
-        blocks = model_map.blocks_of(_named("attention_input", prefix))
-        self.path = ".".join(part for part in (blocks, str(layer) if blocks else "") if part)
-        self.call = next(iter(traced.of(self.path)), None)
-        self.sizes = sizes_of(getattr(model, "config", None))
-        self.where = f" in layer {layer}" if model_map.kinds else ""
-
-    def name(self, word: str) -> str:
-        return _named(word, self.prefix)
-
-    def site(self, word: str) -> Site | None:
-        name = self.name(word)
-        return self.map.site(name, self.layer) if name in COMPONENTS else None
-
-    def tensor(self, site: Site) -> Tensor | None:
-        if self.call is None or site.function is not None:
-            return None
-        path = ".".join(part for part in (self.path, site.path) if part)
-        call = next((one for one in (self.call, *self.call.inside()) if one.path == path), None)
-        if call is None:
-            return None
-        if site.side == "input":
-            return call.main_input if site.slot is None else call.inputs.get(site.slot)
-        return call.main_output if site.slot is None else call.outputs.get(site.slot)
-
-    def same(self, one: Site, other: Site) -> bool:
-        """Whether two sites have the same numbers, so that nothing is wrong with taking one for the other."""
-        a, b = self.tensor(one), self.tensor(other)
-        return (
-            a is not None
-            and b is not None
-            and a.numel() == b.numel()
-            and one.scale == other.scale
-            and bool((a.reshape(-1) == b.reshape(-1)).all())
-        )
-
-    def norms(self) -> list[str]:
-        """Paths of the norms in the block, in order."""
-        if self.call is None:
-            return []
-        children = self.call.children
-        return [
-            one.path.removeprefix(f"{self.path}.") for one in children if "Norm" in type(one.module).__name__
-        ]
-
-    def linears(self) -> list[str]:
-        """Paths of the modules in the block that have a matrix of weights, in order."""
-        if self.call is None:
-            return []
-        return [
-            one.path.removeprefix(f"{self.path}.")
-            for one in self.call.inside()
-            if "Linear" in type(one.module).__name__ or "Conv1D" in type(one.module).__name__
-        ]
-
-    def put(self, mistake: str, wrong: tuple[str, ...] = (), **sites: Site) -> Spoiled:
-        """A map in which components of this layer lie elsewhere.
-
-        Args:
-            mistake: What is wrong, in words.
-            wrong: The words it is wrong about; by default those that lie elsewhere.
-            sites: Word -> where it is said to be.
-        """
-        placed = {self.name(word): site for word, site in sites.items()}
-        names = tuple(self.name(word) for word in (wrong or tuple(sites)))
-        if not self.map.kinds:
-            spoiled = _with(self.map, **placed)
-        else:
-            stack = "decoder" if self.prefix == "cross" else self.prefix or None
-            own = LayerKind((self.layer,), stack, sites=placed)
-            spoiled = replace(self.map, kinds=(*self.map.kinds, own))
-        return Spoiled(f"{', '.join(names)}: {mistake}{self.where}", names, spoiled)
-
-    def moved(self, mistake: str, word: str, site: Site | None) -> Iterator[Spoiled]:
-        """The word's site is another one, if that has other numbers."""
-        own = self.site(word)
-        if own is None or site is None or site == own:
-            return
-        if own.plus == site.plus and own.columns == site.columns and self.same(own, site):
-            return
-        yield self.put(mistake, **{word: replace(site, width=own.width)})
+class _Mistakes(Block):
+    """The mistakes that can be made about a layer."""
 
     def spoilt(self) -> Iterator[Spoiled]:
         if self.call is None:
@@ -174,6 +49,7 @@ class _Block:
         yield from self.of_norms()
         yield from self.of_matrices()
         yield from self.of_places()
+        yield from inferred_wrongly(self)
 
     # -- heads
 
@@ -245,10 +121,6 @@ class _Block:
                 if own is not None and own.path != path:
                     yield from self.moved(f"into {path}", word, replace(own, path=path, slot=None))
 
-    def same_shape(self, one: Site, other: Site) -> bool:
-        a, b = self.tensor(one), self.tensor(other)
-        return a is not None and b is not None and a.shape == b.shape
-
     def of_places(self) -> Iterator[Spoiled]:
         moved, site = self.moved, self.site
         if self.prefix != "cross":
@@ -319,7 +191,7 @@ def _wrong_columns(columns: HeadColumns) -> Iterator[tuple[str, HeadColumns]]:
 
 def _of_the_ends(model_map: ModelMap, traced: Trace, prefix: str) -> Iterator[Spoiled]:
     """What is before and behind the blocks."""
-    blocks = None if prefix == "cross" else model_map.blocks_of(_named("block_output", prefix))
+    blocks = None if prefix == "cross" else model_map.blocks_of(named("block_output", prefix))
     if not blocks:
         return
     layer = next((call.path for call in traced.of(f"{blocks}.0")), None)
@@ -328,19 +200,19 @@ def _of_the_ends(model_map: ModelMap, traced: Trace, prefix: str) -> Iterator[Sp
     norms = [one.path for one in traced.of(layer)[0].children if "Norm" in type(one.module).__name__]
 
     def moved(mistake: str, word: str, site: Site | None) -> Iterator[Spoiled]:
-        name = _named(word, prefix) if word != "logits" else word
+        name = named(word, prefix) if word != "logits" else word
         own = model_map.site(name)
         if own is None or site is None or site == own or _equal(traced, own, site):
             return
         yield Spoiled(
-            f"{name}: {mistake}", (name,), _with(model_map, **{name: replace(site, width=own.width)})
+            f"{name}: {mistake}", (name,), with_sites(model_map, **{name: replace(site, width=own.width)})
         )
 
     for norm in norms[:1]:
         yield from moved("a block's norm", "final_norm_output", Site(norm))
         yield from moved("a block's norm", "final_norm_input", Site(norm, "input"))
     yield from moved("the first block", "final_norm_input", Site(f"{blocks}.0"))
-    own = model_map.site(_named("final_norm_output", prefix))
+    own = model_map.site(named("final_norm_output", prefix))
     if own is not None:
         yield from moved("before it", "final_norm_output", replace(own, side="input"))
         yield from moved("behind it", "final_norm_input", own)
@@ -365,7 +237,7 @@ def _equal(traced: Trace, one: Site, other: Site) -> bool:
 def _of_two_stacks(model_map: ModelMap) -> Iterator[Spoiled]:
     def put(name: str, site: Site | None) -> Iterator[Spoiled]:
         if site is not None and site != model_map.site(name):
-            yield Spoiled(f"{name}: at {site.path}", (name,), _with(model_map, **{name: site}))
+            yield Spoiled(f"{name}: at {site.path}", (name,), with_sites(model_map, **{name: site}))
 
     for word in ("embedding_output", "final_norm_input", "final_norm_output"):
         yield from put(f"encoder_{word}", model_map.site(f"decoder_{word}"))

@@ -1,0 +1,150 @@
+"""One layer of a model whose map is right, and maps that say something else of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from intervenable.map_trace import Call, Trace
+from model_maps import COMPONENTS, LayerKind, ModelMap, Site, sizes_of
+
+
+@dataclass(frozen=True)
+class Spoiled:
+    """A map with one mistake."""
+
+    mistake: str
+    components: tuple[str, ...]
+    """What it is wrong about: each of these has to be refused."""
+
+    map: ModelMap
+
+
+PREFIXES = ("", "encoder", "decoder", "cross", "vision", "audio", "text")
+
+
+def named(word: str, prefix: str) -> str:
+    return f"{prefix}_{word}" if prefix else word
+
+
+def with_sites(model_map: ModelMap, **sites: Site) -> ModelMap:
+    return replace(model_map, sites={**model_map.sites, **sites})
+
+
+def one_of_each_kind(model: nn.Module, model_map: ModelMap, prefix: str) -> list[int]:
+    """A layer of each kind, the second one rather than the first."""
+    blocks = model_map.blocks_of(named("attention_input", prefix))
+    if blocks is None:
+        return []
+    listed = model.get_submodule(blocks) if blocks else [model]
+    count = len(listed) if hasattr(listed, "__len__") else 1
+    if not model_map.kinds:
+        return [1] if count > 1 else [0]
+    words = [name for name, known in COMPONENTS.items() if known.prefix == prefix and known.scope == "block"]
+    layers: dict[tuple[Site | None, ...], int] = {}
+    for layer in (*range(1, count), 0):
+        layers.setdefault(tuple(model_map.site(name, layer) for name in words), layer)
+    return sorted(layers.values())
+
+
+def numbers_of(traced: Trace, block: str, site: Site) -> Tensor | None:
+    """What a site of a block had in a pass; None of what no module is given or hands over."""
+    path = ".".join(part for part in (block, site.path) if part)
+    call = next(iter(traced.of(path)), None)
+    if call is None or site.function is not None:
+        return None
+    if site.side == "input":
+        return call.main_input if site.slot is None else call.inputs.get(site.slot)
+    return call.main_output if site.slot is None else call.outputs.get(site.slot)
+
+
+class Block:
+    """One layer of a stack in a pass that was written down, and the mistakes that can be made about it."""
+
+    def __init__(self, model: nn.Module, model_map: ModelMap, traced: Trace, prefix: str, layer: int) -> None:
+        self.map, self.prefix, self.layer, self.traced = model_map, prefix, layer, traced
+        blocks = model_map.blocks_of(named("attention_input", prefix))
+        self.path = ".".join(part for part in (blocks, str(layer) if blocks else "") if part)
+        self.call = next(iter(traced.of(self.path)), None)
+        config = getattr(model, "config", None)
+        part = model_map.configs.get("decoder" if prefix == "cross" else prefix)  # type: ignore[call-overload]
+        self.sizes = sizes_of(getattr(config, part) if part else config)
+        self.where = f" in layer {layer}" if model_map.kinds else ""
+
+    def name(self, word: str) -> str:
+        return named(word, self.prefix)
+
+    def site(self, word: str) -> Site | None:
+        name = self.name(word)
+        return self.map.site(name, self.layer) if name in COMPONENTS else None
+
+    def call_at(self, site: Site) -> Call | None:
+        path = ".".join(part for part in (self.path, site.path) if part)
+        calls = () if self.call is None else (self.call, *self.call.inside())
+        return next((one for one in calls if one.path == path), None)
+
+    def tensor(self, site: Site) -> Tensor | None:
+        return None if self.call is None else numbers_of(self.traced, self.path, site)
+
+    def same(self, one: Site, other: Site) -> bool:
+        """Whether two sites have the same numbers, so that nothing is wrong with taking one for the other."""
+        a, b = self.tensor(one), self.tensor(other)
+        return (
+            a is not None
+            and b is not None
+            and a.numel() == b.numel()
+            and one.scale == other.scale
+            and bool((a.reshape(-1) == b.reshape(-1)).all())
+        )
+
+    def norms(self) -> list[str]:
+        """Paths of the norms in the block, in order."""
+        if self.call is None:
+            return []
+        children = self.call.children
+        return [
+            one.path.removeprefix(f"{self.path}.") for one in children if "Norm" in type(one.module).__name__
+        ]
+
+    def linears(self) -> list[str]:
+        """Paths of the modules in the block that have a matrix of weights, in order."""
+        if self.call is None:
+            return []
+        return [
+            one.path.removeprefix(f"{self.path}.")
+            for one in self.call.inside()
+            if "Linear" in type(one.module).__name__ or "Conv1D" in type(one.module).__name__
+        ]
+
+    def put(self, mistake: str, wrong: tuple[str, ...] = (), **sites: Site) -> Spoiled:
+        """A map in which components of this layer lie elsewhere.
+
+        Args:
+            mistake: What is wrong, in words.
+            wrong: The words it is wrong about; by default those that lie elsewhere.
+            sites: Word -> where it is said to be.
+        """
+        placed = {self.name(word): site for word, site in sites.items()}
+        names = tuple(self.name(word) for word in (wrong or tuple(sites)))
+        if not self.map.kinds:
+            spoiled = with_sites(self.map, **placed)
+        else:
+            stack = "decoder" if self.prefix == "cross" else self.prefix or None
+            own = LayerKind((self.layer,), stack, sites=placed)
+            spoiled = replace(self.map, kinds=(*self.map.kinds, own))
+        return Spoiled(f"{', '.join(names)}: {mistake}{self.where}", names, spoiled)
+
+    def moved(self, mistake: str, word: str, site: Site | None) -> Iterator[Spoiled]:
+        """The word's site is another one, if that has other numbers."""
+        own = self.site(word)
+        if own is None or site is None or site == own:
+            return
+        if own.plus == site.plus and own.columns == site.columns and self.same(own, site):
+            return
+        yield self.put(mistake, **{word: replace(site, width=own.width)})
+
+    def same_shape(self, one: Site, other: Site) -> bool:
+        a, b = self.tensor(one), self.tensor(other)
+        return a is not None and b is not None and a.shape == b.shape
