@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -199,7 +200,11 @@ class BoundSite:
             real = real[..., None].expand(-1, -1, positions.shape[1])
         rows = _rows(units, batch, device)[:, None, None, None]
         return UnitIndex(
-            (rows, positions[:, None, :, None], self._head_columns(heads, batch, device)), real, heads, last
+            (rows, positions[:, None, :, None], self._head_columns(heads, batch, device)),
+            real,
+            heads,
+            last,
+            columns=self.columns if located is None else None,
         )
 
     def _index_inside(
@@ -240,8 +245,7 @@ class BoundSite:
         if heads is not None and self.columns.contiguous:
             start, width = self.columns.start, self.columns.width
             return (heads[..., None] * width + torch.arange(start, start + width, device=device))[:, :, None]
-        firsts = [self.columns.first_column(head) for head in range(self.columns.heads)]
-        first = torch.tensor(firsts, device=device)
+        first = torch.tensor(_first_columns(self.columns), device=device)
         first = first[None].expand(batch, -1) if heads is None else first[heads]
         return (first[..., None] + torch.arange(self.columns.width, device=device))[:, :, None]
 
@@ -432,8 +436,9 @@ class BoundSite:
         """The output projection by heads: `[b or 1, heads, dh, D]`."""
         assert self.columns is not None
         weight, _ = self._matrix(device)
-        columns = [self.columns.first_column(head) for head in range(self.columns.heads)]
-        by_heads = torch.stack([weight[start : start + self.columns.width] for start in columns])
+        by_heads = torch.stack(
+            [weight[start : start + self.columns.width] for start in _first_columns(self.columns)]
+        )
         return by_heads[None] if heads is None else by_heads[heads]
 
     def _rescaled(
@@ -444,6 +449,11 @@ class BoundSite:
         output = index.read(stream)
         scaled = output if bias is None else output - bias
         return index.add(stream, (_wide(scaled) * (old / _wide(new) - 1)).to(output.dtype))
+
+
+@lru_cache(maxsize=1024)
+def _first_columns(columns: HeadColumns) -> tuple[int, ...]:
+    return tuple(columns.first_column(head) for head in range(columns.heads))
 
 
 def _wide(tensor: Tensor) -> Tensor:

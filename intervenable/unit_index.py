@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model_maps import HeadColumns
+
 Index = tuple[Any, ...]
 
 
@@ -31,20 +33,30 @@ class UnitIndex:
     view: bool = False
     """Whether located units are reached by slices alone, which do not copy."""
 
+    columns: HeadColumns | None = None
+    """Where the heads lie, if all units of all heads are meant: then they are reached without the index."""
+
     def in_rows(self, rows: Tensor) -> UnitIndex:
         """The same units in other rows: `[n]`, one for each of those it has."""
         first = self.index[0]
-        return replace(self, index=(rows.view(-1, *[1] * (first.dim() - 1)), *self.index[1:]))
+        return replace(self, index=(rows.view(-1, *[1] * (first.dim() - 1)), *self.index[1:]), columns=None)
 
     def read(self, stream: Tensor) -> Tensor:
         """The units; a copy, unless every position is meant."""
+        by_heads = self._all_heads(stream)
+        if by_heads is not None:
+            return by_heads.permute(0, 2, 3, 1, 4).flatten(1, 2).clone(memory_format=torch.contiguous_format)
         units = stream[self.index]
         return units.clone() if self.view else units
 
     def write(self, stream: Tensor, units: Tensor) -> Tensor:
         """A copy of the stream with other units in it."""
         result = _copy(stream)
-        if self.real is None:
+        by_heads = self._all_heads(result)
+        if by_heads is not None and units.dim() == 4 and units.dtype == stream.dtype:
+            groups, heads = by_heads.shape[2:4]
+            by_heads.copy_(units.reshape(-1, groups, heads, *units.shape[2:]).permute(0, 3, 1, 2, 4))
+        elif self.real is None:
             result[self.index] = units
         else:
             result[self._of_real()] = units[self.real] if units.dim() else units
@@ -56,6 +68,22 @@ class UnitIndex:
             change = torch.where(self.real[..., None], change, torch.zeros_like(change))
             return stream.index_put(self._tensors(stream), change, accumulate=True)
         return self.write(stream, stream[self.index] + change)
+
+    def _all_heads(self, stream: Tensor) -> Tensor | None:
+        """A view of a stream by heads, `[b, n, groups, heads of a group, dh]`; None if there is none."""
+        columns = self.columns
+        if columns is None or stream.shape[:2] != (self.index[0].shape[0], self.index[1].shape[2]):
+            return None
+        heads, step = min(columns.per_group, columns.heads), columns.stride or columns.width
+        groups, left = divmod(columns.heads, heads)
+        group_step = columns.group_stride or columns.per_group * step
+        width = (heads - 1) * step + columns.width
+        whole = (groups - 1) * group_step + width
+        apart = step >= columns.width and (groups == 1 or group_step >= width)
+        if left or not apart or stream.dim() != 3 or columns.start + whole > stream.shape[2]:
+            return None
+        by_groups = stream.narrow(2, columns.start, whole).unfold(2, width, group_step)
+        return by_groups.unfold(3, columns.width, step)
 
     def _of_real(self) -> Index:
         assert self.real is not None
