@@ -20,6 +20,8 @@ from intervenable.errors import IntervenableError
 from intervenable.hooks import Hook, hooked
 from intervenable.inputs import RunInputs
 from intervenable.map_laws import deviation, limit_of, named
+from intervenable.map_laws_carried import carrying
+from intervenable.map_media import rows_of_picture
 from intervenable.map_trace import Trace, trace
 from intervenable.passage import Passage
 from intervenable.signatures import counts_time_first, takes
@@ -106,7 +108,10 @@ class Bench:
         """The inputs of experiments: of the first example alone, if the model gives it the same by itself."""
         self.rows = self.batch
         """Examples of one experiment."""
-        self.rows_of_example = rows_of_example(model, model_map, inputs, self.batch)
+        patches = rows_of_picture(inputs, self.batch)
+        self.rows_of_example = (
+            patches if patches > 1 else rows_of_example(model, model_map, inputs, self.batch)
+        )
         """Rows of the inputs that are one example of the blocks."""
         self.sites: dict[Key, BoundSite] = {}
         self.faults: dict[Key, str] = {}
@@ -127,6 +132,8 @@ class Bench:
         self.passes: dict[Key, int] = {}
         """How often a place was passed in the plain pass."""
         self._trace: Trace | None = None
+        self.carrying: frozenset[str] = frozenset()
+        """Prefixes of the stacks whose blocks are given more of those before them than the stream."""
 
     # -- what there is
 
@@ -270,6 +277,7 @@ class Bench:
         result = trace(self.model, self.inputs, extra=hooks)
         self.plainly = group.seen
         self._trace = result
+        self.carrying = carrying(self.sites, result)
         return result
 
     def run(self) -> None:
@@ -377,9 +385,9 @@ class Bench:
 
             return act
 
-        def writing(key: Key) -> Callable[[Passage], None]:
-            site = self.sites[key]
-            changes = [(group, group.writes[key]) for group in groups if key in group.writes]
+        def writing(key: Key, like: Key | None = None) -> Callable[[Passage], None]:
+            site, like = self.sites[key], like or key
+            changes = [(group, group.writes[like]) for group in groups if like in group.writes]
 
             def act(passage: Passage) -> None:
                 if key in self.faults:
@@ -423,7 +431,14 @@ class Bench:
         for key in self.sites:
             if key in whole and key not in written:
                 hooks.append(hook_at(self.sites[key], keeping(key)))
-        return [*hooks, *(hook_at(self.sites[key], noting(key)) for key in read)]
+        hooks += [hook_at(self.sites[key], noting(key)) for key in read]
+        for name, layer in written:
+            # What a block is given by hand counts as what the one before returned, once that has been read.
+            known = COMPONENTS[name]
+            left = (named("block_output", known.prefix), (layer or 0) - 1)
+            if known.word == "block_input" and known.prefix in self.carrying and self.has(*left):
+                hooks.append(hook_at(self.sites[left], writing(left, (name, layer)), writes=True))
+        return hooks
 
     def _run_inputs(self, batch: int, length: int = 0) -> RunInputs:
         run = RunInputs((), {}, None, batch, length, None, None, self.time_first)

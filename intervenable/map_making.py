@@ -19,11 +19,19 @@ from intervenable.map_verification import check_map
 from model_maps import ModelMap, UnmappedModelError
 
 
-def proved_map(model: nn.Module, inputs: Mapping[str, Any]) -> ModelMap:
-    """The map of a model as its runs show it: inferred, and without what breaks a law."""
+def proved_map(
+    model: nn.Module, inputs: Mapping[str, Any], shown: Mapping[str, Any] | None = None
+) -> ModelMap:
+    """The map of a model as its runs show it: inferred, and without what breaks a law.
+
+    Args:
+        model: The model, small enough to be run.
+        inputs: Its keyword inputs, on which the map is proved.
+        shown: Those from which it is inferred; the same by default.
+    """
     # Whatever the caller has switched off: heads are told apart by gradients.
     with torch.inference_mode(False), torch.enable_grad():
-        return check_map(model, infer_map(model, inputs), inputs).map
+        return check_map(model, infer_map(model, inputs if shown is None else shown), inputs).map
 
 
 def make_map(model: nn.Module, example: Mapping[str, Any] | None = None) -> ModelMap:

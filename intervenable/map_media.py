@@ -1,4 +1,4 @@
-"""Towers run as their model runs them: what each is given when the model reads two pictures or sounds made up for it.
+"""Towers run as their model runs them: what each is given when the model reads pictures or sounds made up for it.
 
 A model that reads text and pictures has a method for the pictures alone. What that calls first, on pictures in the
 one form of several that it takes, is the tower; with what it was given then, the tower can be run by itself.
@@ -19,7 +19,7 @@ from intervenable.map_pictures import pictures, sounds
 from intervenable.passage import Passage
 from model_maps import Stack
 
-READERS: Mapping[Stack, tuple[str, Callable[[Any, tuple[str, ...]], Iterator[dict[str, Tensor]]]]] = {
+READERS: Mapping[Stack, tuple[str, Callable[[Any, tuple[str, ...], int], Iterator[dict[str, Tensor]]]]] = {
     "vision": ("get_image_features", pictures),
     "audio": ("get_audio_features", sounds),
 }
@@ -35,13 +35,20 @@ class TowerCall:
     inputs: Mapping[str, Any]
     """What it was given, by keyword."""
 
+    @property
+    def rows(self) -> int:
+        """The entries of the first axis of the numbers that it was given: pictures, or patches of all of them."""
+        given = (value for value in self.inputs.values() if isinstance(value, Tensor))
+        return next((len(value) for value in given if value.is_floating_point() and value.dim()), 0)
 
-def tower_calls(model: nn.Module, role: Stack) -> list[TowerCall]:
+
+def tower_calls(model: nn.Module, role: Stack, count: int = 2) -> list[TowerCall]:
     """The outermost modules that a model calls to read pictures or sounds, in order; none if it cannot be made to.
 
     Args:
         model: The model.
         role: Whether pictures or sounds are to be read: one of `READERS`.
+        count: How many are read.
     """
     name, make = READERS[role]
     path, reader = next(
@@ -53,13 +60,33 @@ def tower_calls(model: nn.Module, role: Stack) -> list[TowerCall]:
     read = getattr(reader, name)
     takes = tuple(inspect.signature(read).parameters)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    for form in make(config, takes):
+    for form in make(config, takes, count):
         given = {name: value.to(device) for name, value in form.items()}
         found = _calls(reader, path, lambda given=given: read(**given))  # type: ignore[misc]
         # What follows the tower may want more than was made up; the tower itself has run then.
         if found and _has_blocks(found[0].module):
             return found
     return []
+
+
+def rows_of_picture(inputs: Mapping[str, Any], rows: int) -> int:
+    """How many rows of its inputs are one picture to a tower that is given the patches of all of them on one axis.
+
+    Args:
+        inputs: What the tower is given, with counts of patches along the sides of each picture.
+        rows: How many rows there are.
+
+    Example:
+        >>> rows_of_picture({"grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]])}, 32)
+        16
+    """
+    for name, item in inputs.items():
+        counts = isinstance(item, Tensor) and item.dim() == 2 and not item.is_floating_point()
+        if counts and "grid" in name and item.shape[1] in (2, 3):
+            patches = set(item.prod(-1).tolist())
+            if len(patches) == 1 and rows == len(item) * min(patches):
+                return rows // len(item)
+    return 1
 
 
 def _has_blocks(module: nn.Module) -> bool:

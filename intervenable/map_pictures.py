@@ -10,20 +10,17 @@ from torch import Tensor
 
 from intervenable.map_config_fields import field_of, is_number, parts_of
 
-PICTURES = 2
-"""How many pictures or sounds are made, so that they can be told apart."""
-
 _SIDE = 4
 """Patches along each side of a picture that is given patch by patch."""
 
 
-def pictures(config: Any, names: tuple[str, ...], seed: int = 0) -> Iterator[dict[str, Tensor]]:
-    """Two pictures in every form in which models are given them, the likeliest first.
+def pictures(config: Any, names: tuple[str, ...], count: int = 2) -> Iterator[dict[str, Tensor]]:
+    """Pictures in every form in which models are given them, the likeliest first.
 
     Args:
         config: The config of the model, with a part about its tower.
         names: What the reader of the pictures can be given beside `pixel_values`.
-        seed: Other seeds give other pictures.
+        count: How many pictures.
 
     Example:
         >>> from transformers import LlavaConfig
@@ -31,82 +28,82 @@ def pictures(config: Any, names: tuple[str, ...], seed: int = 0) -> Iterator[dic
         >>> {name: tuple(value.shape) for name, value in next(forms).items()}
         {'pixel_values': (2, 3, 336, 336)}
     """
-    drawn = _Drawn(config, seed)
+    drawn = _Drawn(config)
     channels = drawn.number("num_channels", "in_channels", "in_chans") or 3
     size = drawn.number("image_size", "img_size")
     patch = drawn.number("patch_size") or (size or 56) // _SIDE
     films = drawn.number("temporal_patch_size") or 1
     side = _SIDE * max(1, (drawn.number("spatial_merge_size") or 2) // 2)
-    count = side * side
+    patches = side * side
     in_pixels = size or side * patch
     grids = [name for name in names if "grid" in name]
     if grids:
-        grid = {name: _grid(name, side) for name in grids}
+        grid = {name: _grid(name, side, count) for name in grids}
         for width in dict.fromkeys((channels * films * patch**2, channels * patch**2)):
-            yield {"pixel_values": drawn.normal(PICTURES * count, width), **grid}
-        yield {"pixel_values": drawn.normal(PICTURES * count, channels, patch, patch), **grid}
+            yield {"pixel_values": drawn.normal(count * patches, width), **grid}
+        yield {"pixel_values": drawn.normal(count * patches, channels, patch, patch), **grid}
     if "image_position_ids" in names:
         places = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="xy"), -1)
         yield {
-            "pixel_values": drawn.normal(PICTURES, count, channels * patch**2),
-            "image_position_ids": places.reshape(1, count, 2).expand(PICTURES, -1, -1).contiguous(),
+            "pixel_values": drawn.normal(count, patches, channels * patch**2),
+            "image_position_ids": places.reshape(1, patches, 2).expand(count, -1, -1).contiguous(),
         }
     if "spatial_shapes" in names:
         yield {
-            "pixel_values": drawn.normal(PICTURES, count, channels * patch**2),
-            "spatial_shapes": torch.full((PICTURES, 2), side),
-            "pixel_attention_mask": torch.ones(PICTURES, count, dtype=torch.long),
+            "pixel_values": drawn.normal(count, patches, channels * patch**2),
+            "spatial_shapes": torch.full((count, 2), side),
+            "pixel_attention_mask": torch.ones(count, patches, dtype=torch.long),
         }
-    beside = {name: made for name in names if (made := _beside(name, in_pixels)) is not None}
-    yield {"pixel_values": drawn.normal(PICTURES, channels, in_pixels, in_pixels), **beside}
-    one_each = drawn.normal(PICTURES, 1, channels, in_pixels, in_pixels)
+    beside = {name: made for name in names if (made := _beside(name, in_pixels, count)) is not None}
+    yield {"pixel_values": drawn.normal(count, channels, in_pixels, in_pixels), **beside}
+    one_each = drawn.normal(count, 1, channels, in_pixels, in_pixels)
     yield {"pixel_values": one_each, **beside}
     if "pixel_attention_mask" in names:
-        whole = torch.ones(PICTURES, 1, in_pixels, in_pixels, dtype=torch.long)
+        whole = torch.ones(count, 1, in_pixels, in_pixels, dtype=torch.long)
         yield {"pixel_values": one_each, "pixel_attention_mask": whole}
 
 
-def sounds(config: Any, names: tuple[str, ...], seed: int = 0) -> Iterator[dict[str, Tensor]]:
-    """Two sounds in every form in which models are given them, the likeliest first.
+def sounds(config: Any, names: tuple[str, ...], count: int = 2) -> Iterator[dict[str, Tensor]]:
+    """Sounds in every form in which models are given them, the likeliest first.
 
     Args:
         config: The config of the model, with a part about its tower.
         names: What the reader of the sounds can be given.
-        seed: Other seeds give other sounds.
+        count: How many sounds.
     """
-    drawn = _Drawn(config, seed, "audio_config")
+    drawn = _Drawn(config, "audio_config")
     if "input_values" in names:
-        yield {"input_values": drawn.normal(PICTURES, 2000)}
+        yield {"input_values": drawn.normal(count, 2000)}
     bins = drawn.number("num_mel_bins", "feature_size", "input_dim") or 80
     places = drawn.number("max_source_positions")
     for frames in dict.fromkeys((2 * places if places else 64, 64, 128)):
-        mask = {name: torch.ones(PICTURES, frames, dtype=torch.long) for name in names if "mask" in name}
-        lengths = {name: torch.full((PICTURES,), frames) for name in names if "length" in name}
-        yield {"input_features": drawn.normal(PICTURES, bins, frames), **mask, **lengths}
-        yield {"input_features": drawn.normal(PICTURES, frames, bins), **mask, **lengths}
+        mask = {name: torch.ones(count, frames, dtype=torch.long) for name in names if "mask" in name}
+        lengths = {name: torch.full((count,), frames) for name in names if "length" in name}
+        yield {"input_features": drawn.normal(count, bins, frames), **mask, **lengths}
+        yield {"input_features": drawn.normal(count, frames, bins), **mask, **lengths}
 
 
-def _grid(name: str, side: int) -> Tensor:
+def _grid(name: str, side: int, count: int) -> Tensor:
     axes = [side, side] if name.endswith("hw") and not name.endswith("thw") else [1, side, side]
-    return torch.tensor([axes] * PICTURES)
+    return torch.tensor([axes] * count)
 
 
-def _beside(name: str, size: int) -> Tensor | None:
+def _beside(name: str, size: int, count: int) -> Tensor | None:
     """What some readers want to know about whole pictures."""
     if name in ("image_sizes", "target_sizes"):
-        return torch.full((PICTURES, 2), size)
+        return torch.full((count, 2), size)
     if name in ("batch_num_images", "image_merge_sizes"):
-        return torch.ones(PICTURES, dtype=torch.long)
-    return torch.ones(PICTURES, 5, dtype=torch.long) if name == "qformer_input_ids" else None
+        return torch.ones(count, dtype=torch.long)
+    return torch.ones(count, 5, dtype=torch.long) if name == "qformer_input_ids" else None
 
 
 class _Drawn:
     """Random numbers, and the numbers of a config: those of the tower first."""
 
-    def __init__(self, config: Any, seed: int, tower: str = "vision_config") -> None:
+    def __init__(self, config: Any, tower: str = "vision_config") -> None:
         own = field_of(config, tower)
         self._parts = [*([] if own is None else [own]), *parts_of(config)]
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(0)
 
     def number(self, *names: str) -> int | None:
         for part in self._parts:

@@ -26,8 +26,11 @@ TOWERS: Mapping[str, Stack] = {
 }
 """Main input of a tower -> which it is."""
 
-Prove = Callable[[nn.Module, Mapping[str, Any]], ModelMap]
-"""Infers and verifies the map of a module on its inputs."""
+Prove = Callable[[nn.Module, Mapping[str, Any], Mapping[str, Any] | None], ModelMap]
+"""Verifies the map of a module on inputs; it is inferred from the others, if there are such."""
+
+PICTURES = 2
+"""How many pictures or sounds are read at once, so that they can be told apart."""
 
 
 def with_towers(model: nn.Module, model_map: ModelMap, prove: Prove) -> ModelMap:
@@ -41,9 +44,9 @@ def with_towers(model: nn.Module, model_map: ModelMap, prove: Prove) -> ModelMap
     for role in dict.fromkeys(TOWERS.values()):
         if role in model_map.stacks:
             continue
-        for path, tower, inputs in _towers(model, model_map, role):
+        for path, tower, inputs, shown in _towers(model, model_map, role):
             try:
-                found = prove(tower, inputs())
+                found = prove(tower, inputs(), shown)
             except Exception:  # it cannot be run by itself, for whatever reason: its components stay absent
                 continue
             joined = _joined(model_map, found, path, role, model)
@@ -53,25 +56,28 @@ def with_towers(model: nn.Module, model_map: ModelMap, prove: Prove) -> ModelMap
     return model_map
 
 
-_Inputs = Callable[[], Mapping[str, Any]]
+_Tower = tuple[str, nn.Module, Callable[[], Mapping[str, Any]], Mapping[str, Any] | None]
 
 
-def _towers(model: nn.Module, model_map: ModelMap, role: Stack) -> Iterator[tuple[str, nn.Module, _Inputs]]:
-    """The modules that may be a tower, likeliest first, and what each can be run on.
+def _towers(model: nn.Module, model_map: ModelMap, role: Stack) -> Iterator[_Tower]:
+    """The modules that may be a tower, likeliest first, what each can be run on, and what shows its parts.
 
     What the model itself runs when it reads a picture comes first, if it runs it once; then the outermost models
-    inside it that read what is no text.
+    inside it that read what is no text. Where all pictures lie on one axis, a single one shows how many positions
+    it has.
     """
     known = [path for path in (model_map.blocks, *model_map.stacks.values()) if path]
 
     def holds(path: str) -> bool:
         return any(blocks.startswith(f"{path}.") for blocks in known)
 
-    calls = tower_calls(model, role)
+    calls = tower_calls(model, role, PICTURES)
     times = Counter(call.path for call in calls)
     for call in calls:
         if times[call.path] == 1 and not holds(call.path):
-            yield call.path, call.module, lambda call=call: call.inputs  # type: ignore[misc]
+            single = tower_calls(model, role, 1) if call.rows != PICTURES else []
+            shown = next((one.inputs for one in single if one.path == call.path), None)
+            yield call.path, call.module, lambda call=call: call.inputs, shown  # type: ignore[misc]
     inside: list[str] = []
     for path, module in model.named_modules():
         reads = TOWERS.get(str(getattr(module, "main_input_name", "")))
@@ -80,7 +86,7 @@ def _towers(model: nn.Module, model_map: ModelMap, role: Stack) -> Iterator[tupl
         if any(path.startswith(f"{outer}.") for outer in inside) or holds(path):
             continue
         inside.append(path)
-        yield path, module, lambda module=module: example_inputs(module)  # type: ignore[misc]
+        yield path, module, lambda module=module: example_inputs(module), None  # type: ignore[misc]
 
 
 def _joined(whole: ModelMap, tower: ModelMap, path: str, role: Stack, model: nn.Module) -> ModelMap:
