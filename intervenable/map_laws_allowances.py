@@ -114,6 +114,23 @@ def in_sum(
     return deviation(alone + others, after + before)
 
 
+def in_product(bench: Bench, key: Key, group: Group, rest: Group | None, source: Group) -> float:
+    """How far off it is that weighted values are a factor that follows from what is written, and one that does not.
+
+    Some are normed head by head before the gate, or freed of their own position's value: so the factor need not be
+    the pattern times the values. The values with these parts of the source, times those with all but these, come to
+    the source's times the base's; the pattern and the values are not factors of each other, so neither will do alone.
+    """
+    if rest is None or not all_have(key, group, rest, source, bench.base):
+        return float("inf")
+    alone, others, after, before = (one.seen[key].double() for one in (group, rest, source, bench.base))
+    if len({one.shape for one in (alone, others, after, before)}) > 1:
+        return float("inf")
+    if deviation(alone, before) <= limit_of(group.seen[key].dtype):
+        return float("inf")
+    return deviation(alone * others, after * before)
+
+
 def of_common(pattern: Tensor, other: Tensor) -> Tensor:
     """Shares of the keys that are read in both: what a sink takes is not in the scores, nor what a mask that follows
     from the tokens hides.

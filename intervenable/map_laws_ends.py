@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from intervenable.map_laws import ENDS, Finding, deviation, limit_of, named
-from intervenable.map_laws_runs import Bench, Group, Key, all_have, taken_from
+from intervenable.map_laws_runs import Bench, Change, Group, Key, all_have, taken_from
 from intervenable.map_laws_swaps import MOVED, Judge, Swaps, moved, near
 from model_maps import COMPONENTS
 
@@ -31,7 +31,10 @@ def ends(bench: Bench, swaps: Swaps) -> Judge:
         for key in keys:
             if not bench.has(*key) or bench.sites[key].read_only:
                 continue
-            group = bench.experiment(f"{key[0]} of {source.name}", {key: taken_from(source)})
+            # Where blocks keep what those before them returned, the last output does not determine the rest alone.
+            every = bench.layers(key[0]) if prefix in bench.carrying else [key[1]]
+            writes: dict[Key, Change] = {(key[0], layer): taken_from(source) for layer in every}
+            group = bench.experiment(f"{key[0]} of {source.name}", writes)
             bench.read_in(group, [("logits", None)])
             made.append((key, prefix, group, source))
 

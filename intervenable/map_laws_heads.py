@@ -8,7 +8,7 @@ leaves its size, and so what a norm over all heads makes of it, as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +52,7 @@ SHARED = ("head_key_output", "head_value_output", "rotary_key")
 
 def heads(bench: Bench) -> Judge:
     """Which heads a change of some heads reaches."""
-    made: list[tuple[str, str, Coded, range, Group]] = []
+    made: list[tuple[str, str, Coded, range, dict[int | None, list[int]], Group]] = []
     for prefix in (*bench.prefixes, "cross"):
         for coded in CODED:
             written, read = named(coded.written, prefix), named(coded.read, prefix)
@@ -62,17 +62,20 @@ def heads(bench: Bench) -> Judge:
             if not layers:
                 continue
             count = max(bench.sites[written, layer].heads or 1 for layer in layers)
-            for bits in _bits(bench, written, count, together=bool(coded.at)):
-                change = _changed(coded, bits)
+            positions = {layer: _told_at(bench, coded, written, read, layer) for layer in layers}
+            for bits in _bits(count, positions.values() if coded.at else [[0]]):
                 stack = "decoder" if prefix == "cross" else prefix
-                writes = {**bench.held(stack), **{(written, layer): change(bench) for layer in layers}}
+                changes = {
+                    (written, layer): _changed(bench, coded, bits, positions[layer]) for layer in layers
+                }
+                writes = {**bench.held(stack), **changes}
                 group = bench.experiment(
                     f"heads of {written}, {_numbers(bits)}", writes, [(read, layer) for layer in layers]
                 )
-                made.append((written, read, coded, bits, group))
+                made.append((written, read, coded, bits, positions, group))
 
     def judge() -> Iterator[Finding]:
-        for written, read, coded, bits, group in made:
+        for written, read, coded, bits, positions, group in made:
             for layer in bench.layers(written):
                 key = (read, layer)
                 if not bench.has(*key) or key not in group.seen or key not in bench.base.seen:
@@ -80,7 +83,8 @@ def heads(bench: Bench) -> Judge:
                 count = bench.sites[written, layer].heads or 1
                 why = f"{read} of heads with {_numbers(bits)} alone"
                 limit = limit_of(group.seen[key].dtype)
-                off, right = _told(group.seen[key], bench.base.seen[key], coded, bits, count, limit)
+                places = list(zip(bits, positions[layer], strict=False)) if coded.at else []
+                off, right = _told(group.seen[key], bench.base.seen[key], coded, bits, places, count, limit)
                 shared = COMPONENTS[written].word in SHARED
                 if not shared and bench.sites[written, layer].heads not in (None, group.seen[key].shape[1]):
                     right, why = False, f"{count} heads, and {read} has {group.seen[key].shape[1]}"
@@ -116,14 +120,22 @@ def _has_bit(head: int, bit: int) -> bool:
     return bool((head + 1) >> bit & 1)
 
 
-def _bits(bench: Bench, name: str, count: int, together: bool) -> list[range]:
+def _bits(count: int, positions: Iterable[Sequence[int]]) -> list[range]:
     """The bits of the numbers of heads that each experiment tells, a position for each of those told together."""
-    lengths = [
-        value.shape[2] for (other, _), value in bench.plainly.items() if other == name and value.dim() == 4
-    ]
-    room = len(_positions(min(lengths, default=1))) if together else 1
-    total = count.bit_length()
+    room, total = min(map(len, positions)), count.bit_length()
     return [range(first, min(first + room, total)) for first in range(0, total, room)]
+
+
+def _told_at(bench: Bench, coded: Coded, written: str, read: str, layer: int | None) -> list[int]:
+    """Positions at which a change of heads can be seen in a layer: no query reads some keys of a sparse pattern."""
+    value, matrix = bench.plainly.get((written, layer)), bench.plainly.get((read, layer))
+    if value is None or value.dim() != 4:
+        return [0 if value is None else value.shape[1] // 2]
+    positions = _positions(value.shape[2])
+    if coded.at != "column" or matrix is None or matrix.dim() != 4 or matrix.shape[-1] != value.shape[2]:
+        return positions
+    seen = told(matrix[: bench.rows // bench.rows_of_example]).any(-2).any(0).all(0)
+    return [position for position in positions if seen[position]] or positions
 
 
 def _positions(length: int) -> list[int]:
@@ -148,33 +160,36 @@ def _coded(bits: range, length: int) -> list[tuple[int, int]]:
     return list(zip(bits, _positions(length), strict=False))
 
 
-def _changed(coded: Coded, bits: range) -> Callable[[Bench], Change]:
-    def for_bench(bench: Bench) -> Change:
-        def change(groups: Tensor) -> Tensor:
-            value = groups[bench.base.index].clone()
-            if value.dim() == 3:  # all heads at once
-                value[:, value.shape[1] // 2] = value[:, value.shape[1] // 2].flip(-1)
-                return value
-            whole = [(bits[0], slice(None))]
-            for bit, position in _coded(bits, value.shape[2]) if coded.at else whole:
-                chosen = [head for head in range(value.shape[1]) if _has_bit(head, bit)]
-                old = value[:, chosen, position]
-                if coded.written == "attention_pattern":
-                    new = old * 0.5
-                elif coded.written == "attention_scores":  # half of large ones would give the same pattern
-                    new = torch.where(old.abs() < -floor_of(old.dtype), -old, old)
-                else:
-                    new = old.flip(-1)
-                value[:, chosen, position] = new
+def _changed(bench: Bench, coded: Coded, bits: range, positions: Sequence[int]) -> Change:
+    def change(groups: Tensor) -> Tensor:
+        value = groups[bench.base.index].clone()
+        if value.dim() == 3:  # all heads at once
+            value[:, positions[0]] = value[:, positions[0]].flip(-1)
             return value
+        places = zip(bits, positions, strict=False) if coded.at else [(bits[0], slice(None))]
+        for bit, position in places:
+            chosen = [head for head in range(value.shape[1]) if _has_bit(head, bit)]
+            old = value[:, chosen, position]
+            if coded.written == "attention_pattern":
+                new = 0.5 * old.flip(-1)  # half alone is the same where a norm of each head follows
+            elif coded.written == "attention_scores":  # half of large ones would give the same pattern
+                new = torch.where(old.abs() < -floor_of(old.dtype), -old, old)
+            else:
+                new = old.flip(-1)
+            value[:, chosen, position] = new
+        return value
 
-        return change
-
-    return for_bench
+    return change
 
 
 def _told(
-    new: Tensor, old: Tensor, coded: Coded, bits: range, count: int, limit: float
+    new: Tensor,
+    old: Tensor,
+    coded: Coded,
+    bits: range,
+    places: Sequence[tuple[int, int]],
+    count: int,
+    limit: float,
 ) -> tuple[float, bool]:
     """How far what should stay is off, and whether exactly the heads that should change do."""
     total = old.shape[1]
@@ -185,7 +200,6 @@ def _told(
     size = float(old.abs().max()) or 1.0
     difference = (new - old) / size
     axis = -1 if coded.at == "column" else -2
-    places = _coded(bits, old.shape[axis]) if coded.at else []
     if coded.at == "column":
         # Where a sink beside the keys is the largest of a row, the model takes it from all of the row.
         shift = torch.where(visible, difference, torch.nan)
@@ -216,13 +230,16 @@ def shares(bench: Bench) -> Judge:
         if COMPONENTS[written].prefix != prefix:
             continue
         layers = [
-            layer for layer in bench.layers(written) if bench.has(share, layer) and bench.has(whole, layer)
+            layer
+            for layer in bench.layers(written)
+            if bench.has(share, layer) and bench.has(whole, layer) and (written, layer) in bench.plainly
         ]
         if not layers:
             continue
         count = max(bench.sites[written, layer].heads or 0 for layer in layers)
         stack = "decoder" if prefix == "cross" else prefix
-        for bits in _bits(bench, written, count, together=True):
+        lengths = [bench.plainly[written, layer].shape[2] for layer in layers]
+        for bits in _bits(count, map(_positions, lengths)):
             writes = {**bench.held(stack), **{(written, layer): _without(bench, bits) for layer in layers}}
             keys: list[Key] = [(whole, layer) for layer in layers]
             group = bench.experiment(f"no heads of {written} with {_numbers(bits)}", writes, keys)

@@ -13,6 +13,7 @@ from intervenable.map_laws import ADDED, ONLY, TRANSFERS, Finding, deviation, li
 from intervenable.map_laws_allowances import (
     SEEN_WITH,
     gated,
+    in_product,
     in_sum,
     of_common,
     parts_of_heads,
@@ -166,6 +167,9 @@ def determines(bench: Bench, swaps: Swaps) -> Judge:
                 off = deviation(found, expected)
                 if off > limit and COMPONENTS[name].word == "attention_value_output":
                     off = min(off, gated(bench, prefix, layer, group, source))
+                if off > limit and COMPONENTS[name].word == "attention_value_output":
+                    rest = swaps.rest(prefix, written, source, read)
+                    off = min(off, in_product(bench, key, group, rest, source))
                 if off > limit and COMPONENTS[name].word == "attention_scores":
                     off = min(off, parts_of_heads(bench, prefix, layer, group, source, names))
                 if off > limit and COMPONENTS[name].word == "attention_scores":
