@@ -38,6 +38,8 @@ from model_maps import (
     Sizes,
     UnmappedModelError,
     component_site,
+    layer_lists,
+    path_in_layer,
     sizes_of,
 )
 
@@ -210,7 +212,7 @@ class Places:
     def _blocks_at(self, path: str) -> int:
         """How many blocks there are in a list of them."""
         if path not in self._counts:
-            found = module_at(self.model, path, "the list of blocks") if path else None
+            found = module_at(self.model, layer_lists(path)[0], "the list of blocks") if path else None
             self._counts[path] = 1 if found is None else len(found)  # type: ignore[arg-type]  # a ModuleList
         return self._counts[path]
 
@@ -218,13 +220,11 @@ class Places:
         site = self._site_of(component, layer)
         plus = None if site.plus is None else self._component(site.plus, layer)
         blocks = self.map.blocks_of(component)
-        prefix = f"{blocks}.{layer}" if blocks and layer is not None else ""
         bound = bind_site(
             self.model,
             component,
-            site,
+            replace(site, path=path_in_layer(blocks, layer, site.path)),
             layer,
-            prefix,
             self._sizes_for(component),
             plus,
             causal=self.map.causal_at(component),

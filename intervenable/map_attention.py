@@ -34,6 +34,7 @@ from intervenable.map_attention_projections import (
     take_moments,
 )
 from intervenable.map_attention_view import BlockView, layout, same_values
+from intervenable.map_layers import block_at
 from intervenable.map_trace import Call, Trace
 from model_maps import Site
 
@@ -87,15 +88,20 @@ def attention_sites(
     Args:
         model: A model small enough to be run with gradients.
         inputs: Its keyword inputs, of at least two positions.
-        trace: A pass of the model on them.
+        trace: A pass of the model on them, with calls of the blocks.
         block_paths: Paths of the blocks.
         cross: Whether to find the attention to another stack instead of the one to the blocks' own positions.
     """
-    blocks = [model.get_submodule(path) for path in block_paths]
-    found = _found(model, inputs, blocks, cross)
+    blocks = [block_at(model, path) for path in block_paths]
+    calls = {path: call for path in block_paths for call in trace.of(path)[:1]}
+    entrances = [
+        calls[path].entrance.module if path in calls else block
+        for path, block in zip(block_paths, blocks, strict=True)
+    ]
+    found = _found(model, inputs, blocks, entrances, cross)
     mixing = [module for view, several in found if several for module in convolutions(view, several)]
     if mixing:
-        found = _found(model, inputs, blocks, cross, mixing)
+        found = _found(model, inputs, blocks, entrances, cross, mixing)
     answers = [_answer(view, several, cross) for view, several in found]
     return answers if cross else _writable(model, inputs, [view for view, _ in found], blocks, answers)
 
@@ -128,11 +134,12 @@ def _found(
     model: nn.Module,
     inputs: Mapping[str, Any],
     blocks: Sequence[nn.Module],
+    entrances: Sequence[nn.Module],
     cross: bool,
     stops_too: Sequence[nn.Module] = (),
 ) -> list[tuple[BlockView, list[Operands]]]:
     """The blocks with their computations of attention of one kind."""
-    passed = probe(model, inputs, blocks, stops_too)
+    passed = probe(model, inputs, blocks, entrances, stops_too)
     batch = next(
         (value.shape[0] for value in inputs.values() if isinstance(value, Tensor) and value.dim()), 1
     )

@@ -12,6 +12,7 @@ from intervenable.map_attention_events import Attention, attentions
 from intervenable.map_attention_probe import made_of
 from intervenable.map_attention_projections import Projection, RefusedError
 from intervenable.map_attention_view import BlockView, ancestors, layout, same_values, within
+from intervenable.map_layer_calls import with_calls_of
 from intervenable.map_trace import Call, trace
 from intervenable.passage import Passage
 from model_maps import AttentionHeads, Site
@@ -111,7 +112,11 @@ def reached_by(
         passage.put("input", module.main_input_slot, given.roll(1, -1) * 1.5 + 0.5)
 
     before, after = (
-        next(call for call in trace(model, inputs, extra=extra).calls if call.module is block)
+        next(
+            call
+            for call in with_calls_of(trace(model, inputs, extra=extra), [block]).calls
+            if call.module is block
+        )
         for extra in ([], [Hook(module.module, "input", changed)])
     )
     pairs = zip(attentions(before, batch), attentions(after, batch), strict=False)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from intervenable.hooks import Hook
 from intervenable.linear_maps import is_conv1d
+from intervenable.map_layer_calls import with_calls_of
 from intervenable.map_trace import Call, Trace, trace
 from intervenable.passage import Passage
 
@@ -76,6 +77,7 @@ def probe(
     model: nn.Module,
     inputs: Mapping[str, Any],
     blocks: Sequence[nn.Module],
+    entrances: Sequence[nn.Module],
     stops_too: Sequence[nn.Module] = (),
 ) -> Probe:
     """Run a model once; inside these blocks gradients stop at linear maps and pass norms column by column.
@@ -86,14 +88,15 @@ def probe(
         model: The model.
         inputs: Its keyword inputs.
         blocks: The blocks.
+        entrances: For each block the module that is given what it is given: itself, or the first of its parts.
         stops_too: Other modules at whose outputs gradients stop.
     """
     stops: dict[int, Leaf] = {}
     given: list[Tensor] = []  # ids count while tensors live
     hooks: list[Hook] = []
     done: set[nn.Module] = set()
-    for block in blocks:
-        hooks.append(Hook(block, "input", _stopping_inputs(stops, given)))
+    for block, entrance in zip(blocks, entrances, strict=True):
+        hooks.append(Hook(entrance, "input", _stopping_inputs(stops, given)))
         inside_a_linear: set[nn.Module] = set()
         for module in block.modules():
             if module in done or module in inside_a_linear:
@@ -104,7 +107,7 @@ def probe(
                 hooks.append(Hook(module, "output", _stopping_output(stops, given)))
             elif keeps_columns(module) and module is not block:
                 hooks.append(Hook(module, "output", _straight))
-    run = trace(model, inputs, gradients=True, extra=hooks)
+    run = with_calls_of(trace(model, inputs, gradients=True, extra=hooks), blocks)
     for call in run.calls:
         leaf = stops.get(id(call.main_output))
         if leaf is not None and leaf.call is None and leaf.slot is None:

@@ -79,7 +79,7 @@ def block_sites(
         for block, attention, other in zip(blocks, own, cross, strict=True)
     ]
     asked = {call.path for view in views for call in view.to_ask()}
-    mixing = mixing_modules(model, inputs, run, asked)
+    mixing = mixing_modules(model, inputs, run, asked, layout)
     return [view.answer(mixing) for view in views]
 
 
@@ -182,9 +182,9 @@ class _View:
 
     def answer(self, mixing: Mapping[str, bool]) -> BlockSites:
         """All components of the block."""
-        own = self.values.call
-        entering = Seen(own, "input", self.block.given, self.block.entering, key_of(self.block.entering))
-        leaving = Seen(own, "output", self.block.returned, self.block.leaving, key_of(self.block.leaving))
+        block = self.block
+        entering = Seen(block.call.entrance, "input", block.given, block.entering, key_of(block.entering))
+        leaving = Seen(block.call.exit, "output", block.returned, block.leaving, key_of(block.leaving))
         self.sites = {
             "block_input": site_at(self.values, entering),
             "block_output": site_at(self.values, leaving),

@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from intervenable.map_layer_calls import call_of_parts, put_in
+from intervenable.map_layers import blocks_at
 from intervenable.map_modules import Key, has_matrix, key_of, output_slot
 from intervenable.map_trace import Call, Slot, Trace
-from model_maps import Stack
+from model_maps import Stack, path_in_layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +100,10 @@ def find_stacks(trace: Trace, model: nn.Module) -> list[BlockStack]:
         stack = _stack(path, entries, calls)
         if stack is not None:
             found.append(stack)
+    for path, layers in _called_by_parts(model, calls, found):
+        stack = _stack_of_parts(path, layers, trace)
+        if stack is not None:
+            found.append(stack)
     return sorted(found, key=lambda stack: stack.first.call.entered)
 
 
@@ -107,6 +113,39 @@ def _lists(model: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
         names = [name for name, _ in module.named_children()]
         if names and names == [str(number) for number in range(len(names))]:
             yield path, list(module.children())
+
+
+def _called_by_parts(
+    model: nn.Module, calls: Mapping[nn.Module, list[Call]], found: Sequence[BlockStack]
+) -> Iterator[tuple[str, list[nn.Module]]]:
+    """Lists of layers that are not called themselves: their forward is, or each is an entry of several lists."""
+    beside: dict[tuple[str, int], list[str]] = {}
+    for path, entries in list(_lists(model)):
+        if any(f"{path}.".startswith(f"{one.path}.") or one.path.startswith(f"{path}.") for one in found):
+            continue
+        if any(calls.get(entry) for entry in entries):
+            parent, _, name = path.rpartition(".")
+            beside.setdefault((parent, len(entries)), []).append(name)
+        else:
+            yield path, entries
+    for (parent, _), names in beside.items():
+        if len(names) > 1:
+            path = f"{parent}.{{{','.join(names)}}}" if parent else f"{{{','.join(names)}}}"
+            yield path, blocks_at(model, path)
+
+
+def _stack_of_parts(path: str, layers: Sequence[nn.Module], trace: Trace) -> BlockStack | None:
+    """The stack of layers of which parts alone are called, if every one is given what the one before returned."""
+    made = [call_of_parts(trace, layer, f"{path}.{number}") for number, layer in enumerate(layers)]
+    called = [call for call in made if call is not None]
+    if len(called) < max(2, len(layers)):
+        return None
+    stack = _stack(path, layers, {call.module: [call] for call in called})
+    if stack is None or stack.linked < len(called) - 1 or not _attends(stack):
+        return None
+    for call in called:
+        put_in(trace, call)
+    return stack
 
 
 def _stack(path: str, entries: Sequence[nn.Module], calls: dict[nn.Module, list[Call]]) -> BlockStack | None:
@@ -122,7 +161,7 @@ def _stack(path: str, entries: Sequence[nn.Module], calls: dict[nn.Module, list[
     blocks = tuple(
         Block(
             layer,
-            f"{path}.{layer}" if path else str(layer),
+            path_in_layer(path, layer, "") if path else str(layer),
             call,
             None if given == call.main_input_slot else given,
             output_slot(call.outputs, returned),

@@ -18,13 +18,14 @@ from intervenable.map_attention import BlockAttention, attention_sites
 from intervenable.map_block_sites import BlockSites, block_sites
 from intervenable.map_blocks import BlockStack, find_stacks, with_roles
 from intervenable.map_ends import NO_LOGITS, end_sites, head_sites
+from intervenable.map_layer_calls import GOES_PAST, goes_past
 from intervenable.map_layout import layout_of
 from intervenable.map_mlp import Placed
 from intervenable.map_trace import Trace, trace
 from intervenable.mixer_state import layers_with_state
 from intervenable.signatures import takes
 from intervenable.site_binding import module_at
-from model_maps import COMPONENTS, LayerKind, ModelMap, Site, Sizes, Stack, Width, sizes_of
+from model_maps import COMPONENTS, LayerKind, ModelMap, Site, Sizes, Stack, Width, path_in_layer, sizes_of
 from model_maps.families import STATE_IS_READ
 
 NO_BLOCKS = "no list of its modules hands a stream of vectors from one entry to the next"
@@ -123,7 +124,7 @@ def _place_stack(
     if not layers:
         return
     of_layer = {
-        block.layer: _named(_called_once(sites, block.path, model, run), prefix)
+        block.layer: _named(_called_once(sites, stack, block.layer, model, run), prefix)
         for block, sites in zip(stack.blocks, layers, strict=True)
     }
     usual = _commonest(list(of_layer.values()))
@@ -167,6 +168,10 @@ def _layers(
     cross = [attention.cross.get(block.path) for block in stack.blocks]
     layout, sizes = layout_of(stack, inputs), _sizes(model, stack)
     found = block_sites(model, inputs, run, stack.blocks, own, cross, layout, sizes)
+    first, second = (block.call for block in stack.blocks[:2]) if len(stack.blocks) > 1 else (None, None)
+    if first and second and first.of_parts and goes_past(model, inputs, first, second):
+        for placed in found:
+            placed.sites["block_input"] = replace(placed.sites["block_input"], read_only=GOES_PAST)
     _place_states(found, stack, model, inputs)
     return found
 
@@ -176,7 +181,7 @@ def _place_states(
 ) -> None:
     """The states of mixers that keep one."""
     mixers = {
-        block.layer: f"{block.path}.{sites.sites['mixer_output'].path}"
+        block.layer: path_in_layer(stack.path, block.layer, sites.sites["mixer_output"].path)
         for block, sites in zip(stack.blocks, found, strict=True)
         if "mixer_output" in sites.sites
     }
@@ -208,18 +213,26 @@ def _attention(
     return _Attention(dict(zip(paths, own, strict=True)), dict(zip(across, cross, strict=True)))
 
 
-def _called_once(placed: BlockSites, path: str, model: nn.Module, run: Trace) -> BlockSites:
+def _called_once(
+    placed: BlockSites, stack: BlockStack, layer: int, model: nn.Module, run: Trace
+) -> BlockSites:
     """The sites whose modules run once in a forward pass; a run could not tell the others' values apart."""
     sites: dict[str, Site] = {}
     absent = dict(placed.absent)
     for word, site in placed.sites.items():
-        module = module_at(model, f"{path}.{site.path}" if site.path else path, word)
+        module = module_at(model, _path_in(stack, layer, site.path), word)
         times = sum(call.module is module for call in run.calls)
         if times == 1:
             sites[word] = site
         else:
             absent[word] = f"its module {site.path!r} runs {times} times in a forward pass"
     return BlockSites(sites, absent)
+
+
+def _path_in(stack: BlockStack, layer: int, path: str) -> str:
+    """The path from the model of a part of a block."""
+    parts = path_in_layer(stack.path, layer, path) if stack.path else f"{layer}.{path}"
+    return parts.rstrip(".")
 
 
 def _named(placed: BlockSites, prefix: str) -> Placed:
@@ -264,8 +277,7 @@ def _with_width(
     path = site.path
     if known.scope == "block" and stack is not None:
         blocks = [block for block in stack.blocks if layer is None or block.layer == layer]
-        parts = (blocks[0].path, site.path) if blocks else ()
-        path = ".".join(part for part in parts if part)
+        path = _path_in(stack, blocks[0].layer, site.path) if blocks else ""
     calls = run.of(path)
     if not calls:
         return site
@@ -333,9 +345,11 @@ def _is_causal(model: nn.Module, inputs: Mapping[str, Any], stack: BlockStack) -
     seen: list[Tensor] = []
     first, behind = stack.first, stack.last
     hooks = [
-        Hook(first.call.module, "input", lambda passage: passage.put("input", first.given, other)),
+        Hook(first.call.entrance.module, "input", lambda passage: passage.put("input", first.given, other)),
         Hook(
-            behind.call.module, "output", lambda at: seen.append(at.take("output", behind.returned).clone())
+            behind.call.exit.module,
+            "output",
+            lambda at: seen.append(at.take("output", behind.returned).clone()),
         ),
     ]
     with torch.no_grad(), hooked(hooks, model):

@@ -88,6 +88,41 @@ def single_layers(bench: Bench, swaps: Swaps) -> Judge:
     return judge
 
 
+def entered(bench: Bench, swaps: Swaps) -> Judge:
+    """A value written where a block is entered does what it does at the output of the block before.
+
+    Where the stream goes past the module that is given it, as in blocks that are no modules, it does not.
+    """
+    made: list[tuple[str, Key, Group, Group, Group]] = []
+    for prefix, source in bench.sources.items():
+        name, left = named("block_input", prefix), named("block_output", prefix)
+        layers = [layer for layer in bench.layers(name) if layer and bench.has(left, layer - 1)]
+        layer = layers[0] if layers else None
+        if layer is None or bench.sites[name, layer].read_only or not bench.has(left, layer):
+            continue
+        groups = [
+            bench.experiment(f"{key} of {source.name}", {key: taken_from(source)}, [(left, layer)])
+            for key in ((left, layer - 1), (name, layer))
+        ]
+        bench.read_in(source, [(left, layer)])
+        made.append((name, (left, layer), groups[0], groups[1], source))
+
+    def judge() -> Iterator[Finding]:
+        for name, key, before, here, source in made:
+            if not bench.has(*key) or not all_have(key, before, here, source, bench.base):
+                continue
+            expected, limit = source.seen[key], limit_of(source.seen[key].dtype)
+            moves = deviation(expected, bench.base.seen[key]) >= MOVED * limit
+            if not moves or deviation(before.seen[key], expected) > limit:
+                continue  # a block may be given more of those before than the stream
+            off = deviation(here.seen[key], expected)
+            why = f"{key[0]} as with the same value at {key[0]} of the layer before"
+            for layer in bench.layers(name):
+                yield Finding(name, "determines", layer, off <= limit, off, limit, why)
+
+    return judge
+
+
 def lookup(bench: Bench, swaps: Swaps) -> Judge:
     """The embedding of a token is the same wherever the token stands."""
     made: list[tuple[str, Group, Tensor]] = []

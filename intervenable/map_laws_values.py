@@ -201,14 +201,24 @@ def residual(bench: Bench, traced: Trace) -> Iterator[Finding]:
             yield from _residual_of(bench, traced, prefix, layer)
 
 
+def _calls_between(bench: Bench, traced: Trace, prefix: str, layer: int | None) -> list[Call]:
+    """All calls from where a block is entered to where it is left, but for that of a block that is both."""
+    sites = (bench.sites[named(word, prefix), layer] for word in ("block_input", "block_output"))
+    first, last = (next(iter(traced.of(site.path)), None) for site in sites)
+    if first is None or last is None:
+        return []
+    if first is last:
+        return list(first.inside())
+    return [call for call in traced.calls if first.entered <= call.entered and call.left <= last.left]
+
+
 def _residual_of(bench: Bench, traced: Trace, prefix: str, layer: int | None) -> Iterator[Finding]:
     seen = bench.plainly
     start, end = (
         seen.get((named("block_input", prefix), layer)),
         seen.get((named("block_output", prefix), layer)),
     )
-    site = bench.sites.get((named("block_output", prefix), layer))
-    if start is None or end is None or site is None:
+    if start is None or end is None:
         return
     prefixes = (prefix, "cross") if prefix == "decoder" else (prefix,)
     added: list[tuple[str, Tensor]] = []
@@ -218,10 +228,9 @@ def _residual_of(bench: Bench, traced: Trace, prefix: str, layer: int | None) ->
             value = seen.get((name, layer)) if COMPONENTS[name].word == word else None
             if value is not None and value.shape == start.shape:
                 added.append((name, value))
-    block = next(iter(traced.of(site.path)), None)
-    if block is None:
+    calls = _calls_between(bench, traced, prefix, layer)
+    if not calls:
         return
-    calls = list(block.inside())
     limit = limit_of(end.dtype)
     streams = _normed([_Stream(start)], calls)
     pending = list(added)
@@ -389,6 +398,8 @@ def _holds(tensor: Tensor, given: Tensor) -> bool:
 def _like(tensor: Tensor, stream: Tensor) -> Tensor | None:
     if (tensor.dim() == 3 and tensor.shape != stream.shape) and tensor.transpose(0, 1).shape == stream.shape:
         return tensor.transpose(0, 1)  # positions come first
+    if tensor.dim() == 3 and tensor.shape != stream.shape and tensor.mT.shape == stream.shape:
+        return tensor.mT  # positions come last
     return tensor.reshape(stream.shape) if tensor.numel() == stream.numel() else None
 
 

@@ -7,6 +7,7 @@ from collections.abc import Hashable, Sequence
 from torch import nn
 
 from intervenable.map_twin_shape import Shown
+from model_maps import are_beside, layer_lists
 
 FEWEST = 3
 """Layers of a small model, if the large one has so many."""
@@ -33,16 +34,30 @@ def block_signature(block: nn.Module) -> Hashable:
 
 
 def blocks_at(model: nn.Module, path: str) -> list[nn.Module]:
-    """The blocks in the list at a path; what is there, if it is no list.
+    """The blocks in the list at a path; what is there, if it is no list; of lists beside each other the parts of each
+    layer in one module.
 
     Example:
         >>> blocks_at(nn.Sequential(nn.ReLU(), nn.ReLU()), "")
         [ReLU(), ReLU()]
         >>> blocks_at(nn.GRU(2, 3), "")
         [GRU(2, 3)]
+        >>> beside = nn.ModuleDict({name: nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]) for name in "ab"})
+        >>> [list(layer) for layer in blocks_at(beside, "{a,b}")]
+        [['a', 'b'], ['a', 'b']]
     """
+    if are_beside(path):
+        lists = {name.rpartition(".")[2]: model.get_submodule(name) for name in layer_lists(path)}
+        layers = zip(*(entries.children() for entries in lists.values()), strict=True)
+        return [nn.ModuleDict(dict(zip(lists, parts, strict=True))) for parts in layers]
     found = model.get_submodule(path)
     return list(found.children()) if isinstance(found, (nn.ModuleList, nn.Sequential)) else [found]
+
+
+def block_at(model: nn.Module, path: str) -> nn.Module:
+    """The block at a path: of lists beside each other (`"model.{attentions,norms}.3"`) its parts in one module."""
+    blocks, _, layer = path.rpartition(".")
+    return blocks_at(model, blocks)[int(layer)] if are_beside(blocks) else model.get_submodule(path)
 
 
 def layer_kinds(blocks: Sequence[nn.Module]) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,8 @@ class Layout:
         True
         >>> layout.placed(Site("norm"), torch.zeros(7, 2, 32)).axes
         (1, 0)
+        >>> layout.placed(Site("norm"), torch.zeros(2, 32, 7)).axes
+        (0, 2)
     """
 
     examples: int
@@ -40,7 +42,17 @@ class Layout:
         for first in range(1, len(shape) - 2):
             if shape[first : first + 2] == wanted:
                 return replace(site, axes=(first, first + 1))
-        return site
+        return replace(site, axes=(0, 2)) if self._has_columns_before(shape) else site
+
+    def _has_columns_before(self, shape: Sequence[int]) -> bool:
+        """Whether a vector's columns come before the positions."""
+        return len(shape) == 3 and (shape[0], shape[2]) == (self.examples, self.positions)
+
+    def vectors(self, tensor: Tensor) -> Tensor:
+        """A tensor with the vectors of all positions on its last axis; others than such are as they are."""
+        shape = tuple(tensor.shape)
+        first = shape[:2] in ((self.examples, self.positions), (self.positions, self.examples))
+        return tensor.mT if self._has_columns_before(shape) and not first else tensor
 
 
 def layout_of(stack: BlockStack, inputs: Mapping[str, Any]) -> Layout:
@@ -58,5 +70,7 @@ def layout_of(stack: BlockStack, inputs: Mapping[str, Any]) -> Layout:
             examples, positions = tokens.shape
             pairs = [shape[axis : axis + 2] for axis in range(len(shape) - 2)]
             if (examples, positions) in pairs or (positions, examples) in pairs:
+                return Layout(examples, positions)
+            if len(shape) == 3 and (shape[0], shape[2]) == (examples, positions):
                 return Layout(examples, positions)
     return Layout(shape[0], shape[1])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from intervenable.hooks import Hook, hooked
+from intervenable.map_layout import Layout
 from intervenable.map_mlp import Placed, main, site_at
 from intervenable.map_stream import Contribution
 from intervenable.map_trace import Call, Trace
@@ -37,7 +38,7 @@ def mixer_sites(values: BlockValues, part: Contribution, maker: Call) -> Placed:
 
 
 def mixing_modules(
-    model: nn.Module, inputs: Mapping[str, Any], run: Trace, paths: Collection[str]
+    model: nn.Module, inputs: Mapping[str, Any], run: Trace, paths: Collection[str], layout: Layout
 ) -> dict[str, bool]:
     """Which modules read more than one position: one vector of their input is changed, and others come out changed.
 
@@ -46,29 +47,30 @@ def mixing_modules(
         inputs: Its inputs.
         run: A trace of the model on these inputs.
         paths: Paths of the modules.
+        layout: The layout of their stack.
     """
     wanted = [path for path in paths if run.of(path)[0].main_input is not None]
     seen: dict[str, Tensor] = {}
     hooks: list[Hook] = []
     for path in wanted:
         call = run.of(path)[0]
-        hooks.append(Hook(call.module, "input", _changing(call)))
+        hooks.append(Hook(call.module, "input", _changing(call, layout)))
         hooks.append(Hook(call.module, "output", _keeping(path, seen)))
     if hooks:
         with torch.no_grad(), hooked(hooks, model):
             model(**inputs)
-    return {path: _spreads(run.of(path)[0], seen[path]) for path in wanted}
+    return {path: _spreads(run.of(path)[0], seen[path], layout) for path in wanted}
 
 
-def _changing(call: Call) -> Callable[[Passage], None]:
+def _changing(call: Call, layout: Layout) -> Callable[[Passage], None]:
     """Give a module what it was given in the trace, with one vector changed."""
 
     def change(passage: Passage) -> None:
         assert call.main_input is not None  # modules without one are not asked
-        tensor = call.main_input.clone(memory_format=torch.contiguous_format)
+        tensor = layout.vectors(call.main_input).clone(memory_format=torch.contiguous_format)
         vectors = tensor.view(-1, tensor.shape[-1])
         vectors[_changed_row(tensor)] += 1.0 + vectors[_changed_row(tensor)].abs()
-        passage.put("input", None, tensor)
+        passage.put("input", None, tensor if tensor.shape == call.main_input.shape else tensor.mT)
 
     return change
 
@@ -86,11 +88,12 @@ def _keeping(path: str, seen: dict[str, Tensor]) -> Callable[[Passage], None]:
     return keep
 
 
-def _spreads(call: Call, changed: Tensor) -> bool:
+def _spreads(call: Call, changed: Tensor, layout: Layout) -> bool:
     """Whether vectors other than the changed one come out changed."""
     given, returned = call.main_input, call.main_output
     if given is None or returned is None:
         return False
+    given, returned, changed = (layout.vectors(tensor) for tensor in (given, returned, changed))
     rows = given.numel() // given.shape[-1]
     if returned.numel() // returned.shape[-1] != rows or returned.shape != changed.shape:
         return True

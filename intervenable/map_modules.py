@@ -60,9 +60,13 @@ def is_norm(call: Call) -> bool:
 
 
 def is_convolution(module: nn.Module) -> bool:
-    """Whether a module is a convolution over positions: its own weights have three axes, the last a short one."""
+    """Whether a module is a convolution over positions: its own weights have three axes, the last a short one.
+
+    One over a single position is a linear map.
+    """
     weights = [parameter for parameter in module.parameters() if parameter.dim() > 1]
-    return "conv" in type(module).__name__.lower() and all(weight.dim() == 3 for weight in weights)
+    wide = all(weight.dim() == 3 and weight.shape[-1] > 1 for weight in weights)
+    return "conv" in type(module).__name__.lower() and wide
 
 
 def holds(call: Call, other: Call) -> bool:

@@ -142,7 +142,9 @@ class _Search:
     # -- sites
 
     def _path(self, call: Call) -> str:
-        return call.path.removeprefix(f"{self.block.path}.")
+        paths = {module: path for path, module in reversed(list(self.block.module.named_modules()))}
+        path: str = paths[call.module]
+        return path
 
     def _width(self, tensor: Tensor) -> Width:
         if not tensor.is_floating_point():

@@ -67,6 +67,19 @@ class Call:
     children: list[Call] = field(default_factory=list)
     """The calls made inside it, in order."""
 
+    of_parts: bool = False
+    """Whether the module was not called, and this is put together from the calls of its parts."""
+
+    @property
+    def entrance(self) -> Call:
+        """The call whose inputs these are: itself, or that of the first part."""
+        return self.children[0] if self.of_parts else self
+
+    @property
+    def exit(self) -> Call:
+        """The call whose outputs these are: itself, or that of the last part."""
+        return max(self.children, key=lambda call: call.left) if self.of_parts else self
+
     @property
     def main_input(self) -> Tensor | None:
         """What a site without a slot reads going in."""
@@ -130,6 +143,11 @@ class Trace:
     def of(self, path: str) -> list[Call]:
         """The calls of the module at a path, in order."""
         return self._by_path.get(path, [])
+
+    def insert(self, call: Call, before: Call) -> None:
+        """Note a call that no module made, in front of another one."""
+        self.calls.insert(self.calls.index(before), call)
+        self._by_path.setdefault(call.path, []).append(call)
 
     @property
     def root(self) -> Call:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from intervenable.errors import MapError, UnknownNameError, UnsupportedModelError, unknown_name
 from intervenable.map_inputs import example_inputs as made_inputs
 from intervenable.map_laws import LAWS, TELLS_NOTHING, Finding, deviation, limit_of
-from intervenable.map_laws_ends import ends, lookup, single_layers
+from intervenable.map_laws_ends import ends, entered, lookup, single_layers
 from intervenable.map_laws_experts import chosen, numbered, weighs
 from intervenable.map_laws_heads import heads, shares
 from intervenable.map_laws_linear import affine
@@ -191,7 +191,7 @@ def _findings(bench: Bench, output: Tensor) -> list[Finding]:
     swaps = Swaps(bench)
     judges = [
         law(bench, swaps)
-        for law in (determines, stays, adds, elementwise, moves, ends, order, single_layers, lookup)
+        for law in (determines, stays, adds, elementwise, moves, ends, entered, order, single_layers, lookup)
     ]
     judges += [heads(bench), shares(bench), affine(bench), chosen(bench), weighs(bench)]
     bench.run()

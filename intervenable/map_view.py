@@ -16,7 +16,7 @@ from intervenable.map_making import make_map
 from intervenable.maps import map_of, registered_map, remember
 from intervenable.model import IntervenableModel
 from intervenable.unwrapping import config_of, unwrapped
-from model_maps import COMPONENTS, ModelMap, Site, UnmappedModelError
+from model_maps import COMPONENTS, ModelMap, Site, UnmappedModelError, are_beside, path_in_layer
 from model_maps.sizes import columns_of, sizes_of
 
 
@@ -124,7 +124,7 @@ class ModelView:
         for layer in range(len(blocks_at(self.model, blocks)) if blocks else 1):
             site = self.map.site(name, layer if blocks else None)
             if site is not None:
-                path = ".".join(part for part in (f"{blocks}.{{layer}}" if blocks else "", site.path) if part)
+                path = path_in_layer(blocks, "{layer}", site.path)
                 places.setdefault(self._words(name, path, site), []).append(layer)
         if len(places) == 1 and (
             not blocks or len(next(iter(places.values()))) == self.layers.get(blocks or "", 0)
@@ -201,8 +201,8 @@ def _beside(view: ModelView) -> dict[str, list[str]]:
             if known.fallback and site == view.map.site(known.fallback, layer if blocks else None):
                 continue
             listed = blocks and _is_list(view.model, blocks)
-            start = f"{blocks}.{layer}" if listed else (blocks or "")
-            path = ".".join(part for part in (start, site.path) if part)
+            path = ".".join(part for part in (blocks, site.path) if part)
+            path = path_in_layer(blocks, layer, site.path) if listed else path
             mark = (
                 "inside"
                 if known.inside or getattr(site, "function", None)
@@ -216,7 +216,7 @@ def _beside(view: ModelView) -> dict[str, list[str]]:
 
 
 def _is_list(model: nn.Module, path: str) -> bool:
-    return isinstance(model.get_submodule(path), (nn.ModuleList, nn.Sequential))
+    return are_beside(path) or isinstance(model.get_submodule(path), (nn.ModuleList, nn.Sequential))
 
 
 def _rows(

@@ -32,11 +32,13 @@ from intervenable.errors import (
     UnsupportedModelError,
     unknown_name,
 )
+from intervenable.map_layers import block_at
 from intervenable.model import IntervenableModel
 from intervenable.norms import centred, norm_scale
 from intervenable.progress import Progress
 from intervenable.sweeping import sweep
 from interventions import VanillaIntervention
+from model_maps import path_in_layer
 
 Receiver = Literal["q", "k", "v"]
 """Which input of the receiving head is patched."""
@@ -311,7 +313,7 @@ class _Paths:
         stream, read = self.own["block_input", layer], self.own[_READS, layer]
         if torch.equal(stream, read):  # no norm before attention
             return change
-        block = self.model.get_submodule(f"{self.blocks}.{layer}" if self.blocks else "")
+        block = block_at(self.model, path_in_layer(self.blocks, layer, ""))
         for module in block.modules():
             if "Norm" not in type(module).__name__ or any(True for _ in module.children()):
                 continue

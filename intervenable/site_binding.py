@@ -19,7 +19,6 @@ def bind_site(
     component: str,
     site: Site,
     layer: int | None,
-    prefix: str,
     sizes: Sizes,
     plus: BoundSite | None,
     *,
@@ -31,15 +30,14 @@ def bind_site(
     Args:
         model: The wrapped model.
         component: The component's name.
-        site: Where the map puts it.
+        site: Where the map puts it, with its path from the model.
         layer: The block, or None.
-        prefix: Path of the block, "" outside the blocks.
         sizes: Sizes of the model.
         plus: The bound site of `site.plus`, if it has one.
         causal: Whether no position reads from one behind itself there.
         stack: The stack whose positions it has, in a model of two.
     """
-    path = ".".join(part for part in (prefix, site.path) if part)
+    path = site.path
     module = module_at(model, path, component)
     if COMPONENTS[component].inside is not None:
         return _bind_inside(model, component, layer, module, path, site, sizes, causal=causal, stack=stack)

@@ -25,7 +25,7 @@ from intervenable.media_tokens import media_tokens
 from intervenable.passage import Passage
 from intervenable.signatures import forward_signature
 from intervenable.unwrapping import unwrapped
-from model_maps import ModelMap, Site, Stack, UnmappedModelError
+from model_maps import ModelMap, Site, Stack, UnmappedModelError, path_in_layer
 
 OF_TOWERS = (
     "pixel_",
@@ -254,7 +254,7 @@ def _entrance(described: ModelMap, stack: Stack | None) -> tuple[str, Site]:
         raise UnmappedModelError(f"{described.classes[0]} has no stack {stack!r}.")
     word = "block_input" if stack is None else f"{stack}_block_input"
     site = described.site(word, 0) or Site("", "input")
-    return ".".join(part for part in (blocks, "0", site.path) if part), site
+    return path_in_layer(blocks, 0, site.path), site
 
 
 def _crossing(described: ModelMap) -> tuple[str, Site]:
@@ -264,7 +264,7 @@ def _crossing(described: ModelMap) -> tuple[str, Site]:
     layer, site = next(((layer, site) for layer, site in found if site is not None), (0, None))
     if site is None:
         raise UnmappedModelError(f"{described.classes[0]} has no keys of a tower.")
-    return f"{described.blocks}.{layer}.{site.path}", Site(site.path, site.side, site.slot)
+    return path_in_layer(described.blocks, layer, site.path), Site(site.path, site.side, site.slot)
 
 
 def _of_flat(positions: int, stack: Stack | None, named: Mapping[str, Any], model: nn.Module) -> StackSize:

@@ -38,7 +38,7 @@ from intervenable.sweep_values import Place
 from intervenable.transformer_lens_names import from_tl_name, get_act_name
 from intervenable.units import Level
 from intervenable.wave_plan import Blocks
-from model_maps import ALIASES, COMPONENTS, Stack
+from model_maps import ALIASES, COMPONENTS, Stack, are_beside
 
 LAYER = "{layer}"
 """Stands for the layer in a module path."""
@@ -103,12 +103,12 @@ def block_list(path: str) -> str:
 
 
 def model_blocks(places: Places, components: Sequence[str]) -> Blocks:
-    """The blocks of a model, list after list; none if it has no lists of blocks."""
+    """The blocks of a model, list after list; none if it has no lists of blocks, or blocks that are no modules."""
     paths = [block_list(name) for name in components if is_path(name) and LAYER in name]
     if places.known:
         described = places.map
         one = [] if described.blocks is None else [described.blocks]
-        paths += [path for path in (*one, *described.stacks.values()) if path]
+        paths += [path for path in (*one, *described.stacks.values()) if path and not are_beside(path)]
     found = [module_at(places.model, path, "the list of blocks") for path in dict.fromkeys(paths)]
     return Blocks(block for blocks in found for block in blocks)  # type: ignore[attr-defined]  # lists of modules
 

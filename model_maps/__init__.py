@@ -1,6 +1,7 @@
 """Where the parts of a model are: data about architectures, without any framework."""
 
 from model_maps.families import Head, family, lacking, prefixed
+from model_maps.layer_paths import are_beside, layer_lists, path_in_layer
 from model_maps.lookup import (
     AbsentComponentError,
     UnknownNameError,
@@ -61,6 +62,7 @@ __all__ = [
     "UnmappedModelError",
     "Variant",
     "Width",
+    "are_beside",
     "columns_of",
     "component_site",
     "family",
@@ -68,6 +70,8 @@ __all__ = [
     "is_head_component",
     "known_classes",
     "lacking",
+    "layer_lists",
+    "path_in_layer",
     "prefixed",
     "register_map",
     "sizes_of",

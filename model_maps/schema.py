@@ -182,7 +182,10 @@ class ModelMap:
     """Names of the model classes it describes."""
 
     blocks: str | None
-    """Path of the list of blocks; "" if the model is itself its only block; None if it has no blocks."""
+    """Path of the list of blocks; "" if the model is itself its only block; None if it has no blocks.
+
+    Where a layer is an entry of each of several lists, these are named in braces and paths of its sites begin with a
+    list's name: in `"model.{attentions,norms}"` `Site("norms")` is the output of `model.norms.2` in layer 2."""
 
     sites: Mapping[str, Site]
     """Component -> where it is. Views by heads and derived components follow and are not listed."""
