@@ -93,7 +93,9 @@ registry: $(VENV)/.dev
 registry-page: $(VENV)/.dev
 	$(ONE_THREAD) $(VENV)/bin/python tests/registry_survey.py
 
+# The survey shares the types out to two processes and keeps its records in out/, as long as no source changes.
 maps: $(VENV)/.dev
+	$(ONE_THREAD) $(VENV)/bin/python tests/map_survey.py --no-page
 	$(ONE_THREAD) $(VENV)/bin/python -m pytest -n 2 -m registry tests/test_map_registry.py tests/test_experts.py
 
 # Half a minute to a minute for each of many families.

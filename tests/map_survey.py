@@ -1,6 +1,7 @@
 """The map of one architecture after another, inferred and verified on tiny models; and the page that reports it.
 
 python tests/map_survey.py                            # every type of every task, docs/architectures.md written anew
+python tests/map_survey.py --no-page                  # the same, for the tests that hold them to it
 python tests/map_survey.py --task masked-lm           # the types of one task, to the terminal
 python tests/map_survey.py --only mamba t5            # these types, in every task that has them
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import multiprocessing
 import re
@@ -23,6 +25,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import torch
+from map_survey_records import KeptRecords
 from tiny_registry import TASKS, UNBUILDABLE_FOR, build, model_types
 from torch import nn
 
@@ -59,6 +62,11 @@ class Record:
     """How long it took to infer and verify."""
     error: str = ""
     """What ended the survey of this type, if something did."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended otherwise than in what the laws say of a whole model: one that draws random numbers."""
+        return bool(self.error) and not self.error.startswith("MapError")
 
 
 def survey(model_type: str, task: str) -> Record:
@@ -156,6 +164,8 @@ class Asker:
 def _serve(theirs: Connection) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    # transformers imports what its models stand on with the first of them: seconds, in each process without this.
+    importlib.import_module("transformers.models.llava.modeling_llava")
     context = multiprocessing.get_context("fork")
     while True:
         function, model_type, task, seconds = theirs.recv()
@@ -181,6 +191,12 @@ def _answer(writer: Connection, function: Callable[..., Record], model_type: str
         places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[:-5:-1]]
         text = f"{type(error).__name__}: {error}"[:500].replace("\n", " ")
         writer.send(f"{text} [{' < '.join(places)}]")
+
+
+def kept_records() -> list[Record]:
+    """The records of an earlier survey that still hold: those of types that were answered for."""
+    found = (Record(**{**one, "components": tuple(one["components"])}) for one in KeptRecords())
+    return [record for record in found if not record.failed]
 
 
 def survey_all(wanted: Sequence[tuple[str, str]], jobs: int = 2) -> Iterator[Record]:
@@ -337,17 +353,14 @@ def _gaps(found: Sequence[Record]) -> Iterator[str]:
 _NUMBERS = re.compile(r", off by \S+ where \S+ is allowed| in layers? \d+(?:(?:, | to )\d+)*")
 
 
-# --- the command ------------------------------------------------------------------------------------------
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Survey, show what was found, and write the page if it was all types."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Survey what has not been surveyed yet, show what was found, and write the page if it was all types."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--task", nargs="*", choices=TASKS, default=None, help="the types of these tasks")
     parser.add_argument("--only", nargs="*", default=None, help="these types, to the terminal")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--no-page", action="store_true", help="leave the page as it is")
     parser.add_argument("--json", type=Path, help="a file to which each record is added in a line")
     options = parser.parse_args(arguments)
     wanted = [
@@ -356,15 +369,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for model_type in model_types(task)
         if options.only is None or model_type in options.only
     ]
-    records = []
-    for record in survey_all(wanted, options.jobs):
-        records.append(record)
+    whole = options.only is None and options.task is None
+    kept = KeptRecords().cleared() if whole else None
+    records = {(record.task, record.model_type): record for record in kept_records()} if whole else {}
+    for record in survey_all([pair for pair in wanted if pair not in records], options.jobs):
+        records[record.task, record.model_type] = record
         print(line(record), flush=True)
+        if kept is not None:
+            kept.add(asdict(record))
         if options.json:
             with options.json.open("a") as file:
-                file.write(json.dumps(asdict(record)) + "\n")
-    if options.only is None and options.task is None:
-        PAGE.write_text(page(records))
+                print(json.dumps(asdict(record)), file=file)
+    if whole and not options.no_page:
+        PAGE.write_text(page([records[pair] for pair in wanted]))
 
 
 def line(record: Record) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import asdict
 
+import map_survey_records
 import pytest
-from map_survey import GROUPS, PAGE, Asker, Record, page, survey
+from map_survey import GROUPS, PAGE, Asker, Record, kept_records, page, survey
+from map_survey_records import KeptRecords
 from tiny_registry import TASKS, UNBUILDABLE_FOR, build, model_types, registered
 
 from model_maps import COMPONENTS
@@ -78,19 +81,14 @@ def asker():
 @pytest.mark.registry
 @pytest.mark.parametrize("task", TASKS)
 def test_as_many_types_of_a_task_as_promised_are_mapped(task, asker):
-    found = [asker.ask(survey, model_type, task) for model_type in model_types(task)]
+    kept = {record.model_type: record for record in kept_records() if record.task == task}
+    found = [kept.get(model_type) or asker.ask(survey, model_type, task) for model_type in model_types(task)]
 
     for words, floor in FLOORS.get(task, {}).items():
         having = [record.model_type for record in found if _has(record, words)]
         lacking = sorted(set(model_types(task)) - set(having))
         assert len(having) >= floor, f"{words} in {len(having)} of {floor}, not in {', '.join(lacking)}"
-    # What the laws say of a whole model is a reason: one that draws random numbers has no map.
-    errors = {
-        record.model_type: record.error
-        for record in found
-        if record.error and not record.error.startswith("MapError")
-    }
-    assert not errors
+    assert not {record.model_type: record.error for record in found if record.failed}
     for record in found:
         if record.error:
             continue
@@ -166,6 +164,41 @@ def test_a_type_that_ends_its_process_is_a_record_and_the_next_is_asked(asker):
     assert said(_crash) == "the process ended with code 7"
     assert said(_hang, 0.5) == "no answer after 0.5 seconds"
     assert said(_find) == ""
+
+
+def test_a_record_is_kept_until_a_source_changes(tmp_path):
+    file = tmp_path / "records" / "maps.jsonl"
+    kept = KeptRecords(file)
+    one = Record("causal-lm", "one", {"": 4}, BLOCKS, {"block_mid": "why"}, {"block_mid": "residual@1"})
+
+    assert list(kept) == []
+    kept.add(asdict(one))
+    kept.add({"model_type": "cut off"})
+    file.write_text(file.read_text()[:-30])
+
+    (found,) = KeptRecords(file)
+    assert Record(**{**found, "components": tuple(found["components"])}) == one
+    file.write_text(file.read_text().replace(kept.sources, "f" * 64))
+    assert list(KeptRecords(file).cleared()) == []
+    assert not file.exists()
+
+
+def test_what_a_record_depends_on_are_the_sources_of_the_library_and_of_the_tiny_models(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "model_maps").mkdir()
+    (tmp_path / "tests").mkdir()
+    monkeypatch.setattr(map_survey_records, "ROOT", tmp_path)
+    (tmp_path / "tests" / "map_survey.py").write_text("")
+    seen = {KeptRecords().sources}
+
+    for place in ("model_maps/schema.py", "tests/tiny_registry_inputs.py", "tests/map_survey.py"):
+        (tmp_path / place).write_text("# changed")
+        seen.add(KeptRecords().sources)
+    (tmp_path / "tests" / "test_other.py").write_text("# changed")
+    seen.add(KeptRecords().sources)
+
+    assert len(seen) == 4
 
 
 def test_the_page_counts_what_was_found_and_names_the_gaps():
