@@ -107,6 +107,35 @@ def find_stacks(trace: Trace, model: nn.Module) -> list[BlockStack]:
     return sorted(found, key=lambda stack: stack.first.call.entered)
 
 
+NO_BLOCKS = "no list of its modules hands a stream of vectors from one entry to the next"
+
+
+def why_none(trace: Trace, model: nn.Module) -> str:
+    """Why a model has no stack of blocks: of its lists of modules the longest that hands something on, if one does.
+
+    Args:
+        trace: A forward pass.
+        model: The model that was run, in which no stack was found.
+    """
+    calls = {call.module: call for call in reversed(trace.calls)}
+    longest: list[tuple[str, Call]] = []
+    for path, entries in _lists(model):
+        called = [calls[entry] for entry in entries if entry in calls and any(entry.children())]
+        slots = _slots(called) if called else None
+        if slots is None or slots[2] < (len(called) - 1) / 2 or len(called) <= max(1, len(longest)):
+            continue
+        given, returned, _ = slots
+        shapes = [(call.inputs[given].shape, call.outputs[returned].shape) for call in called]
+        if any(one != other for one, other in shapes):
+            longest = [(f"{path}.{entries.index(call.module)}", call) for call in called]
+    for path, call in longest:
+        before, after = call.main_input, call.main_output
+        if before is not None and after is not None and before.shape != after.shape:
+            sizes = f"{tuple(before.shape[1:])} for each example and hands on {tuple(after.shape[1:])}"
+            return f"what its modules hand on is no stream of one size: {path!r} is given {sizes}"
+    return NO_BLOCKS
+
+
 def _lists(model: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
     """Modules whose parts are numbered, outer ones first."""
     for path, module in model.named_modules():

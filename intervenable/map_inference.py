@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from intervenable.hooks import Hook, hooked
 from intervenable.map_attention import BlockAttention, attention_sites
 from intervenable.map_block_sites import BlockSites, block_sites
-from intervenable.map_blocks import BlockStack, find_stacks, with_roles
+from intervenable.map_blocks import BlockStack, find_stacks, why_none, with_roles
 from intervenable.map_ends import NO_LOGITS, end_sites, head_sites
 from intervenable.map_layer_calls import GOES_PAST, goes_past
 from intervenable.map_layout import layout_of
@@ -27,8 +27,6 @@ from intervenable.signatures import takes
 from intervenable.site_binding import module_at
 from model_maps import COMPONENTS, LayerKind, ModelMap, Site, Sizes, Stack, Width, path_in_layer, sizes_of
 from model_maps.families import STATE_IS_READ
-
-NO_BLOCKS = "no list of its modules hands a stream of vectors from one entry to the next"
 
 
 def infer_map(model: nn.Module, inputs: Mapping[str, Any], run: Trace | None = None) -> ModelMap:
@@ -49,7 +47,7 @@ def infer_map(model: nn.Module, inputs: Mapping[str, Any], run: Trace | None = N
     if main is None and stacks:
         found.absent["logits"] = NO_LOGITS
     elif main is None:
-        found.absent |= {word: NO_BLOCKS for word in COMPONENTS if word not in found.absent}
+        found.absent = dict.fromkeys(COMPONENTS, why_none(run, model)) | found.absent
     else:
         head = head_sites(run, main, model)
         found.sites |= head.sites

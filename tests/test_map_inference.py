@@ -378,3 +378,39 @@ def test_blocks_that_run_several_times_in_a_forward_pass_say_so() -> None:
     assert found.site("block_output") is None
     assert "times in a forward pass" in found.reason("block_output")
     assert found.site("logits").path == "lm_head"
+
+
+class _Shrinks(nn.Module):
+    """A module with a part that hands on half of its columns."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.narrow = nn.Linear(width, width // 2)
+
+    def forward(self, given: Tensor) -> Tensor:
+        return self.narrow(given)
+
+
+class _Narrowing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(50, 32)
+        self.stages = nn.ModuleList(_Shrinks(width) for width in (32, 16, 8))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        stream = self.table(input_ids)
+        for stage in self.stages:
+            stream = stage(stream)
+        return stream
+
+
+def test_of_modules_whose_stream_changes_its_size_the_reason_says_which() -> None:
+    torch.manual_seed(0)
+
+    found = infer_map(_Narrowing(), {"input_ids": torch.arange(14).view(2, 7)})
+
+    assert found.blocks is None
+    assert found.reason("block_output") == (
+        "what its modules hand on is no stream of one size: 'stages.0' is given (7, 32) for each example and hands on"
+        " (7, 16)"
+    )
