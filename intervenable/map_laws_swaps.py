@@ -105,18 +105,17 @@ class Swaps:
         return group
 
     def rest(self, prefix: str, words: Iterable[str], source: Group, read: str) -> Group | None:
-        """A group in which all of the attention's input is the source's but for what the words name.
+        """A group in which all that goes into attention is the source's but for what the words name.
 
         It is run at once, as few architectures need it.
         """
         bench, words = self.bench, tuple(words)
         key = (prefix, words, id(source), read, "rest")
-        given = named("attention_input", prefix)
+        given = named("attention_input" if prefix == "cross" else "block_input", prefix)
         if not writable(bench, given):
             return None
         if key not in self._made:
-            stack = "decoder" if prefix == "cross" else prefix
-            writes: dict[Key, Change] = dict(bench.held(stack))
+            writes: dict[Key, Change] = dict(bench.held("decoder")) if prefix == "cross" else {}
             writes.update({(given, layer): taken_from(source) for layer in bench.layers(given)})
             for name in (named(word, prefix) for word in words):
                 writes.update({(name, layer): taken_from(bench.base) for layer in bench.layers(name)})

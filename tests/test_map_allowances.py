@@ -104,3 +104,10 @@ def test_the_block_behind_is_not_taken_for_the_block_where_more_is_kept():
         found, sites={**found.sites, "block_output": replace(found.site("block_output"), side="input")}
     )
     assert "block_output" in checked(KEPT, wrong).refused
+
+
+def test_a_map_from_which_wrong_places_were_taken_is_right():
+    # Without the attention's input, which is not the only one in the last layer, the rest is told all the same.
+    found = verified(KEPT)
+    assert "attention_input" in found.refused
+    assert checked(KEPT, found.map).refused == {}
