@@ -134,7 +134,7 @@ def lookup(bench: Bench, swaps: Swaps) -> Judge:
         ids = bench.experimented.get(given)
         if prefix not in ("", "encoder", "decoder", "text") or not isinstance(ids, Tensor) or ids.dim() != 2:
             continue
-        order = _turned_round(ids, bench.special_tokens)
+        order = turned_round(ids, bench.special_tokens)
         inputs = {given: ids.gather(1, order)}
         group = bench.experiment(f"{name} turned round", {}, [(name, None)], inputs)
         made.append((name, group, order))
@@ -154,7 +154,7 @@ def lookup(bench: Bench, swaps: Swaps) -> Judge:
     return judge
 
 
-def _turned_round(ids: Tensor, special: frozenset[int]) -> Tensor:
+def turned_round(ids: Tensor, special: frozenset[int]) -> Tensor:
     """For each example an order of its positions in which all ordinary tokens are turned round."""
     order = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1)
     for row, tokens in enumerate(ids.tolist()):

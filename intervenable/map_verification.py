@@ -17,6 +17,7 @@ from intervenable.map_laws_experts import chosen, numbered, weighs
 from intervenable.map_laws_heads import heads, shares
 from intervenable.map_laws_linear import affine
 from intervenable.map_laws_order import apart, given_to_experts, order
+from intervenable.map_laws_reach import about, mixes
 from intervenable.map_laws_runs import Bench, Key
 from intervenable.map_laws_swaps import Swaps, adds, determines, elementwise, moves, stays
 from intervenable.map_laws_values import (
@@ -193,7 +194,8 @@ def _findings(bench: Bench, output: Tensor) -> list[Finding]:
         law(bench, swaps)
         for law in (determines, stays, adds, elementwise, moves, ends, entered, order, single_layers, lookup)
     ]
-    judges += [heads(bench), shares(bench), affine(bench), chosen(bench), weighs(bench)]
+    judges += [heads(bench), shares(bench), affine(bench)]
+    judges += [mixes(bench), about(bench), chosen(bench), weighs(bench)]
     bench.run()
     found = [finding for judge in judges for finding in judge()]
     found += _identity(bench, output)
