@@ -7,19 +7,20 @@ known to its own thread alone, and `hooks` has it on from where the module is en
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from intervenable.attention_mode import SOFTMAX
+from intervenable.attention_mode import OPENED, SOFTMAX, WHOLE
 from intervenable.passage import InsidePassage, Passage
-from model_maps import FunctionName
+from model_maps import FunctionName, Side
 
 FUNCTIONS: Mapping[FunctionName, tuple[Any, ...]] = {
     "linear": (nn.functional.linear,),
+    "einsum": (torch.einsum,),
     "softmax": SOFTMAX,
     "top": (torch.topk, Tensor.topk),
 }
@@ -42,6 +43,12 @@ class FunctionHook(NamedTuple):
     slot: int | None = None
     """Which of several tensors it hands over; None if it is one."""
 
+    weight: str | None = None
+    """The parameter of the module that it multiplies with; None: whatever it is given. `nth` counts such calls."""
+
+    side: Side = "output"
+    """Whether what is multiplied with the weight is meant, or what the function hands over."""
+
 
 class FunctionMode(TorchFunctionMode):
     """Lets hooks see and change what functions hand over in one call of one module.
@@ -56,23 +63,55 @@ class FunctionMode(TorchFunctionMode):
         self._module = module
         self._hooks = hooks
         self._wanted = {hook.function for hook in hooks}
-        self._met: dict[FunctionName, int] = {}
+        self._met: dict[tuple[FunctionName, str | None], int] = {}
         self.awake = True
         """Whether it looks at what is computed; not at what edits inside the module compute."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = dict(kwargs or {})
+        if func is WHOLE and self.awake:
+            with self:
+                return OPENED(*args, **kwargs)
         name = _NAMES.get(func)
         if name is None or not self.awake or name not in self._wanted:
-            return result
-        nth = self._met.get(name, 0)
-        self._met[name] = nth + 1
-        for hook in self._hooks:
-            if hook.function == name and hook.nth == nth:
+            return func(*args, **kwargs)
+        weights = {hook.weight for hook in self._hooks if hook.function == name}
+        weights = {weight for weight in weights if weight is None or self._is_given(weight, args, kwargs)}
+        times = {weight: self._met.get((name, weight), 0) for weight in weights}
+        self._met.update({(name, weight): count + 1 for weight, count in times.items()})
+        hooks = [hook for hook in self._hooks if hook.function == name and times.get(hook.weight) == hook.nth]
+        for hook in hooks:
+            if hook.weight is not None and hook.side == "input":
+                args, kwargs = self._given(hook, hook.weight, args, kwargs)
+        result = func(*args, **kwargs)
+        for hook in hooks:
+            if hook.weight is None or hook.side == "output":
                 result = self._shown(hook, result)
         return result
+
+    def _is_given(self, weight: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        parameter = _parameter(self._module, weight)
+        return parameter is not None and any(tensor is parameter for _, tensor in _tensors(args, kwargs))
+
+    def _given(
+        self, hook: FunctionHook, weight: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments, with what a hook makes of the first tensor that is not the weight."""
+        parameter = _parameter(self._module, weight)
+        place, tensor = next((place, one) for place, one in _tensors(args, kwargs) if one is not parameter)
+        passage = InsidePassage(self._module, tensor)
+        hook.act(passage)
+        if not passage.changed:
+            return args, kwargs
+        first, *rest = place
+        if isinstance(first, str):
+            return args, {**kwargs, first: passage.tensor}
+        new: Any = passage.tensor
+        if rest:  # `einsum` takes its tensors as a list too
+            new = [new if at == rest[0] else one for at, one in enumerate(args[first])]
+        return (*args[:first], new, *args[first + 1 :]), kwargs
 
     def _shown(self, hook: FunctionHook, result: Any) -> Any:
         """What a hook makes of the result of its function."""
@@ -84,3 +123,24 @@ class FunctionMode(TorchFunctionMode):
             return passage.tensor
         items = [passage.tensor if at == hook.slot else item for at, item in enumerate(result)]
         return type(result)(items)
+
+
+def _parameter(module: nn.Module, name: str) -> Any:
+    """A module's parameter as it is now, as some are put in place only while they are used; None if it has none."""
+    try:
+        path, _, own = name.rpartition(".")
+        return getattr(module.get_submodule(path), own, None)
+    except AttributeError:
+        return None
+
+
+def _tensors(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Iterator[tuple[tuple[int | str, ...], Tensor]]:
+    """The tensors among arguments, each with its place."""
+    for at, value in enumerate(args):
+        if isinstance(value, (tuple, list)):
+            yield from (((at, item), one) for item, one in enumerate(value) if isinstance(one, Tensor))
+        elif isinstance(value, Tensor):
+            yield (at,), value
+    yield from (((name,), value) for name, value in kwargs.items() if isinstance(value, Tensor))

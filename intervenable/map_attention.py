@@ -21,6 +21,7 @@ from intervenable.map_attention_module import (
     reached_by,
 )
 from intervenable.map_attention_probe import probe
+from intervenable.map_attention_products import Product
 from intervenable.map_attention_projections import (
     ROLES,
     Operands,
@@ -33,7 +34,7 @@ from intervenable.map_attention_projections import (
     output_projection,
     take_moments,
 )
-from intervenable.map_attention_view import BlockView, layout, same_values
+from intervenable.map_attention_view import BlockView, layout, place, same_values
 from intervenable.map_layers import block_at
 from intervenable.map_trace import Call, Trace
 from model_maps import Site
@@ -54,6 +55,7 @@ WORDS = (
 
 NO_ATTENTION = "it computes no attention: no softmax lies between two products there"
 NO_CROSS_ATTENTION = "it does not attend to another stack"
+NO_MATRIX = "no module has the matrix that the heads are projected with"
 NO_ROTARY = "it has no rotary embedding"
 UNKNOWN_ROTARY = "no linear module makes what would be rotated, so that it cannot be told whether it is"
 
@@ -231,6 +233,8 @@ class _Answer:
         except RefusedError as error:
             self._absent["attention_value_output"] = str(error)
             return None
+        if isinstance(known.call, Product):
+            self._absent["head_attention_output"] = NO_MATRIX
         if known.norm is not None:
             self._absent["head_attention_output"] = (
                 f"{self._view.name(known.norm)} divides all heads by one number before they are projected, so that"
@@ -247,8 +251,10 @@ class _Answer:
                 f"{known.call.path} handles a tensor of the shape {shape}, which has no axes of"
                 f" {self._attention.rows} examples and {length} positions"
             )
+        if axes.get("flat") and known.positions_first:
+            axes["axes"] = (1, 0)
         heads: Literal["query", "key_value"] = "key_value" if shared else "query"
-        return Site(path, side, width=heads, heads=heads, columns=known.columns, **axes)
+        return Site(path, side, width=heads, heads=heads, columns=known.columns, **axes, **place(known.call))
 
     def _not_inside(self) -> dict[str, str]:
         """What cannot be seen of the functions that compute attention, and why."""

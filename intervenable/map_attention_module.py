@@ -11,7 +11,7 @@ from intervenable.hooks import Hook
 from intervenable.map_attention_events import Attention, attentions
 from intervenable.map_attention_probe import made_of
 from intervenable.map_attention_projections import Projection, RefusedError
-from intervenable.map_attention_view import BlockView, ancestors, layout, same_values, within
+from intervenable.map_attention_view import BlockView, ancestors, layout, place, same_values, within
 from intervenable.map_layer_calls import with_calls_of
 from intervenable.map_trace import Call, trace
 from intervenable.passage import Passage
@@ -139,7 +139,12 @@ def output_site(view: BlockView, module: Call, attention: Attention, output: Pro
     Raises:
         RefusedError: no module hands it over.
     """
-    if output is not None and not same_values(module.main_output, output.call.main_output):
+    made = None if output is None else output.call.main_output
+    turned = output is not None and output.positions_first
+    in_examples = made
+    if turned and made is not None:
+        in_examples = made.reshape(attention.queries, attention.rows, -1).transpose(0, 1)
+    if output is not None and not any(same_values(module.main_output, one) for one in (made, in_examples)):
         module = output.call
     elif output is None and (module is view.block or _adds_its_input(module, attention)):
         raise RefusedError(
@@ -149,8 +154,10 @@ def output_site(view: BlockView, module: Call, attention: Attention, output: Pro
     name, axes = view.name(module), layout(module.main_output, attention.rows, attention.queries)
     if name is None or axes is None:
         raise RefusedError("no module of the block hands it over by examples and positions")
+    if turned and axes.get("flat"):
+        axes["axes"] = (1, 0)
     slot = next(iter(module.outputs))
-    return Site(name, slot=None if slot in (None, 0) else slot, **axes)
+    return Site(name, slot=None if slot in (None, 0) else slot, **axes, **place(module))
 
 
 def _adds_its_input(module: Call, attention: Attention) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from intervenable.hooks import Hook
 from intervenable.linear_maps import is_conv1d
+from intervenable.map_attention_products import StoppingProducts, products
 from intervenable.map_layer_calls import with_calls_of
 from intervenable.map_trace import Call, Trace, trace
 from intervenable.passage import Passage
@@ -107,12 +108,22 @@ def probe(
                 hooks.append(Hook(module, "output", _stopping_output(stops, given)))
             elif keeps_columns(module) and module is not block:
                 hooks.append(Hook(module, "output", _straight))
-    run = with_calls_of(trace(model, inputs, gradients=True, extra=hooks), blocks)
+    multiplied: dict[int, Tensor] = {}
+    with StoppingProducts(multiplied):
+        run = with_calls_of(trace(model, inputs, gradients=True, extra=hooks), blocks)
     for call in run.calls:
         leaf = stops.get(id(call.main_output))
         if leaf is not None and leaf.call is None and leaf.slot is None:
             leaf.call = call
-    return Probe(run, {id(leaf.tensor): leaf for leaf in stops.values()})
+    found = {id(leaf.tensor): leaf for leaf in stops.values()}
+    outside = [call for call in run.calls if not _in_a_linear(call)]
+    found.update({id(made): Leaf(made, product) for product, made in products(outside, multiplied)})
+    return Probe(run, found)
+
+
+def _in_a_linear(call: Call) -> bool:
+    """Whether a call is that of a linear map, or was made inside one."""
+    return is_linear(call.module) or (call.parent is not None and _in_a_linear(call.parent))
 
 
 def made_of(tensor: Tensor, part: Tensor, *, not_through: Tensor | None = None) -> bool:

@@ -59,6 +59,9 @@ class Projection:
     norm: Call | None = None
     """A norm over all heads that lies before a map that reads them; then the columns are those of its input."""
 
+    positions_first: bool = False
+    """Whether a map that is given examples and positions as one axis has the examples of a position side by side."""
+
 
 def take_moments(probe: Probe, found: Sequence[Operands]) -> None:
     """Gradients of all attentions of all blocks at once: five backward passes for each of three operands."""
@@ -241,7 +244,8 @@ def output_projection(view: BlockView, found: Sequence[Operands]) -> Projection:
     if mixing is not None and not within(reader, attention.call):  # a matrix further on
         raise RefusedError("no linear module reads the pattern times the values")
     if mixing is None:
-        return Projection(reader, _result_columns(view, attention, reader))
+        first = _positions_first(view, attention, reader)
+        return Projection(reader, _result_columns(view, attention, reader), positions_first=first)
     if not same_values(mixing.main_output, reader.main_input):
         raise RefusedError(
             f"{view.name(mixing)}, between the pattern times the values and {view.name(reader)}, mixes the heads"
@@ -291,6 +295,16 @@ def _result_columns(view: BlockView, attention: Attention, reader: Call) -> Head
     if bool((size == 0).any()) or bool((off > CLEAN).any()):
         raise RefusedError(f"the heads are not apart in what {view.name(reader)} reads")
     return _regular((column.round().long() - 1).tolist())
+
+
+def _positions_first(view: BlockView, attention: Attention, reader: Call) -> bool:
+    """Whether a linear map reads one axis whose second row is the first position of the second example."""
+    given = reader.main_input
+    if given is None or given.dim() != 2 or attention.rows < 2:
+        return False
+    gradient = view.probe.gradients(given[1].sum(), [attention.result])[0]
+    known = None if gradient is None else _heads_first(gradient, attention)
+    return known is not None and bool(known[:, :, 1, 0].any())
 
 
 def _heads_first(tensor: Tensor, attention: Attention) -> Tensor | None:

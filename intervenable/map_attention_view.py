@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from intervenable.map_attention_events import attentions
 from intervenable.map_attention_probe import Leaf, Probe
+from intervenable.map_attention_products import Product
 from intervenable.map_trace import Call
 
 
@@ -42,8 +43,9 @@ class BlockView:
         return self.call
 
     def name(self, call: Call) -> str | None:
-        """A module's path from the block; None if it is no part of it."""
-        return self._names.get(call.module)
+        """A module's path from the block, of a product that of the module it is in; None if it is no part of it."""
+        module = call.parent.module if isinstance(call, Product) and call.parent else call.module
+        return self._names.get(module)
 
     def origins(self, leaves: Sequence[Leaf]) -> list[Leaf]:
         """The inputs of the block that tensors are made of, through however many linear maps."""
@@ -84,6 +86,13 @@ def layout(tensor: Tensor | None, rows: int, positions: int) -> dict[str, Any] |
     if tensor.dim() == 3 and shape[:2] == (positions, rows):
         return {"axes": (1, 0)}
     return None
+
+
+def place(call: Call) -> dict[str, Any]:
+    """What a site at a product says beside its path, as fields; of a module's call nothing."""
+    if not isinstance(call, Product):
+        return {}
+    return {"function": call.function, "weight": call.weight, "nth": call.nth}
 
 
 def ancestors(call: Call, last: Call) -> Iterator[Call]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from intervenable.map_config_fields import is_config, parts_of
 from intervenable.map_layers import block_signature, blocks_at, layer_kinds, layers_of_twin
+from intervenable.site_binding import product_width
 from intervenable.unwrapping import config_of
 from model_maps import COMPONENTS, AttentionHeads, HeadColumns, LayerKind, ModelMap, Site, Stack
 
@@ -248,14 +249,14 @@ class _Widths:
     def at(self, site: Site) -> tuple[Fraction, int] | str:
         """The factor at a site and the live width there, or why neither can be told."""
         try:
-            small = _width(self._small.get_submodule(site.path), site.side)
-            large = _width(self._large.get_submodule(site.path), site.side)
+            small = _width_at(self._small.get_submodule(site.path), site)
+            large = _width_at(self._large.get_submodule(site.path), site)
         except AttributeError:
             return f"the model has no module {site.path!r} there"
         if small is None or large is None:
             return f"module {site.path!r} does not say how wide its {site.side} is"
         factor = Fraction(large, small)
-        key = f"{site.path}.{site.side}"
+        key = f"{site.path}.{site.weight or ''}.{site.side}"
         usual = None if self._expected is None else self._expected.get(key)
         if self._expected is not None and factor != usual:
             # Perhaps its heads are more and not wider.
@@ -283,6 +284,10 @@ def _scaled(site: Site, widths: _Widths) -> Site | str:
     if wider.first_column(columns.heads - 1) + width > live:
         return f"the twin's columns do not fit: {columns.heads} heads of {width} in {live} columns"
     return replace(site, columns=wider)
+
+
+def _width_at(module: nn.Module, site: Site) -> int | None:
+    return _width(module, site.side) if site.weight is None else product_width(module, site)
 
 
 def _width(module: nn.Module, side: str) -> int | None:

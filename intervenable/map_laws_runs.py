@@ -371,6 +371,8 @@ class Bench:
                 return site.index(Whole(), run, tensor.device)
             # How many positions there are is read off what passes: a tower's are those of no input.
             length = tensor.numel() // (run.batch * tensor.shape[-1])
+            if site.axes is not None and tensor.dim() > 3:  # its heads are an axis as well
+                length = tensor.shape[site.axes.positions]
             return site.index(Whole(), self._run_inputs(run.batch, length), tensor.device)
 
         def keeping(key: Key) -> Callable[[Passage], None]:

@@ -111,12 +111,12 @@ def projects(bench: Bench, traced: Trace) -> Iterator[Finding]:
         side = sides.get(known.word)
         if side is None or (name, layer) in bench.faults:
             continue
-        function = None if site.function is None else site.function[0]
+        product = site.function is not None and (site.function.weight or site.function.name == "linear")
         inside = [*site.module.children()]  # one alone is a linear map in a wrapper
         linear = _has_matrix(site.module) or (len(inside) == 1 and _has_matrix(inside[0]))
         if not linear and COMPONENTS[name].word == "attention_value_output":
             linear = _is_normed_for_a_matrix(traced, site.path)
-        right = function == "linear" or (site.side == side and linear)
+        right = bool(product) or (site.side == side and linear)
         why = f"the {side} of a module with a matrix of weights"
         yield Finding(name, "projects", layer, right, 0.0 if right else INFINITE, 0.0, why)
         given = bench.plainly.get((named("mlp_input", known.prefix), layer))

@@ -37,6 +37,7 @@ from intervenable.map_laws_values import (
 from intervenable.map_shortcuts import shortcuts_of
 from intervenable.maps import map_of
 from intervenable.model import IntervenableModel
+from intervenable.sites import BoundSite
 from model_maps import COMPONENTS, LayerKind, ModelMap, Site, UnmappedModelError
 
 if TYPE_CHECKING:
@@ -209,12 +210,12 @@ def _findings(bench: Bench, output: Tensor) -> list[Finding]:
 def _identity(bench: Bench, output: Tensor) -> list[Finding]:
     """Writing everything back changes nothing: of what modules hand over bit for bit."""
     found: list[Finding] = []
-    eager = all(_is_eager(bench.model, site.module) for site in bench.sites.values() if site.kind == "inside")
+    eager = all(_is_eager(bench.model, site.module) for site in bench.sites.values() if _under_a_mode(site))
     for inside in (False, True):
         keys = [
             key
             for key, site in bench.sites.items()
-            if (site.kind == "inside") == inside and key not in bench.faults and not site.read_only
+            if _under_a_mode(site) == inside and key not in bench.faults and not site.read_only
         ]
         exact = not inside or eager
         limit = 0.0 if exact else _rounding(output.dtype)
@@ -228,6 +229,11 @@ def _identity(bench: Bench, output: Tensor) -> list[Finding]:
             layers = [layer for other, layer in keys if other == name]
             found += [Finding(name, "identity", layer, own <= limit, own, limit, why) for layer in layers]
     return found
+
+
+def _under_a_mode(site: BoundSite) -> bool:
+    """Whether a site is in an attention module whose functions are met: torch's own takes no short cut then."""
+    return site.kind == "inside" or (site.function is not None and site.function.weight is not None)
 
 
 def _rounding(dtype: torch.dtype) -> float:

@@ -141,6 +141,8 @@ class ModelView:
         )
         function = getattr(site, "function", None)
         words = f"{path or 'the model'} {site.side}{slot}" if function is None else f"{function} in {path}"
+        if site.weight:
+            words = f"{words} with {site.weight}, {site.side}"
         columns = columns_of(site, sizes_of(config_of(self.model))) if known.word in _CUT else None
         if columns is not None:
             words += f", {columns.heads} heads of {columns.width} columns from {columns.start} on"

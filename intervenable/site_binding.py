@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from intervenable.errors import UnsupportedModelError
 from intervenable.linear_maps import is_conv1d
-from intervenable.sites import BoundSite, Kind, StreamAxes
+from intervenable.sites import BoundFunction, BoundSite, Kind, StreamAxes
 from intervenable.unwrapping import config_of, unwrapped
 from model_maps import COMPONENTS, ModelMap, Side, Site, Sizes, Stack, columns_of, is_head_component
 
@@ -41,7 +41,7 @@ def bind_site(
     module = module_at(model, path, component)
     if COMPONENTS[component].inside is not None:
         return _bind_inside(model, component, layer, module, path, site, sizes, causal=causal, stack=stack)
-    live = live_width(module, site.side)
+    live = product_width(module, site) if site.weight else live_width(module, site.side)
     columns = columns_of(site, sizes, width=live)
     by_heads = is_head_component(component)
     kind: Kind = "sum" if plus is not None else "stored"
@@ -77,7 +77,7 @@ def bind_site(
         stack=stack,
         axes=None if site.axes is None else StreamAxes(*site.axes),
         scale=site.scale,
-        function=None if site.function is None else (site.function, site.nth),
+        function=None if site.function is None else BoundFunction(site.function, site.nth, site.weight),
     )
 
 
@@ -178,6 +178,26 @@ def module_at(model: nn.Module, path: str, component: str) -> nn.Module:
         module = child
         done.append(name)
     return unwrapped(module).module if path else module
+
+
+def product_width(module: nn.Module, site: Site) -> int | None:
+    """Columns of what a function of a module multiplies with a parameter, or of the product.
+
+    Example:
+        >>> attention = nn.MultiheadAttention(8, 2)
+        >>> product_width(attention, Site("", function="linear", weight="in_proj_weight"))
+        24
+    """
+    path, _, name = (site.weight or "").rpartition(".")
+    try:
+        weight: Any = getattr(module.get_submodule(path), name, None)
+    except AttributeError:
+        return None
+    if not isinstance(weight, Tensor) or weight.dim() < 2:
+        return None
+    if site.function == "linear":
+        return int(weight.shape[1 if site.side == "input" else 0])
+    return int(weight.shape[1:].numel()) if site.heads else None
 
 
 def live_width(module: nn.Module, side: Side) -> int | None:

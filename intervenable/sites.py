@@ -58,6 +58,18 @@ class StreamAxes(NamedTuple):
         return by_axis.movedim((0, 1), (self.rows, self.positions))
 
 
+class BoundFunction(NamedTuple):
+    """A function that a module calls, as the place of a component."""
+
+    name: FunctionName
+
+    nth: int = 0
+    """Which of its calls."""
+
+    weight: str | None = None
+    """The parameter of the module that it multiplies with; then the site may be what is multiplied."""
+
+
 @dataclass(frozen=True, eq=False)
 class BoundSite:
     """A component of one model at one layer: the module to hook, and how its tensor is laid out."""
@@ -119,7 +131,7 @@ class BoundSite:
     scale: float = 1.0
     """What the model multiplies its tensor with before it is the component."""
 
-    function: tuple[FunctionName, int] | None = None
+    function: BoundFunction | None = None
     """The function inside the module whose result it is, and which of its calls; None if the module's own."""
 
     @property
@@ -155,6 +167,8 @@ class BoundSite:
         return self._as_stream(passage.take(self.side, self.slot), inputs.of(self.stack))
 
     def _as_stream(self, tensor: Tensor, inputs: RunInputs) -> Tensor:
+        if self.axes is not None and self.flat:  # positions first
+            return tensor.reshape(-1, inputs.batch, tensor.shape[-1]).transpose(0, 1)
         if self.axes is not None:
             return self.axes.stream(tensor, inputs.batch)
         if self.flat:
@@ -164,6 +178,8 @@ class BoundSite:
         return tensor.transpose(0, 1) if inputs.time_first else tensor
 
     def _from_stream(self, stream: Tensor, like: Tensor, inputs: RunInputs) -> Tensor:
+        if self.axes is not None and self.flat:
+            return stream.transpose(0, 1).reshape(like.shape)
         if self.axes is not None:
             return self.axes.tensor(stream, like)
         if inputs.time_first and like.dim() == 3:
@@ -482,7 +498,8 @@ def hook_at(site: BoundSite, act: Callable[[Passage], None], *, writes: bool = F
     """
     if site.function is not None:
         slot = site.slot if isinstance(site.slot, int) else None
-        return Hook(site.module, site.side, act, FunctionHook(site.function[0], act, site.function[1], slot))
+        name, nth, weight = site.function
+        return Hook(site.module, site.side, act, FunctionHook(name, act, nth, slot, weight, site.side))
     if site.kind != "inside":
         return Hook(site.module, site.side, act)
     time_first = site.axes is not None and site.axes.rows > site.axes.positions

@@ -12,7 +12,7 @@ from model_maps.vocabulary import COMPONENTS, OF_KEYS, Component, Stack
 Side = Literal["input", "output"]
 Part = Literal["query", "key", "value"]
 Layout = Literal["concatenated", "grouped"]
-FunctionName = Literal["linear", "softmax", "top"]
+FunctionName = Literal["linear", "einsum", "softmax", "top"]
 """Functions of torch's whose result a site can be: a product with a weight, a softmax, the largest entries."""
 
 Width = Literal["hidden", "query", "key_value", "mlp", "vocabulary", "experts", "embedding", "any"]
@@ -101,7 +101,7 @@ class Site:
     """Explicit columns, which win over `heads`, `part` and `layout`."""
 
     flat: bool = False
-    """Whether batch and positions are one axis here: `[b*s, ...]`."""
+    """Whether batch and positions are one axis here: `[b*s, ...]`; with `axes=(1, 0)` `[s*b, ...]`."""
 
     plus: str | None = None
     """A component of the same block to be added to read this one; a write then goes to this site alone, as
@@ -121,10 +121,14 @@ class Site:
 
     function: FunctionName | None = None
     """The function whose result it is, called inside the module; None: the module takes it or hands it over. Then
-    `slot` is the item of a result of several, and `side` says nothing."""
+    `slot` is the item of a result of several, and `side` says nothing unless there is a `weight`."""
 
     nth: int = 0
     """Which of that function's calls inside the module, those in its children included, counted from 0."""
+
+    weight: str | None = None
+    """The parameter that the function multiplies with, by its name in the module. Then `nth` counts its products with
+    that parameter alone, and `side` says whether the site is what is multiplied or the product."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

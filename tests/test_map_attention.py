@@ -146,15 +146,13 @@ REFUSED = {
     " projected, so that what one adds depends on the others",
     ("diffllama", "value_output"): "it multiplies its pattern with values 2 times",
     ("jetmoe", "query_output"): "no linear module hands over what its queries are made of",
-    ("xlnet", "query_output"): "no linear module hands over what its queries are made of",
     ("deepseek_v4", "attention_value_output"): "the heads are not apart in what self_attn.o_a_proj reads",
 }
-BLOCKS = {"xlnet": "transformer.layer"}
 
 
 @pytest.mark.parametrize(("model_type", "word"), REFUSED)
 def test_what_cannot_be_told_apart_is_refused_with_its_reason(model_type, word):
-    found = found_in_type(model_type, BLOCKS.get(model_type, "model.layers"))
+    found = found_in_type(model_type, "model.layers")
 
     assert {one.absent.get(word) for one in found} == {REFUSED[model_type, word]}
     assert not any(word in one.sites for one in found)
