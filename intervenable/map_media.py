@@ -51,14 +51,15 @@ def tower_calls(model: nn.Module, role: Stack, count: int = 2) -> list[TowerCall
         count: How many are read.
     """
     name, make = READERS[role]
-    path, reader = next(
-        ((path, part) for path, part in model.named_modules() if hasattr(part, name)), ("", None)
-    )
+    readers = [(path, part) for path, part in model.named_modules() if callable(getattr(part, name, None))]
+    # An outer one may hand on whatever it is given to the one that says what it takes.
+    said = [(path, part) for path, part in readers if _named(getattr(part, name))]
+    path, reader = next(iter(said or readers), ("", None))
     config = getattr(reader, "config", None)
     if reader is None or config is None:
         return []
     read = getattr(reader, name)
-    takes = tuple(inspect.signature(read).parameters)
+    takes = _named(read)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     for form in make(config, takes, count):
         given = {name: value.to(device) for name, value in form.items()}
@@ -67,6 +68,13 @@ def tower_calls(model: nn.Module, role: Stack, count: int = 2) -> list[TowerCall
         if found and _has_blocks(found[0].module):
             return found
     return []
+
+
+def _named(function: Callable[..., object]) -> tuple[str, ...]:
+    """The names of the parameters of a function."""
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(function).parameters
+    return tuple(name for name, one in parameters.items() if one.kind not in several)
 
 
 def rows_of_picture(inputs: Mapping[str, Any], rows: int) -> int:

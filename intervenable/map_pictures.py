@@ -13,6 +13,9 @@ from intervenable.map_config_fields import field_of, is_number, parts_of
 _SIDE = 4
 """Patches along each side of a picture that is given patch by patch."""
 
+_SAMPLES = 3840
+"""Samples of a sound that is given as a wave: some read them in pieces of 1920 or of 640."""
+
 
 def pictures(config: Any, names: tuple[str, ...], count: int = 2) -> Iterator[dict[str, Tensor]]:
     """Pictures in every form in which models are given them, the likeliest first.
@@ -73,10 +76,12 @@ def sounds(config: Any, names: tuple[str, ...], count: int = 2) -> Iterator[dict
     """
     drawn = _Drawn(config, "audio_config")
     if "input_values" in names:
-        yield {"input_values": drawn.normal(count, 2000)}
+        yield {"input_values": drawn.normal(count, _SAMPLES)}
+        yield {"input_values": drawn.normal(count, 1, _SAMPLES)}
+        return
     bins = drawn.number("num_mel_bins", "feature_size", "input_dim") or 80
     places = drawn.number("max_source_positions")
-    for frames in dict.fromkeys((2 * places if places else 64, 64, 128)):
+    for frames in dict.fromkeys((2 * places if places else 64, 64, 128, 200)):
         mask = {name: torch.ones(count, frames, dtype=torch.long) for name in names if "mask" in name}
         lengths = {name: torch.full((count,), frames) for name in names if "length" in name}
         yield {"input_features": drawn.normal(count, bins, frames), **mask, **lengths}

@@ -25,6 +25,15 @@ _SECTIONS_OF_4 = {**_ROTARY, "mrope_section": [2, 1, 1]}
 
 _STATE_AND_ATTENTION = PerLayer(("linear_attention", "full_attention"))
 
+_TWO_STAGES = {
+    "image_size": 32,
+    "patch_size": 4,
+    "embed_dim": HIDDEN,
+    "depths": (2, 2),
+    "num_heads": (2, 4),
+    "window_size": 4,
+}
+
 EXCEPTIONS: Mapping[str, Mapping[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "blt": {"num_hidden_layers": 4, "num_attention_heads": 4},
@@ -105,7 +114,6 @@ EXCEPTIONS: Mapping[str, Mapping[str, Any]] = {
     },
     "dia": {"delay_pattern": [0, 1, 2]},
     "cvt": {"depth": (1, 2, 3)},
-    "donut-swin": {"image_size": 64, "patch_size": 4, "num_heads": [2, 4, 8, 8]},
     "efficientnet": {"width_coefficient": 0.025, "depth_coefficient": 1.0},
     "florence_vision": {"projection_dim": 32},
     "fun_asr_nano": {"adaptor_config.intermediate_size": 8},
@@ -152,9 +160,13 @@ EXCEPTIONS: Mapping[str, Mapping[str, Any]] = {
         "decoder.is_decoder": True,
         "decoder.add_cross_attention": True,
     },
-    "swin": {"image_size": 64, "patch_size": 4, "num_heads": (2, 4, 8, 8)},
+    "swin": _TWO_STAGES,
+    "donut-swin": _TWO_STAGES,
     "swinv2": {"image_size": 64, "patch_size": 4, "num_heads": (2, 4, 8, 8)},
-    "textnet": {"stem_out_channels": HIDDEN, "image_size": (64, 64)},
+    "textnet": {"stem_out_channels": HIDDEN, "image_size": (64, 64), "hidden_sizes": [HIDDEN] * 5},
+    "qwen2_5_vl_vision": {"window_size": 32},  # in pixels
+    "exaone4_5_vision": {"window_size": 32},
+    "qwen2_5_omni_vision_encoder": {"window_size": 32},
     "wav2vec2-bert": {"vocab_size": 160},
     "wav2vec2-conformer": {"vocab_size": 160},
     "esm": {"vocab_size": 160, "pad_token_id": 1, "mask_token_id": 2},
@@ -242,16 +254,11 @@ UNBUILDABLE_FOR: Mapping[str, Mapping[str, str]] = {
     },
     "image-classification": {
         "dinat": "it needs natten",
-        "donut-swin": "no tiny config is known that it runs with",
-        "perceiver": "no tiny config is known that it runs with",
-        "swin": "no tiny config is known that it runs with",
-        "textnet": "no tiny config is known that it runs with",
         "timm_wrapper": "it needs timm",
     },
     "zero-shot": {
         "align": "no tiny config is known that it runs with",
         "blip-2": "its query tower needs fields that another task's model must not have",
-        "videoprism": "no tiny config is known that it runs with",
     },
     "audio-classification": {},
     "ctc": {},
