@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from intervenable.attention_mode import OPENED, SOFTMAX, WHOLE
+from intervenable.linear_maps import is_matrix_of
 from intervenable.passage import InsidePassage, Passage
 from model_maps import FunctionName, Side
 
@@ -93,14 +94,16 @@ class FunctionMode(TorchFunctionMode):
 
     def _is_given(self, weight: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         parameter = _parameter(self._module, weight)
-        return parameter is not None and any(tensor is parameter for _, tensor in _tensors(args, kwargs))
+        tensors = _tensors(args, kwargs)
+        return parameter is not None and any(is_matrix_of(tensor, parameter) for _, tensor in tensors)
 
     def _given(
         self, hook: FunctionHook, weight: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments, with what a hook makes of the first tensor that is not the weight."""
         parameter = _parameter(self._module, weight)
-        place, tensor = next((place, one) for place, one in _tensors(args, kwargs) if one is not parameter)
+        tensors = _tensors(args, kwargs)
+        place, tensor = next((place, one) for place, one in tensors if not is_matrix_of(one, parameter))
         passage = InsidePassage(self._module, tensor)
         hook.act(passage)
         if not passage.changed:

@@ -47,6 +47,19 @@ def matrix_of(module: nn.Module, device: torch.device, needed_by: str) -> tuple[
     return _measured(module, width, device, needed_by)
 
 
+def is_matrix_of(tensor: Tensor, parameter: Tensor) -> bool:
+    """Whether a tensor is a parameter that can be multiplied with, or some rows of one that are.
+
+    Example:
+        >>> fused = nn.Parameter(torch.zeros(6, 2))
+        >>> is_matrix_of(fused, fused), is_matrix_of(fused.chunk(3)[1], fused), is_matrix_of(fused[:, :1], fused)
+        (True, True, False)
+    """
+    if tensor is parameter:
+        return tensor.dim() > 1
+    return tensor._base is parameter and tensor.dim() == 2 and tensor.shape[1:] == parameter.shape[1:]
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a projection keeps its weight as `[in, out]`, as GPT-2's do."""
     return type(module).__name__ == "Conv1D"

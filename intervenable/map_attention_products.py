@@ -6,7 +6,7 @@ them. Nothing hooks a function, so gradients stop at their results under a mode.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from intervenable.linear_maps import is_matrix_of
 from intervenable.map_trace import LINEAR, Call, Met
 from model_maps import FunctionName
 
@@ -64,9 +65,7 @@ class StoppingProducts(TorchFunctionMode):
             return result
         if func is torch.einsum and not _is_map(args):
             return result
-        if not any(
-            isinstance(value, nn.Parameter) for value in _flat((args, tuple((kwargs or {}).values())))
-        ):
+        if _matrix_in(_flat((args, tuple((kwargs or {}).values())))) is None:
             return result
         leaf = by_columns(result.detach()).requires_grad_()
         copy = leaf.clone().reshape(result.shape)
@@ -89,7 +88,7 @@ def products(calls: list[Call], stops: Mapping[int, Tensor]) -> Iterator[tuple[P
         times: dict[str, int] = {}
         for met in call.met if names else ():
             leaf = stops.get(id(met.returned))
-            weight = next((names[id(one)] for one in met.given if id(one) in names), None)
+            weight = names.get(id(_matrix_in(met.given)))
             if leaf is None or weight is None:
                 continue
             nth = times.get(weight, 0)
@@ -102,7 +101,8 @@ def products(calls: list[Call], stops: Mapping[int, Tensor]) -> Iterator[tuple[P
 
 def _product(call: Call, met: Met, leaf: Tensor, weight: str, nth: int) -> Product:
     with torch.enable_grad():
-        given = by_columns(next(one for one in met.given if not isinstance(one, nn.Parameter)))
+        matrix = _matrix_in(met.given)
+        given = by_columns(next(one for one in met.given if matrix is None or not is_matrix_of(one, matrix)))
     return Product(
         f"{call.path}.{weight}",
         Matrix(given.shape[-1], leaf.shape[-1]),
@@ -116,6 +116,15 @@ def _product(call: Call, met: Met, leaf: Tensor, weight: str, nth: int) -> Produ
         weight=weight,
         nth=nth,
     )
+
+
+def _matrix_in(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The parameter among tensors that is a matrix, or of which one has some rows."""
+    for tensor in tensors:
+        for parameter in (tensor, tensor._base):
+            if isinstance(parameter, nn.Parameter) and is_matrix_of(tensor, parameter):
+                return parameter
+    return None
 
 
 def by_columns(tensor: Tensor) -> Tensor:

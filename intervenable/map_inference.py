@@ -23,7 +23,7 @@ from intervenable.map_layout import layout_of
 from intervenable.map_mlp import Placed
 from intervenable.map_trace import Trace, trace
 from intervenable.mixer_state import layers_with_state
-from intervenable.signatures import takes
+from intervenable.signatures import counts_time_first, takes
 from intervenable.site_binding import module_at
 from model_maps import COMPONENTS, LayerKind, ModelMap, Site, Sizes, Stack, Width, path_in_layer, sizes_of
 from model_maps.families import STATE_IS_READ
@@ -330,13 +330,14 @@ def _is_causal(model: nn.Module, inputs: Mapping[str, Any], stack: BlockStack) -
     layout = layout_of(stack, inputs)
     entering, end = stack.first.entering, stack.last.leaving
     placed = layout.placed(Site(""), entering)
-    axis = 1 if placed.axes is None else placed.axes[1]
+    first_axis = counts_time_first(model) and entering.dim() == 3
+    axis = (0 if first_axis else 1) if placed.axes is None else placed.axes[1]
     if placed.flat or entering.shape != end.shape:
         return False
     # Behind the tokens there may be padding that nothing reads.
     tokens = inputs.get("input_ids")
-    positions = tokens.shape[-1] if isinstance(tokens, Tensor) else layout.positions
-    cut = min(positions, layout.positions) // 2
+    positions = tokens.shape[-1] if isinstance(tokens, Tensor) else entering.shape[axis]
+    cut = min(positions, entering.shape[axis]) // 2
     other = entering.clone()
     later = other.narrow(axis, cut, other.shape[axis] - cut)
     later += 1.0 + later.abs()

@@ -118,6 +118,34 @@ def test_a_head_of_torch_s_own_attention_is_switched_off_as_by_hand(batch_first,
     assert_close(without, whole - share, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_keys_of_another_stack_are_made_by_rows_of_a_parameter(batch_first):
+    torch.manual_seed(0)
+    model = nn.Transformer(16, 4, 2, 2, 24, batch_first=batch_first).eval()
+    model.encoder.use_nested_tensor = model.encoder.enable_nested_tensor = False
+    spread_weights(model)
+    inputs = {"src": torch.randn(2, 7, 16), "tgt": torch.randn(2, 5, 16)}
+    if not batch_first:
+        inputs = {name: given.transpose(0, 1) for name, given in inputs.items()}
+    iv.model_map(model, example_inputs=inputs)
+    attention, seen = model.decoder.layers[1].multihead_attn, {}
+    attention.register_forward_pre_hook(lambda _, given: seen.update(memory=given[1]))
+
+    keys = collected(model, inputs, "cross_head_key_output")
+
+    memory = seen["memory"] if batch_first else seen["memory"].transpose(0, 1)
+    with torch.no_grad():
+        by_hand = memory @ attention.in_proj_weight[16:32].T + attention.in_proj_bias[16:32]
+    assert_close(keys, by_heads(by_hand, 4))
+
+
+def test_positions_that_come_first_are_no_examples_when_a_map_asks_what_reads_ahead():
+    model, inputs = encoder(batch_first=False)
+
+    assert not infer_map(model, inputs).causal
+
+
 def test_the_values_of_wavlm_are_made_by_the_weights_of_a_module_that_is_never_called():
     model, inputs = of_type("wavlm", "audio-classification")
     iv.model_map(model, example_inputs=inputs)
