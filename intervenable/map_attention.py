@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from intervenable.map_attention_banded import BANDED, Banded, banded_attention
 from intervenable.map_attention_module import (
     GIVEN_TWICE,
     attention_module,
@@ -55,6 +56,7 @@ WORDS = (
 
 NO_ATTENTION = "it computes no attention: no softmax lies between two products there"
 NO_CROSS_ATTENTION = "it does not attend to another stack"
+BOTH_STACKS = "it attends to its own positions and to the other stack's at once, in one matrix"
 NO_MATRIX = "no module has the matrix that the heads are projected with"
 NO_ROTARY = "it has no rotary embedding"
 UNKNOWN_ROTARY = "no linear module makes what would be rotated, so that it cannot be told whether it is"
@@ -157,13 +159,31 @@ def _found(
 def _answer(view: BlockView, found: Sequence[Operands], cross: bool) -> BlockAttention:
     """The sites of a block's attention to itself, or of that to another stack."""
     if not found:
-        return _nothing(NO_CROSS_ATTENTION if cross else NO_ATTENTION)
+        return _nothing(_why_not_across(view)) if cross else _banded_answer(view)
     calls = list(dict.fromkeys(one.attention.call for one in found))
     if len({type(call.module) for call in calls}) > 1:
         names = ", ".join(str(view.name(call)) for call in calls)
         return _nothing(f"{len(calls)} of its modules compute attention: {names}")
     # Of several alike, one after the other, the block's attention is the first.
     return _Answer(view, [one for one in found if one.attention.call is calls[0]]).made()
+
+
+def _banded_answer(view: BlockView) -> BlockAttention:
+    """The sites of a block's attention whose scores are no matrix, if it has such a one."""
+    try:
+        known = banded_attention(view)
+    except RefusedError as error:
+        return _nothing(str(error))
+    return _nothing(NO_ATTENTION) if known is None else _BandedAnswer(view, known).made()
+
+
+def _why_not_across(view: BlockView) -> str:
+    """Why a block has no attention to another stack alone."""
+    own, stream = view.attentions, None if view.call is None else view.block.main_input_slot
+    makers = [leaf for one in own for leaf in view.probe.feeding(one.source) if leaf.call is not None]
+    beside = [leaf for leaf in view.origins(makers) if leaf.slot != stream]
+    joint = any(not same_values(leaf.tensor, view.block.main_input) for leaf in beside)
+    return BOTH_STACKS if joint else NO_CROSS_ATTENTION
 
 
 def _nothing(why: str) -> BlockAttention:
@@ -213,11 +233,19 @@ class _Answer:
             self._absent.update(dict.fromkeys(("attention_input", *INSIDE), str(error)))
         return BlockAttention(self._sites, self._absent, path, module)
 
+    def _maker(self, role: Role) -> Projection:
+        """What makes queries, keys or values."""
+        return operand_projection(self._view, self._found, role)
+
+    def _reader(self) -> Projection:
+        """What reads the pattern times the values."""
+        return output_projection(self._view, self._found)
+
     def _operand(self, role: Role) -> Projection | None:
         """The projection of queries, keys or values; its site or the reason is noted."""
         length = self._attention.queries if role == "query" else self._attention.keys
         try:
-            known = operand_projection(self._view, self._found, role)
+            known = self._maker(role)
             self._sites[f"{role}_output"] = self._site(known, "output", role != "query", length)
         except RefusedError as error:
             self._absent[f"{role}_output"] = str(error)
@@ -227,7 +255,7 @@ class _Answer:
     def _output(self) -> Projection | None:
         """The projection of what the heads have read; its site or the reason is noted."""
         try:
-            known = output_projection(self._view, self._found)
+            known = self._reader()
             at = known if known.norm is None else Projection(known.norm, known.columns)
             self._sites["attention_value_output"] = self._site(at, "input", False, self._attention.queries)
         except RefusedError as error:
@@ -287,3 +315,20 @@ class _Answer:
         if len(self._found) > 1:
             absent["expanded_head_value"] = f"it multiplies its pattern with values {len(self._found)} times"
         return absent
+
+
+class _BandedAnswer(_Answer):
+    """The sites of attention whose scores are no matrix of queries by keys."""
+
+    def __init__(self, view: BlockView, banded: Banded) -> None:
+        super().__init__(view, [Operands(banded.attention)])
+        self._banded = banded
+
+    def _maker(self, role: Role) -> Projection:
+        return self._banded.projections[role]
+
+    def _reader(self) -> Projection:
+        return self._banded.output
+
+    def _not_inside(self) -> dict[str, str]:
+        return dict.fromkeys(INSIDE, BANDED)

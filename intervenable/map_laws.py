@@ -39,6 +39,7 @@ LAWS: Mapping[str, str] = {
     "adds": "the block's output changes as it does by what is added in the end",
     "elementwise": "each column follows from its own column alone",
     "heads": "a head's columns move what that head computes and nothing of other heads",
+    "roles": "queries act at their own position, keys and values at others too, values column by column",
     "mixes": "what is given to a mixer at some positions reaches what it returns at others",
     "about": "a stack of tokens is entered by others if its tokens are in another order, a stack beside it is not",
     "chosen": "an expert is chosen with a logit far above the others', not with one far below them",

@@ -383,7 +383,10 @@ def _has_matrix(module: nn.Module) -> bool:
 def _multiplied(call: Call, given: Tensor) -> bool:
     """Whether a module in a call that has a matrix of weights, or a function of one, is given this very tensor."""
     for one in (call, *call.inside()):
-        if _has_matrix(one.module) and any(_holds(tensor, given) for tensor in one.inputs.values()):
+        if _has_matrix(one.module) and any(
+            _holds(tensor, given) or (tensor.dim() == 3 and _holds(tensor.transpose(0, 1), given))
+            for tensor in one.inputs.values()
+        ):
             return True
     names = ("linear", "product", "einsum")
     return any(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from intervenable.errors import MapError, UnknownNameError, UnsupportedModelError, unknown_name
 from intervenable.map_inputs import example_inputs as made_inputs
 from intervenable.map_laws import LAWS, TELLS_NOTHING, Finding, deviation, limit_of
+from intervenable.map_laws_banded import roles
 from intervenable.map_laws_ends import ends, entered, lookup, single_layers
 from intervenable.map_laws_experts import chosen, numbered, weighs
 from intervenable.map_laws_heads import heads, shares
@@ -195,7 +196,7 @@ def _findings(bench: Bench, output: Tensor) -> list[Finding]:
         law(bench, swaps)
         for law in (determines, stays, adds, elementwise, moves, ends, entered, order, single_layers, lookup)
     ]
-    judges += [heads(bench), shares(bench), affine(bench)]
+    judges += [roles(bench, swaps), heads(bench), shares(bench), affine(bench)]
     judges += [mixes(bench), about(bench), chosen(bench), weighs(bench)]
     bench.run()
     found = [finding for judge in judges for finding in judge()]
