@@ -92,6 +92,9 @@ class _Part:
     fewer: int
     """By how much the heads of linear attention become fewer: no component is of one of them."""
 
+    patch: int | None
+    """Pixels along a side of the patches of a tower whose windows are counted in pixels."""
+
 
 class _Shrinking:
     """Makes small configs of the parts of one."""
@@ -155,7 +158,10 @@ class _Shrinking:
             self._shown(layers, sharing=sharing if is_number(sharing) else 0, listed=listed) if layers else ()
         )
         factor = 1 if geometry is None else self._head_factor(geometry)
-        return _Part(geometry, layers, shown, factor, _fewer_linear_heads(config))
+        merged = is_number(field_of(config, "spatial_merge_size"))
+        side = field_of(config, "patch_size") if merged else None
+        patch = side if is_number(side) else None
+        return _Part(geometry, layers, shown, factor, _fewer_linear_heads(config), patch)
 
     def _head_factor(self, geometry: Geometry) -> int:
         """By how much heads become narrower."""
@@ -198,6 +204,8 @@ class _Shrinking:
                 return value // part.fewer
             case "latent":
                 return min(value, 16 if name.endswith("kv_lora_rank") else 24)
+            case "window" if part.patch and value >= 2 * part.patch and value % part.patch == 0:
+                return value
             case "window":
                 return min(value, self._shape.window)
             case None if name in _WIDTHS_BY_HEAD and part.factor > 1:
@@ -233,6 +241,8 @@ class _Shrinking:
 
     def _list(self, name: str, value: Sequence[Any], part: _Part) -> list[Any]:
         numbers = bool(value) and all(map(is_number, value))
+        if numbers and name == "image_size":
+            return [min(side, _MOST[name]) for side in value]
         if part.layers and len(value) == part.layers:
             return [self._small(name, value[layer], part) for layer in part.shown]
         if name == "attention_types":  # pairs: kinds of layers in turn, and how often

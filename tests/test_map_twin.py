@@ -14,6 +14,8 @@ import intervenable as iv
 from intervenable.map_inputs import example_inputs
 from intervenable.map_layers import block_signature, layer_kinds, layers_shown
 from intervenable.map_twin import spread_weights, twin_of
+from intervenable.map_twin_config import small_config
+from intervenable.map_twin_shape import TwinShape
 
 LARGE: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama 3 70B": (
@@ -329,3 +331,17 @@ def test_heads_of_linear_attention_become_few_and_those_of_attention_stay(
     twin_mixers = [module for module in twin.modules() if hasattr(module, "A_log")]
     heads = {len(module.A_log.flatten()) for module in twin_mixers}
     assert heads == {max(count for field, count in counts.items() if field.startswith("linear"))}
+
+
+def test_a_tower_keeps_windows_that_are_counted_in_pixels_and_gets_small_pictures() -> None:
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "window_size": 112}
+    windowed = transformers.Qwen2_5_VLConfig(vision_config=vision, text_config={"sliding_window": 4096})
+    pictured = transformers.InternVLConfig(vision_config={"image_size": [448, 448]})
+
+    def first(count: int, *, sharing: int = 0, listed: bool = False) -> tuple[int, ...]:
+        return tuple(range(min(count, 1)))
+
+    one, other = (small_config(config, TwinShape(), first) for config in (windowed, pictured))
+
+    assert one.vision_config.window_size == 112  # eight patches of 14 pixels
+    assert list(other.vision_config.image_size) == [64, 64]

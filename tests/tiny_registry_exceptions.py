@@ -164,6 +164,8 @@ EXCEPTIONS: Mapping[str, Mapping[str, Any]] = {
     "donut-swin": _TWO_STAGES,
     "swinv2": {"image_size": 64, "patch_size": 4, "num_heads": (2, 4, 8, 8)},
     "textnet": {"stem_out_channels": HIDDEN, "image_size": (64, 64), "hidden_sizes": [HIDDEN] * 5},
+    "internvl_vision": {"image_size": (32, 32), "patch_size": (8, 8)},
+    "qianfan_ocr_vision": {"image_size": (32, 32), "patch_size": (8, 8)},
     "qwen2_5_vl_vision": {"window_size": 32},  # in pixels
     "exaone4_5_vision": {"window_size": 32},
     "qwen2_5_omni_vision_encoder": {"window_size": 32},
