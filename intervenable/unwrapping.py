@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import nn
@@ -59,14 +60,18 @@ def unwrapped(model: nn.Module) -> Unwrapped:
 
 def _step(model: nn.Module) -> tuple[str, nn.Module] | None:
     """The module inside a wrapper and the attribute under which it is there; None if the model is no wrapper."""
-    for cls in type(model).__mro__:
-        if cls is nn.Module:
-            return None
-        name = WRAPPERS.get(cls.__name__, "")
+    for name in _attributes_of(type(model).__mro__):
         inside = model._modules.get(name)
         if inside is not None:
             return name, inside
     return None
+
+
+@lru_cache(maxsize=512)
+def _attributes_of(bases: tuple[type, ...]) -> tuple[str, ...]:
+    """Under which attributes models of a class may have one inside: none in all but wrappers, asked in every run."""
+    own = bases[: bases.index(nn.Module)]
+    return tuple(WRAPPERS[base.__name__] for base in own if base.__name__ in WRAPPERS)
 
 
 def virtual_tokens(model: nn.Module) -> int:
