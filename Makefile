@@ -101,7 +101,7 @@ maps: $(VENV)/.dev
 # Half a minute to a minute for each of many families.
 maps-sabotage: $(VENV)/.dev
 	$(ONE_THREAD) $(VENV)/bin/python -m pytest -n 2 -m registry \
-		tests/test_map_sabotage.py tests/test_all_components_everywhere.py
+		tests/test_map_sabotage_everywhere.py tests/test_all_components_everywhere.py
 
 maps-page: $(VENV)/.dev
 	$(ONE_THREAD) $(VENV)/bin/python tests/map_survey.py

@@ -36,6 +36,7 @@ from intervenable.map_laws_values import (
     weighted,
 )
 from intervenable.map_shortcuts import shortcuts_of
+from intervenable.map_trace import Trace
 from intervenable.maps import map_of
 from intervenable.model import IntervenableModel
 from intervenable.sites import BoundSite
@@ -201,11 +202,21 @@ def _findings(bench: Bench, output: Tensor) -> list[Finding]:
     bench.run()
     found = [finding for judge in judges for finding in judge()]
     found += _identity(bench, output)
+    return plain_findings(bench, traced, output) + found
+
+
+def plain_findings(bench: Bench, traced: Trace, output: Tensor) -> list[Finding]:
+    """What the laws come to that look at a plain pass and make no experiments.
+
+    Args:
+        bench: The model and the map.
+        traced: The pass written down.
+        output: What the model returned.
+    """
+    found = [*bound(bench, traced), *numbered(bench)]
     for law in (once, layout, chain, apart, reads, projects, rows, weighted, projection, residual, norm):
         found += law(bench, traced)
-    found += [*given_to_experts(bench, traced), *numbered(bench)]
-    found += logits(bench, traced, output)
-    return [*bound(bench, traced), *found]
+    return [*found, *given_to_experts(bench, traced), *logits(bench, traced, output)]
 
 
 def _identity(bench: Bench, output: Tensor) -> list[Finding]:
