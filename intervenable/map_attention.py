@@ -57,6 +57,7 @@ WORDS = (
 NO_ATTENTION = "it computes no attention: no softmax lies between two products there"
 NO_CROSS_ATTENTION = "it does not attend to another stack"
 BOTH_STACKS = "it attends to its own positions and to the other stack's at once, in one matrix"
+ONE_AXIS = "its blocks have all examples on one axis, so that no matrix of scores has an axis of them"
 NO_MATRIX = "no module has the matrix that the heads are projected with"
 NO_ROTARY = "it has no rotary embedding"
 UNKNOWN_ROTARY = "no linear module makes what would be rotated, so that it cannot be told whether it is"
@@ -299,6 +300,8 @@ class _Answer:
                 INSIDE, f"it computes {len(self._found)} patterns, each of other queries or keys"
             )
         counts, stream = (attention.rows, attention.queries), (view.rows, view.positions or attention.queries)
+        if view.positions is None and view.block.main_input is not None and view.block.main_input.dim() == 2:
+            return dict.fromkeys(INSIDE, ONE_AXIS)
         if counts not in (stream, stream[::-1]):  # positions may come first
             why = (
                 f"its matrices are of {attention.queries} queries in {attention.rows} windows, and not of"

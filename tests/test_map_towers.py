@@ -15,7 +15,7 @@ from intervenable.map_inputs import example_inputs
 from intervenable.map_making import make_map, proved_map
 from intervenable.map_media import tower_calls
 from intervenable.map_towers import with_towers
-from model_maps import COMPONENTS, ModelMap
+from model_maps import COMPONENTS, HeadColumns, ModelMap
 
 
 def written(name: str) -> ModelMap:
@@ -57,6 +57,22 @@ def test_a_swap_in_a_tower_that_was_found_is_that_of_a_hook_by_hand(name: str) -
 
     assert torch.equal(output, by_hand)
     assert not torch.allclose(by_hand, plain, atol=1e-3)
+
+
+def test_heads_of_a_tower_with_all_pictures_on_one_axis_are_columns_of_its_projection() -> None:
+    found = make_map(tower_model("qwen2_vl"))
+
+    columns = {word: found.site(f"vision_head_{word}_output", 0) for word in ("query", "key", "value")}
+
+    # Its code splits the 36 columns in three, and each part in three heads.
+    assert {word: site and site.columns for word, site in columns.items()} == {
+        "query": HeadColumns(3, 4, start=0),
+        "key": HeadColumns(3, 4, start=12),
+        "value": HeadColumns(3, 4, start=24),
+    }
+    assert all(site is not None and site.flat for site in columns.values())
+    assert found.site("vision_attention_scores", 0) is None
+    assert found.reason("vision_attention_scores").startswith("its blocks have all examples on one axis")
 
 
 def llava_next() -> nn.Module:
