@@ -136,7 +136,8 @@ class _View:
             for call in self.values.calls:
                 if self.values.path(call) == found.path and self._is_of(part.core.call, call):
                     return BRANCHES[name]
-        return "attention" if _weighs(part.core.call) else None
+        weighing = any(_weighs(call) for call in (part.core.call, *self._makers(part)))
+        return "attention" if weighing else None
 
     def _is_of(self, core: Call, attention: Call) -> bool:
         """Whether a module holds the attention, is a part of it, or is given what it returns."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from intervenable.hooks import Hook, hooked
 from intervenable.map_attention import BlockAttention, attention_sites
+from intervenable.map_attention_module import GIVEN_TWICE, given_twice
 from intervenable.map_block_sites import BlockSites, block_sites
 from intervenable.map_blocks import BlockStack, find_stacks, why_none, with_roles
 from intervenable.map_ends import NO_LOGITS, end_sites, head_sites
@@ -166,12 +167,24 @@ def _layers(
     cross = [attention.cross.get(block.path) for block in stack.blocks]
     layout, sizes = layout_of(stack, inputs), _sizes(model, stack)
     found = block_sites(model, inputs, run, stack.blocks, own, cross, layout, sizes)
-    first, second = (block.call for block in stack.blocks[:2]) if len(stack.blocks) > 1 else (None, None)
-    if first and second and first.of_parts and goes_past(model, inputs, first, second):
-        for placed in found:
-            placed.sites["block_input"] = replace(placed.sites["block_input"], read_only=GOES_PAST)
+    why = _why_not_entered(stack, model, inputs)
+    for placed in found if why else ():
+        placed.sites["block_input"] = replace(placed.sites["block_input"], read_only=why)
     _place_states(found, stack, model, inputs)
     return found
+
+
+def _why_not_entered(stack: BlockStack, model: nn.Module, inputs: Mapping[str, Any]) -> str:
+    """Why what is written where a block is given the stream does not reach all of the block; "" if it does."""
+    if len(stack.blocks) < 2:
+        return ""
+    before, block = stack.blocks[:2]
+    if not (block.call.of_parts or given_twice(block.call)):
+        return ""
+    ends = (before.call.exit, before.returned), (block.call.exit, block.returned)
+    if not goes_past(model, inputs, ends[0], (block.call.entrance, block.given), ends[1], block.entering):
+        return ""
+    return GOES_PAST if block.call.of_parts else GIVEN_TWICE
 
 
 def _place_states(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from intervenable.hooks import Hook, hooked
-from intervenable.map_trace import Call, Trace
+from intervenable.map_trace import Call, Slot, Trace
 from intervenable.passage import Passage
 from model_maps import Side
 
@@ -60,35 +60,37 @@ GOES_PAST = (
 """Why what the first part of a layer is given is not the stream for all of the layer."""
 
 
-def goes_past(model: nn.Module, inputs: Mapping[str, Any], before: Call, layer: Call) -> bool:
-    """Whether a stream does something else where a layer's first part is given it than where the one before left it.
+Place = tuple[Call, Slot]
+"""A call, and where among its inputs or outputs a tensor is."""
+
+
+def goes_past(
+    model: nn.Module, inputs: Mapping[str, Any], left: Place, entered: Place, end: Place, stream: Tensor
+) -> bool:
+    """Whether a stream does something else where a layer is given it than where the layer before it left it.
 
     Args:
         model: The model.
         inputs: Its keyword inputs.
-        before: The call of a layer that was put together.
-        layer: That of the next one.
+        left: Where the layer before hands it on.
+        entered: Where the layer is given it.
+        end: Where the layer hands on what it makes of it.
+        stream: What it is there.
     """
-    given = layer.main_input
-    assert given is not None  # it is what the layer before returned
-    other = given.clone() * 1.5 + 0.5
+    other = stream.clone() * 1.5 + 0.5
     seen: list[Tensor] = []
-    read = Hook(
-        layer.exit.module, "output", lambda passage: seen.append(passage.take("output", None).clone())
-    )
-    ends: tuple[tuple[nn.Module, Side], ...] = (
-        (before.exit.module, "output"),
-        (layer.entrance.module, "input"),
-    )
-    for module, side in ends:
-        with torch.no_grad(), hooked([Hook(module, side, _putting(other, side)), read], model):
+    last, slot = end
+    sides: tuple[tuple[Side, Place], ...] = (("output", left), ("input", entered))
+    read = Hook(last.module, "output", lambda passage: seen.append(passage.take("output", slot).clone()))
+    for side, (call, where) in sides:
+        with torch.no_grad(), hooked([Hook(call.module, side, _putting(other, side, where)), read], model):
             model(**inputs)
     return not torch.allclose(seen[0], seen[1], rtol=1e-4, atol=1e-4 * float(seen[0].abs().max()))
 
 
-def _putting(value: Tensor, side: Side) -> Callable[[Passage], None]:
+def _putting(value: Tensor, side: Side, slot: Slot) -> Callable[[Passage], None]:
     # A copy, as the model may change it in place.
-    return lambda passage: passage.put(side, None, value.clone())
+    return lambda passage: passage.put(side, slot, value.clone())
 
 
 def put_in(trace: Trace, call: Call) -> None:

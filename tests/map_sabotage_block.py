@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from intervenable.map_layer_calls import call_of_parts, put_in
+from intervenable.map_layers import blocks_at
 from intervenable.map_trace import Call, Trace
-from model_maps import COMPONENTS, LayerKind, ModelMap, Site, sizes_of
+from model_maps import COMPONENTS, LayerKind, ModelMap, Site, path_in_layer, sizes_of
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,7 @@ def one_of_each_kind(model: nn.Module, model_map: ModelMap, prefix: str) -> list
     blocks = model_map.blocks_of(named("attention_input", prefix))
     if blocks is None:
         return []
-    listed = model.get_submodule(blocks) if blocks else [model]
-    count = len(listed) if hasattr(listed, "__len__") else 1
+    count = len(blocks_at(model, blocks)) if blocks else 1
     if not model_map.kinds:
         return [1] if count > 1 else [0]
     words = [name for name, known in COMPONENTS.items() if known.prefix == prefix and known.scope == "block"]
@@ -49,9 +50,26 @@ def one_of_each_kind(model: nn.Module, model_map: ModelMap, prefix: str) -> list
     return sorted(layers.values())
 
 
+def with_all_layers(traced: Trace, model: nn.Module, model_map: ModelMap) -> Trace:
+    """The pass with a call of each layer, also of those that are called part by part."""
+    for blocks in (model_map.blocks, *model_map.stacks.values()):
+        for layer, block in enumerate(blocks_at(model, blocks) if blocks else ()):
+            path = path_in_layer(blocks, layer, "")
+            call = None if traced.of(path) else call_of_parts(traced, block, path)
+            if call is not None:
+                put_in(traced, call)
+    return traced
+
+
+def path_from(block: str, path: str) -> str:
+    """The path from the model of a part of a block."""
+    blocks, _, layer = block.rpartition(".")
+    return path_in_layer(blocks, layer, path) if layer.isdigit() else ".".join(p for p in (block, path) if p)
+
+
 def numbers_of(traced: Trace, block: str, site: Site) -> Tensor | None:
     """What a site of a block had in a pass; None of what no module is given or hands over."""
-    path = ".".join(part for part in (block, site.path) if part)
+    path = path_from(block, site.path)
     call = next(iter(traced.of(path)), None)
     if call is None or site.function is not None:
         return None
@@ -81,7 +99,7 @@ class Block:
         return self.map.site(name, self.layer) if name in COMPONENTS else None
 
     def call_at(self, site: Site) -> Call | None:
-        path = ".".join(part for part in (self.path, site.path) if part)
+        path = path_from(self.path, site.path)
         calls = () if self.call is None else (self.call, *self.call.inside())
         return next((one for one in calls if one.path == path), None)
 
@@ -99,21 +117,24 @@ class Block:
             and bool((a.reshape(-1) == b.reshape(-1)).all())
         )
 
+    def name_of(self, call: Call) -> str:
+        """A call's path from the block."""
+        assert self.call is not None
+        parts = self.call.module.named_modules()
+        return next((path for path, part in parts if part is call.module), call.path)
+
     def norms(self) -> list[str]:
         """Paths of the norms in the block, in order."""
         if self.call is None:
             return []
-        children = self.call.children
-        return [
-            one.path.removeprefix(f"{self.path}.") for one in children if "Norm" in type(one.module).__name__
-        ]
+        return [self.name_of(one) for one in self.call.children if "Norm" in type(one.module).__name__]
 
     def linears(self) -> list[str]:
         """Paths of the modules in the block that have a matrix of weights, in order."""
         if self.call is None:
             return []
         return [
-            one.path.removeprefix(f"{self.path}.")
+            self.name_of(one)
             for one in self.call.inside()
             if "Linear" in type(one.module).__name__ or "Conv1D" in type(one.module).__name__
         ]

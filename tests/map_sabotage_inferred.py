@@ -132,6 +132,8 @@ def _of_another_side(block: Block) -> Iterator[Spoiled]:
         site = block.site(word)
         if site is not None and site.function is None:
             side = "output" if site.side == "input" else "input"
+            if word == "block_mid" and site.path in block.norms():
+                continue  # before the norm behind it, attention has been added to the stream as well
             yield from block.moved(f"the {side}", word, replace(site, side=side, slot=None))
 
 

@@ -98,6 +98,39 @@ def test_types_of_such_layers_have_blocks_that_keep_every_law(model_type, task):
     assert found.refused == {}
 
 
+def test_where_positions_come_last_they_are_counted_on_the_last_axis():
+    tiny = build("squeezebert", "masked-lm")
+    words = ["block_input", "block_mid", "block_output"]
+    found = iv.model_map(tiny.model).map
+    parts: dict[str, torch.Tensor] = {}
+    block = tiny.model.transformer.encoder.layers[1]
+    handles = [
+        block.attention.register_forward_pre_hook(lambda _, args: parts.update(entering=args[0])),
+        block.post_attention.register_forward_hook(lambda *call: parts.update(middle=call[-1])),
+        block.output.register_forward_hook(lambda *call: parts.update(leaving=call[-1])),
+    ]
+    recorded = tiny.model(**tiny.inputs, output_hidden_states=True).hidden_states
+    for handle in handles:
+        handle.remove()
+
+    assert {found.site(word, 1).axes for word in words} == {(0, 2)}
+    # The attention of its blocks is no mixer, though it multiplies matrices in modules of their own.
+    assert found.site("mixer_output", 1) is None
+    ours = iv.collect(tiny.model, dict(tiny.inputs), words, device=None)
+    assert torch.equal(ours["block_input", 1], recorded[1])
+    assert torch.equal(ours["block_mid", 1], parts["middle"].mT)
+    assert torch.equal(ours["block_output", 1], parts["leaving"].mT)
+
+
+def test_a_block_that_is_given_its_stream_several_times_is_not_written_where_it_enters():
+    tiny = build("funnel", "masked-lm")
+
+    found = infer_map(tiny.model, tiny.inputs)
+
+    assert "the module is given it as several inputs" in found.site("block_input", 1).read_only
+    assert found.site("block_output", 1).read_only == ""
+
+
 class _Around(nn.Module):
     """A block that adds to the stream that it is given."""
 
