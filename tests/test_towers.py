@@ -260,6 +260,7 @@ SWAPPED = [
     ("whisper", "encoder_block_output", (0, 7)),
     ("whisper", "decoder_block_output", (1, 4)),
     ("whisper", "cross_value_output", (2, 5)),
+    ("whisper", "cross_attention_output", (0, 3)),
     ("bart", "encoder_block_output", (0, 6)),
     ("bart", "decoder_block_output", (1, 4)),
     ("bart", "cross_key_output", (1, 4)),
@@ -560,7 +561,9 @@ TRAINED = [
     ("mllama", "cross_attention_output", -1),
     ("whisper", "encoder_block_output", 1),
     ("whisper", "decoder_block_output", -1),
+    ("whisper", "cross_attention_output", -1),
     ("bart", "encoder_block_output", 1),
+    ("bart", "cross_key_output", 1),
     ("wav2vec2", "block_output", 2),
 ]
 
