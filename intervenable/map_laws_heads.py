@@ -92,6 +92,7 @@ def heads(bench: Bench) -> Judge:
                 if coded.written in ("attention_pattern",):
                     yield Finding(read, "heads", layer, right, off, limit, why)
         yield from _as_wide(bench)
+        yield from _as_many(bench)
 
     return judge
 
@@ -114,6 +115,16 @@ def _as_wide(bench: Bench) -> Iterator[Finding]:
         width, limit = site.columns.width, other.shape[-1]
         why = f"{width} columns of the {limit} that one head has"
         yield Finding(name, "heads", layer, width <= limit, max(0.0, width - limit), 0.0, why)
+
+
+def _as_many(bench: Bench) -> Iterator[Finding]:
+    """Keys after a rotary embedding are as many as a projection gives: shared ones are not repeated yet."""
+    for (name, layer), value in bench.plainly.items():
+        keys = bench.plainly.get((named("head_key_output", COMPONENTS[name].prefix), layer))
+        if COMPONENTS[name].word == "rotary_key" and keys is not None and keys.dim() == value.dim():
+            found, expected = value.shape[1], keys.shape[1]
+            why = f"{found} heads of keys where the projection gives {expected}"
+            yield Finding(name, "heads", layer, found == expected, abs(found - expected), 0.0, why)
 
 
 def _has_bit(head: int, bit: int) -> bool:

@@ -12,7 +12,7 @@ from written_maps import find_map
 import intervenable as iv
 from intervenable.map_laws import LAWS, deviation
 from intervenable.map_verification import Verification, check_map
-from model_maps import COMPONENTS, LayerKind, ModelMap, Site
+from model_maps import COMPONENTS, AttentionHeads, LayerKind, ModelMap, Site
 from tiny_models import CASES, ENCODER_DECODER_CASES, MULTIMODAL, tiny, tiny_inputs
 
 PLAIN = [
@@ -151,6 +151,16 @@ def test_a_contribution_that_is_taken_before_the_norm_behind_it_is_refused_and_t
     )
     assert "mlp_contribution" in found.refused
     assert {"attention_contribution", "block_mid", "block_output", "attention_input"} <= set(found.components)
+
+
+def test_keys_repeated_for_the_heads_of_queries_are_not_those_after_the_rotary_embedding():
+    model = tiny("llama", attention="eager")
+    described, config = map_of(model), model.config
+    heads = AttentionHeads(config.num_attention_heads, config.num_attention_heads, config.head_dim)
+    wrong = replace(described.sites["attention_input"], attention=heads)
+    assert config.num_key_value_heads < config.num_attention_heads
+    found = check_map(model, with_sites(described, attention_input=wrong), tiny_inputs(model))
+    assert set(found.refused) == {"rotary_key"}
 
 
 @pytest.mark.parametrize("part", ["attention", "mlp"])
