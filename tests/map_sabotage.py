@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from map_sabotage_block import PREFIXES, Block, Spoiled, named, one_of_each_kind, with_sites
+from map_sabotage_block import PREFIXES, Block, Spoiled, named, one_of_each_kind, with_all_layers, with_sites
 from map_sabotage_inferred import inferred_wrongly, of_the_whole_inferred_wrongly
 from torch import nn
 
@@ -23,6 +23,7 @@ def spoilt(model: nn.Module, model_map: ModelMap, traced: Trace) -> Iterator[Spo
         model_map: A map of it that is right.
         traced: A pass of the model written down.
     """
+    traced = with_all_layers(traced, model, model_map)
     for prefix in PREFIXES:
         if any(COMPONENTS[name].prefix == prefix for name in model_map.components()):
             for layer in one_of_each_kind(model, model_map, prefix):

@@ -28,6 +28,8 @@ OTHERS = (
     ("bert", "masked-lm"),
     ("deberta-v2", "masked-lm"),
     ("distilbert", "masked-lm"),
+    ("squeezebert", "masked-lm"),
+    ("xlm", "masked-lm"),
     ("bart", "seq2seq-lm"),
     ("t5", "seq2seq-lm"),
     ("whisper", "speech-seq2seq"),
