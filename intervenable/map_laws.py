@@ -152,7 +152,7 @@ def limit_of(dtype: torch.dtype) -> float:
 def deviation(found: Tensor, expected: Tensor) -> float:
     """The largest difference, of the largest entry at its position; infinite if the shapes differ.
 
-    Entries that are infinite in the same way do not differ.
+    Entries that are infinite in the same way do not differ, nor do those that are masked with the least number.
 
     Example:
         >>> round(deviation(torch.tensor([[1.0, 100.0]]), torch.tensor([[2.0, 100.0]])), 3)
@@ -160,6 +160,7 @@ def deviation(found: Tensor, expected: Tensor) -> float:
     """
     if found.shape != expected.shape:
         return float("inf")
+    dtype = expected.dtype if expected.is_floating_point() else torch.float32
     wide = torch.promote_types(expected.dtype, torch.float32)
     found, expected = found.to(wide), expected.to(wide)
     same = found == expected
@@ -168,7 +169,8 @@ def deviation(found: Tensor, expected: Tensor) -> float:
     )
     if difference.numel() == 0:
         return 0.0
-    size = torch.where(expected.isfinite(), expected.abs(), torch.zeros_like(expected))
+    counts = expected.isfinite() & (expected > torch.finfo(dtype).min)
+    size = torch.where(counts, expected.abs(), torch.zeros_like(expected))
     largest = size.amax()
     scale = size.amax(-1, keepdim=True).clamp(min=max(1e-3 * float(largest), 1e-12))
     return float((difference / scale).amax())

@@ -352,6 +352,8 @@ def logits(bench: Bench, traced: Trace, output: Tensor) -> Iterator[Finding]:
         )
         return
     limit = limit_of(output.dtype)
+    masked = output <= torch.finfo(output.dtype).min  # tokens that may not be said
+    found, output = (torch.where(masked, torch.zeros_like(one), one) for one in (found, output))
     off = deviation(found, output)
     if off > limit:
         by_size = output.float().gather(-1, found.float().argsort(-1))

@@ -6,9 +6,11 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
+import torch
 from tiny_registry import build
 
 from intervenable.map_inference import infer_map
+from intervenable.map_laws import deviation
 from intervenable.map_verification import Verification, check_map
 from model_maps import HeadColumns, LayerKind, ModelMap
 
@@ -111,3 +113,24 @@ def test_a_map_from_which_wrong_places_were_taken_is_right():
     found = verified(KEPT)
     assert "attention_input" in found.refused
     assert checked(KEPT, found.map).refused == {}
+
+
+# --- tokens that may not be said ----------------------------------------------------------------------------
+
+
+def test_what_a_mask_puts_in_place_of_numbers_does_not_hide_the_others():
+    least = torch.finfo(torch.float32).min
+    before, after = torch.tensor([[least, 1.0]]), torch.tensor([[least, 2.0]])
+    assert deviation(after, before) == 1.0
+    assert deviation(before, before) == 0.0
+    assert deviation(torch.tensor([[3.0, 1.0]]), before) > 1e30
+
+
+def test_writes_are_seen_to_move_logits_of_which_some_are_masked():
+    task = "image-text-to-text"
+    found = verified("chameleon", task)
+    made = build("chameleon", task)
+    with torch.no_grad():
+        logits = made.model(**made.inputs).logits
+    assert (logits == torch.finfo(logits.dtype).min).any()
+    assert {"block_input", "block_output", "logits"} <= {*found.components}
