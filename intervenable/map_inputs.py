@@ -162,7 +162,7 @@ def _special_tokens(config: Any) -> list[int]:
 
 
 def _pictures(drawn: _Drawn) -> Tensor:
-    size = drawn.number("image_size", within="vision_config") or drawn.number("img_size", 32) or 32
+    size = drawn.number("image_size", within="vision_config") or drawn.number("img_size", 64) or 64
     channels = drawn.number("num_channels", within="vision_config") or drawn.number("in_channels", 3) or 3
     return drawn.normal(channels, size, size)
 

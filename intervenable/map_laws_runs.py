@@ -370,10 +370,13 @@ class Bench:
             if not site.by_heads or site.kind == "inside":
                 return site.index(Whole(), run, tensor.device)
             # How many positions there are is read off what passes: a tower's are those of no input.
-            length = tensor.numel() // (run.batch * tensor.shape[-1])
+            batch = run.batch
+            if tensor.dim() == 3 and not (site.flat or site.axes or self.time_first):
+                batch = tensor.shape[0]  # blocks may have parts of a picture beside each other
+            length = tensor.numel() // (batch * tensor.shape[-1])
             if site.axes is not None and tensor.dim() > 3:  # its heads are an axis as well
                 length = tensor.shape[site.axes.positions]
-            return site.index(Whole(), self._run_inputs(run.batch, length), tensor.device)
+            return site.index(Whole(), self._run_inputs(batch, length), tensor.device)
 
         def keeping(key: Key) -> Callable[[Passage], None]:
             site = self.sites[key]

@@ -15,6 +15,7 @@ from intervenable.errors import IntervenableError, UnsupportedModelError
 from intervenable.map_inputs import example_inputs
 from intervenable.map_layers import block_signature, layers_shown
 from intervenable.map_twin_config import small_config
+from intervenable.map_twin_scale import settle
 from intervenable.map_twin_shape import TwinShape
 from intervenable.unwrapping import unwrapped
 
@@ -116,7 +117,8 @@ def _twin(model: nn.Module, config: Any, shape: TwinShape, seed: int) -> nn.Modu
             torch.manual_seed(seed)
             made: nn.Module = cls(small).eval().float().requires_grad_(False)
             spread_weights(made, seed)
-            output = made(**example_inputs(made))
+            inputs = example_inputs(made)
+            output = settle(made, lambda: made(**inputs))
             for value in _floats(output):
                 if not torch.isfinite(value[..., :FIRST_IDS]).all():
                     raise UnsupportedModelError("What it returns is not finite.")
@@ -179,7 +181,8 @@ def _spread(parameter: Tensor, name: str, generator: torch.Generator) -> None:
             parameter.copy_(normal(1 / math.sqrt(parameter[0].numel())))
     elif parameter.dim() == 1:
         bias = leaf == "bias" or (leaf.endswith("_bias") and "dt" not in leaf and "correction" not in leaf)
-        if bias or "norm" in name.lower() or "ln" in name or not parameter.any():
+        small = float(parameter.abs().max()) < 1e-3  # as the scale of a branch may be at first
+        if bias or "norm" in name.lower() or "ln" in name or small:
             parameter.add_(normal(0.1))
         elif torch.equal(parameter, parameter[:1].expand_as(parameter)):
             parameter.mul_(1 + normal(0.1))  # a factor that is learned, and may not pass for a fixed one

@@ -41,6 +41,9 @@ _PLAIN_ROTATIONS = ("longrope", "su")
 _LEAST_LENGTH = 16
 """As many positions the twin has at least, however short the model's inputs must be."""
 
+_OF_STAGES = 96
+"""Pixels along each side of pictures for towers of several stages."""
+
 _MOST: Mapping[str, int] = {
     "experts": 4,
     "chosen_experts": 2,
@@ -126,6 +129,11 @@ class _Shrinking:
                 value = vars(config)[name] if name in vars(config) else field_of(config, name)
                 values[name] = self._small(name, value, part)
         _fill_state_spaces(config, values, part, self._width)
+        if isinstance(field_of(config, "hidden_sizes"), (list, tuple)) and is_number(
+            values.get("image_size")
+        ):
+            # Stages make pictures smaller: in the last, attention needs more than one position.
+            values["image_size"] = min(field_of(config, "image_size"), _OF_STAGES)
         if values.get("default_language", 0) is None and values.get("languages"):
             values["default_language"] = next(iter(values["languages"]))
         given = {name: value for name, value in values.items() if name in fields or not fields}

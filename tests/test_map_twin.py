@@ -11,11 +11,13 @@ import transformers
 from torch import nn
 
 import intervenable as iv
+from intervenable.map_inference import infer_map
 from intervenable.map_inputs import example_inputs
 from intervenable.map_layers import block_signature, layer_kinds, layers_shown
 from intervenable.map_twin import spread_weights, twin_of
 from intervenable.map_twin_config import small_config
 from intervenable.map_twin_shape import TwinShape
+from intervenable.map_verification import check_map
 
 LARGE: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama 3 70B": (
@@ -331,6 +333,38 @@ def test_heads_of_linear_attention_become_few_and_those_of_attention_stay(
     twin_mixers = [module for module in twin.modules() if hasattr(module, "A_log")]
     heads = {len(module.A_log.flatten()) for module in twin_mixers}
     assert heads == {max(count for field, count in counts.items() if field.startswith("linear"))}
+
+
+def test_batch_norms_of_a_twin_norm_what_they_are_given():
+    from transformers import LevitConfig, LevitForImageClassification
+
+    with torch.device("meta"):
+        large = LevitForImageClassification(LevitConfig())
+    twin = twin_of(large)
+    seen: list[float] = []
+    norms = [part for part in twin.modules() if isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    for norm in norms:
+        norm.register_forward_hook(lambda module, given, returned: seen.append(float(returned.std())))
+    with torch.no_grad():
+        twin(**example_inputs(twin))
+    assert norms
+    assert (
+        max(seen) < 3
+    )  # with the statistics that they are made with it is over a thousand in the last stage
+    assert not any(part.training for part in twin.modules())
+    assert {norm.momentum for norm in norms} == {0.1}
+
+
+def test_pictures_of_a_twin_leave_more_than_one_position_to_the_last_stage():
+    from transformers import LevitConfig, LevitForImageClassification
+
+    with torch.device("meta"):
+        large = LevitForImageClassification(LevitConfig())
+    twin = twin_of(large)
+    inputs = example_inputs(twin)
+    found = check_map(twin, infer_map(twin, inputs), inputs)
+    for name in ("head_query_output", "attention_scores", "attention_pattern"):
+        assert name in found.components
 
 
 def test_a_tower_keeps_windows_that_are_counted_in_pixels_and_gets_small_pictures() -> None:

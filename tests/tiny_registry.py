@@ -30,6 +30,8 @@ from tiny_registry_inputs import tiny_inputs
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
+from intervenable.map_twin_scale import settle
+
 __all__ = [
     "FIRST_SPECIAL",
     "HEADS",
@@ -121,7 +123,7 @@ def _built(model_type: str, task: str, shape: Shape, seed: int) -> TinyModel:
     spread_weights(model, seed)
     inputs = tiny_inputs(model, model_type, task, seed)
     with torch.no_grad():
-        output = model(**inputs)
+        output = settle(model, lambda: model(**inputs))
     logits = output.get("logits")
     if isinstance(logits, Tensor) and not torch.isfinite(logits[..., :FIRST_SPECIAL]).all():
         raise ValueError(f"The logits of {model_type} are not finite.")
@@ -159,5 +161,5 @@ def spread_weights(model: nn.Module, seed: int = 0) -> None:
                     leaf.endswith("_bias") and "dt" not in leaf and "correction" not in leaf
                 )
                 norm = "norm" in name.lower() or "ln" in name
-                if bias or norm or float(parameter.abs().max()) == 0.0:
+                if bias or norm or float(parameter.abs().max()) < 1e-3:
                     parameter.add_(0.1 * normal(parameter))

@@ -109,7 +109,7 @@ class _Drawn:
                 "pixel_attention_mask": torch.ones(ROWS, grid * grid, dtype=torch.long),
                 "spatial_shapes": torch.tensor([[grid, grid]] * ROWS),
             }
-        size = getattr(vision, "image_size", None) or 32
+        size = getattr(vision, "image_size", None) or 64
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         name = (
             "pixel_values_videos"
