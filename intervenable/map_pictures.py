@@ -42,8 +42,8 @@ def pictures(config: Any, names: tuple[str, ...], count: int = 2) -> Iterator[di
     grids = [name for name in names if "grid" in name]
     if grids:
         grid = {name: _grid(name, side, count) for name in grids}
-        for width in dict.fromkeys((channels * films * patch**2, channels * patch**2)):
-            yield {"pixel_values": drawn.normal(count * patches, width), **grid}
+        for frames in dict.fromkeys((films, 1, 2)):
+            yield {"pixel_values": drawn.normal(count * patches, channels * frames * patch**2), **grid}
         yield {"pixel_values": drawn.normal(count * patches, channels, patch, patch), **grid}
     if "image_position_ids" in names:
         places = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="xy"), -1)
@@ -57,11 +57,13 @@ def pictures(config: Any, names: tuple[str, ...], count: int = 2) -> Iterator[di
             "spatial_shapes": torch.full((count, 2), side),
             "pixel_attention_mask": torch.ones(count, patches, dtype=torch.long),
         }
-    beside = {name: made for name in names if (made := _beside(name, in_pixels, count)) is not None}
+    beside = {name: made for name in names if (made := _beside(name, in_pixels, patch, count)) is not None}
     yield {"pixel_values": drawn.normal(count, channels, in_pixels, in_pixels), **beside}
     one_each = drawn.normal(count, 1, channels, in_pixels, in_pixels)
     yield {"pixel_values": one_each, **beside}
     if "pixel_attention_mask" in names:
+        flat_mask = torch.ones(count, in_pixels, in_pixels, dtype=torch.long)
+        yield {"pixel_values": one_each[:, 0], "pixel_attention_mask": flat_mask}
         whole = torch.ones(count, 1, in_pixels, in_pixels, dtype=torch.long)
         yield {"pixel_values": one_each, "pixel_attention_mask": whole}
 
@@ -93,10 +95,10 @@ def _grid(name: str, side: int, count: int) -> Tensor:
     return torch.tensor([axes] * count)
 
 
-def _beside(name: str, size: int, count: int) -> Tensor | None:
+def _beside(name: str, size: int, patch: int, count: int) -> Tensor | None:
     """What some readers want to know about whole pictures."""
     if name in ("image_sizes", "target_sizes"):
-        return torch.full((count, 2), size)
+        return torch.full((count, 2), size if name == "image_sizes" else size // patch)
     if name in ("batch_num_images", "image_merge_sizes"):
         return torch.ones(count, dtype=torch.long)
     return torch.ones(count, 5, dtype=torch.long) if name == "qformer_input_ids" else None

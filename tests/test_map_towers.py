@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tiny_registry import build
 from torch import Tensor, nn
 from tower_models import MAPS, tower_inputs, tower_model
 
@@ -73,6 +74,18 @@ def test_heads_of_a_tower_with_all_pictures_on_one_axis_are_columns_of_its_proje
     assert all(site is not None and site.flat for site in columns.values())
     assert found.site("vision_attention_scores", 0) is None
     assert found.reason("vision_attention_scores").startswith("its blocks have all examples on one axis")
+
+
+def test_a_tower_that_hears_is_found_as_one_that_sees() -> None:
+    tiny = build("voxtral", "seq2seq-lm")
+
+    found = with_towers(tiny.model, proved_map(tiny.model, tiny.inputs), proved_map)
+
+    assert found.stacks == {"audio": "model.audio_tower.layers"}
+    query = found.site("audio_head_query_output", 0)
+    assert query is not None
+    assert (query.path, query.columns) == ("self_attn.q_proj", HeadColumns(4, 8))  # 32 columns of 4 heads
+    assert found.site("audio_attention_scores", 0) is not None
 
 
 def llava_next() -> nn.Module:
