@@ -6,7 +6,9 @@ from collections.abc import Hashable, Sequence
 
 from torch import nn
 
+from intervenable.map_config_fields import HEADS, first_number, is_config, parts_of
 from intervenable.map_twin_shape import Shown
+from intervenable.unwrapping import config_of
 from model_maps import are_beside, layer_lists
 
 FEWEST = 3
@@ -17,6 +19,9 @@ COMFORTABLE = 8
 
 MOST = 16
 """Up to so many are kept to show each kind at all."""
+
+MANY_HEADS = 96
+"""With more heads than these a layer costs so much to look at that each kind is shown once."""
 
 
 def block_signature(block: nn.Module) -> Hashable:
@@ -72,7 +77,7 @@ def layer_kinds(blocks: Sequence[nn.Module]) -> tuple[int, ...]:
 
 
 def layers_shown(model: nn.Module, *, even: bool = False) -> Shown:
-    """Which layers of each stack show all kinds of its layers, twice where that takes few.
+    """Which layers of each stack show all kinds of its layers, twice where that takes few and none has many heads.
 
     They are the first ones, so that what a config says in periods holds for them; others only where a config has a
     list, or where the last layers share the keys and values of others.
@@ -83,6 +88,9 @@ def layers_shown(model: nn.Module, *, even: bool = False) -> Shown:
     """
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     known: dict[tuple[int, int, bool], tuple[int, ...]] = {}
+    config = config_of(model)
+    counts = (first_number(part, HEADS) for part in parts_of(config)) if is_config(config) else ()
+    once = max((count for count in counts if count), default=0) > MANY_HEADS
 
     def usual(count: int, sharing: int, listed: bool) -> tuple[int, ...]:
         key = (count, sharing, listed)
@@ -93,7 +101,7 @@ def layers_shown(model: nn.Module, *, even: bool = False) -> Shown:
             elif 0 < sharing < count:
                 known[key] = _before_and_after(stacks, count - sharing)
             else:
-                known[key] = max((_chosen(kinds, listed) for kinds in stacks), key=len)
+                known[key] = max((_chosen(kinds, listed, once) for kinds in stacks), key=len)
         return known[key]
 
     def _times_a_stack(count: int) -> int:
@@ -111,8 +119,11 @@ def layers_shown(model: nn.Module, *, even: bool = False) -> Shown:
     return shown
 
 
-def _chosen(kinds: Sequence[int], listed: bool) -> tuple[int, ...]:
+def _chosen(kinds: Sequence[int], listed: bool, once_will_do: bool = False) -> tuple[int, ...]:
     """The shortest beginning in which every kind is, twice if that is not long; or some of each kind."""
+    firsts = [kinds.index(kind) + 1 for kind in {*kinds}]
+    if once_will_do and not listed and max(firsts) <= MOST:
+        return tuple(range(min(len(kinds), max(FEWEST - 1, *firsts))))
     places = [[at for at, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)]
     twice = max(at for group in places for at in group[:2]) + 1
     once = max(group[0] for group in places) + 1
