@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from dataclasses import asdict
 
@@ -42,6 +43,7 @@ REPRESENTATIVE = (
     ("masked-lm", "roberta", ""),
     ("seq2seq-lm", "t5", "encoder decoder cross"),
     ("seq2seq-lm", "bart", "encoder decoder cross"),
+    ("seq2seq-lm", "encoder-decoder", "encoder decoder cross"),  # one model's blocks read another's
     ("image-classification", "vit", ""),
     ("zero-shot", "clip", "vision text"),
     ("image-text-to-text", "qwen2_5_vl", ""),
@@ -71,6 +73,24 @@ FLOORS = {
 """For each task: how many of its types must have these components, in one stack at least."""
 
 
+OF_TWO_STACKS = {
+    "encoder": (*BLOCKS, *VIEWS, *MATRICES),
+    "decoder": (*BLOCKS, *VIEWS, *MATRICES),
+    "cross": (*VIEWS, *MATRICES),
+}
+"""What every model that has an encoder and a decoder must have."""
+
+LACKING = {
+    ("led", "encoder"): "in bands or blocks",
+    ("longt5", "encoder"): "in bands or blocks",
+    ("pegasus_x", "encoder"): "2 times in a|of 32 queries in 2 windows",  # positions, and a few that all read
+    ("prophetnet", "decoder"): "which has no axes of 2 examples|2 times in a",  # n-grams beside the tokens
+    ("t5gemma2", "decoder"): "2 times in a",
+    ("t5gemma2", "cross"): "in one matrix",
+}
+"""Of which types which stack lacks some of it, and what each reason says."""
+
+
 @pytest.fixture(scope="module")
 def asker():
     beside = Asker()
@@ -94,6 +114,43 @@ def test_as_many_types_of_a_task_as_promised_are_mapped(task, asker):
             continue
         for name in BLOCKS:
             assert _has(record, (name,)) or _says_why(record, name), f"{record.model_type} {name}"
+
+
+@pytest.mark.registry
+@pytest.mark.parametrize("task", ["seq2seq-lm", "speech-seq2seq"])
+def test_encoders_decoders_and_what_is_read_across_are_mapped_in_every_type_of_two_stacks(task, asker):
+    kept = {record.model_type: record for record in kept_records() if record.task == task}
+    found = [kept.get(model_type) or asker.ask(survey, model_type, task) for model_type in model_types(task)]
+
+    _is_whole_or_says_why(record for record in found if {"encoder", "decoder"} <= set(record.stacks))
+
+
+def _is_whole_or_says_why(records):
+    for record in records:
+        for prefix, words in OF_TWO_STACKS.items():
+            missing = {f"{prefix}_{word}" for word in words} - set(record.components)
+            reasons = {name: record.refused.get(name) or record.absent.get(name, "") for name in missing}
+            known = LACKING.get((record.model_type, prefix))
+            unknown = {name: why for name, why in reasons.items() if not known or not re.search(known, why)}
+            assert not unknown, f"{record.model_type}: {unknown}"
+            assert missing or not known, f"{record.model_type} has all of its {prefix} by now"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "gone", "reason"),
+    [
+        ("bart", "cross_attention_pattern", "it does not attend to another stack"),
+        ("t5gemma2", "cross_attention_pattern", "it does not attend to another stack"),
+        ("longt5", "", ""),
+    ],
+)
+def test_a_type_of_two_stacks_that_lacks_what_it_should_have_is_told(model_type, gone, reason):
+    names = [f"{prefix}_{word}" for prefix, words in OF_TWO_STACKS.items() for word in words]
+    kept = tuple(name for name in names if name != gone)
+    record = Record("seq2seq-lm", model_type, {"encoder": 4, "decoder": 4}, kept, absent={gone: reason})
+
+    with pytest.raises(AssertionError, match=model_type):
+        _is_whole_or_says_why([record])
 
 
 def _has(record, words):
