@@ -283,7 +283,8 @@ class _Answer:
         if axes.get("flat") and known.positions_first:
             axes["axes"] = (1, 0)
         heads: Literal["query", "key_value"] = "key_value" if shared else "query"
-        return Site(path, side, width=heads, heads=heads, columns=known.columns, **axes, **place(known.call))
+        where = place(self._view, known.call, repeated=side == "output")
+        return Site(side=side, width=heads, heads=heads, columns=known.columns, **axes, **where)
 
     def _not_inside(self) -> dict[str, str]:
         """What cannot be seen of the functions that compute attention, and why."""

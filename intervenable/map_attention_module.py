@@ -157,7 +157,7 @@ def output_site(view: BlockView, module: Call, attention: Attention, output: Pro
     if turned and axes.get("flat"):
         axes["axes"] = (1, 0)
     slot = next(iter(module.outputs))
-    return Site(name, slot=None if slot in (None, 0) else slot, **axes, **place(module))
+    return Site(slot=None if slot in (None, 0) else slot, **axes, **place(view, module))
 
 
 def _adds_its_input(module: Call, attention: Attention) -> bool:

@@ -217,3 +217,37 @@ def test_what_is_multiplied_by_einsum_may_be_in_a_list():
     with torch.no_grad(), hooked([hook], module):
         assert_close(module(given), plain * 2)
     assert torch.equal(seen[0], given)
+
+
+def test_a_linear_module_that_reads_positions_too_gives_queries_at_its_first_call():
+    config = transformers.DebertaV2Config(
+        vocab_size=60,
+        hidden_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=30,
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        share_att_key=True,
+        position_biased_input=False,
+        norm_rel_ebd="layer_norm",
+        position_buckets=8,
+    )
+    torch.manual_seed(0)
+    model = transformers.DebertaV2ForMaskedLM(config).eval()
+    attention, seen = model.deberta.encoder.layer[1].attention.self, {}
+    attention.register_forward_pre_hook(lambda _, given: seen.update(given=given[0]))
+
+    found = iv.model_map(model).map
+    inputs = {"input_ids": torch.randint(3, 60, (2, 5))}
+    keys = collected(model, inputs, "head_key_output")
+
+    site = found.site("key_output", 1)
+    assert (site.path, site.function, site.weight, site.nth) == (
+        "attention.self",
+        "linear",
+        "key_proj.weight",
+        0,
+    )
+    with torch.no_grad():
+        assert_close(keys, by_heads(attention.key_proj(seen["given"]), 4))
