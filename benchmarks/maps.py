@@ -75,6 +75,17 @@ MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "Jamba 52B": ("JambaForCausalLM", {}),
     "Qwen3-Next 80B": ("Qwen3NextForCausalLM", {}),
     "DeepSeek V3 671B": ("DeepseekV3ForCausalLM", {}),
+    "Falcon 180B": (
+        "FalconForCausalLM",
+        {
+            "hidden_size": 14848,
+            "num_attention_heads": 232,
+            "num_kv_heads": 8,
+            "num_hidden_layers": 80,
+            "new_decoder_architecture": True,
+        },
+    ),
+    "Kimi Linear 48B": ("KimiLinearForCausalLM", {}),
     "T5 11B": (
         "T5ForConditionalGeneration",
         {"d_model": 1024, "d_kv": 128, "d_ff": 65536, "num_heads": 128, "num_layers": 24},
