@@ -98,7 +98,8 @@ def mixes(bench: Bench) -> Judge:
                     continue
                 off, limit = deviation(new[:, 1::2], old[:, 1::2]), STILL * limit_of(old.dtype)
                 why = f"{read} changes at positions at which {given} does not"
-                yield Finding(given, "mixes", layer, off > limit, off, limit, why)
+                for name in (given, read):
+                    yield Finding(name, "mixes", layer, off > limit, off, limit, why)
 
     return judge
 

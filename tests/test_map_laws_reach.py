@@ -39,7 +39,16 @@ def test_the_input_of_the_last_matrix_is_not_that_of_what_mixes_positions():
 
     wrong = replace(described.sites["mixer_input"], path="mamba.out_proj", side="input", slot=None)
     spoiled = replace(described, sites={**described.sites, "mixer_input": wrong})
-    assert failed(made, spoiled, "mixes") == {"mixer_input"}
+    assert failed(made, spoiled, "mixes") == {"mixer_input", "mixer_output"}
+
+
+def test_a_branch_of_a_mixer_that_mixes_nothing_is_not_its_output():
+    made, described = found_out("recurrent_gemma")
+    assert failed(made, described, "mixes") == set()
+
+    wrong = replace(described.site("mixer_output"), path="temporal_block.linear_x", slot=None)
+    spoiled = replace(described, sites={**described.sites, "mixer_output": wrong})
+    assert "mixer_output" in failed(made, spoiled, "mixes")
 
 
 def test_the_vector_before_the_last_matrix_of_an_mlp_is_not_its_input():
