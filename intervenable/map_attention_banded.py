@@ -157,9 +157,10 @@ def _by_heads(tensor: Tensor, view: BlockView, axes: Mapping[str, object], heads
     if axes.get("flat"):
         tensor = tensor.reshape(view.rows, -1, tensor.shape[-1])
     elif "axes" in axes:
-        rows, positions = axes["axes"]  # type: ignore[misc]
-        tensor = tensor.movedim((rows, positions), (0, 1)).flatten(2)
-    return tensor.unflatten(-1, (heads, -1)).transpose(1, 2)
+        order = axes["axes"]
+        assert isinstance(order, tuple)  # `layout` gives no other
+        tensor = tensor.movedim(order, (0, 1)).flatten(2)
+    return tensor.reshape(*tensor.shape[:2], heads, -1).transpose(1, 2)
 
 
 def _attention(view: BlockView, pattern: Met, result: Tensor, heads: int) -> Attention:

@@ -20,8 +20,8 @@ from model_maps import COMPONENTS
 READ = "head_attention_value_output"
 """What the heads have read."""
 
-PARTS = ("query", "key", "value")
 Part = Literal["query", "key", "value"]
+PARTS: tuple[Part, ...] = ("query", "key", "value")
 
 
 def roles(bench: Bench, swaps: Swaps) -> Judge:
