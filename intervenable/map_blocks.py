@@ -147,7 +147,11 @@ def _lists(model: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
 def _called_by_parts(
     model: nn.Module, calls: Mapping[nn.Module, list[Call]], found: Sequence[BlockStack]
 ) -> Iterator[tuple[str, list[nn.Module]]]:
-    """Lists of layers that are not called themselves: their forward is, or each is an entry of several lists."""
+    """Lists of layers that are not called themselves: their forward is, or each is an entry of several lists.
+
+    The latter beside no list that is as long and hands a stream on by itself: there the model has its layers.
+    """
+    longest = max((one.linked + 1 for one in found), default=0)
     beside: dict[tuple[str, int], list[str]] = {}
     for path, entries in list(_lists(model)):
         if any(f"{path}.".startswith(f"{one.path}.") or one.path.startswith(f"{path}.") for one in found):
@@ -157,8 +161,8 @@ def _called_by_parts(
             beside.setdefault((parent, len(entries)), []).append(name)
         else:
             yield path, entries
-    for (parent, _), names in beside.items():
-        if len(names) > 1:
+    for (parent, layers), names in beside.items():
+        if len(names) > 1 and layers > longest:
             path = f"{parent}.{{{','.join(names)}}}" if parent else f"{{{','.join(names)}}}"
             yield path, blocks_at(model, path)
 

@@ -299,14 +299,8 @@ def _verification(bench: Bench, findings: Sequence[Finding], wanted: frozenset[s
             above = COMPONENTS[above].heads_of or COMPONENTS[above].derived_from
     absent = {
         name: described.reason(name)
-        for name, known in COMPONENTS.items()
-        if described.site(name) is None
-        and name not in names
-        and (
-            described.blocks_of(name) is not None
-            if known.prefix != "cross"
-            else "decoder" in described.stacks
-        )
+        for name in COMPONENTS
+        if described.site(name) is None and name not in names and _could_be(name, described)
     }
     result = _without(described, bench, refused, partly)
     passed = tuple(name for name in names if name not in refused)
@@ -340,6 +334,15 @@ def _ranges(layers: Sequence[int]) -> str:
         else:
             parts.append([layer])
     return ", ".join(f"{part[0]}" if len(part) == 1 else f"{part[0]} to {part[-1]}" for part in parts)
+
+
+def _could_be(name: str, described: ModelMap) -> bool:
+    """Whether a component is about a stack that a model has; in one without any stack, about the model."""
+    prefix = COMPONENTS[name].prefix
+    if prefix == "cross":
+        return "decoder" in described.stacks
+    stackless = described.blocks is None and not described.stacks
+    return not prefix if stackless else described.blocks_of(name) is not None
 
 
 def _without(

@@ -98,6 +98,17 @@ def test_types_of_such_layers_have_blocks_that_keep_every_law(model_type, task):
     assert found.refused == {}
 
 
+def test_lists_beside_each_other_are_no_layers_beside_a_list_that_hands_a_stream_on():
+    tiny = build(
+        "blt"
+    )  # its last stack has a list of blocks and one of what each of them reads across before
+
+    found = check_map(tiny.model, infer_map(tiny.model, tiny.inputs), tiny.inputs)
+
+    assert found.map.blocks == "model.global_transformer.layers"
+    assert {"block_mid", "mlp_hidden", "attention_pattern", "head_value_output"} <= {*found.components}
+
+
 def test_where_positions_come_last_they_are_counted_on_the_last_axis():
     tiny = build("squeezebert", "masked-lm")
     words = ["block_input", "block_mid", "block_output"]
