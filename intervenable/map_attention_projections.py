@@ -283,18 +283,19 @@ def _result_columns(view: BlockView, attention: Attention, reader: Call) -> Head
     assert given is not None
     ranks = torch.arange(1, given.shape[-1] + 1).to(given)
     gradients = [view.probe.gradients(total, [result])[0] for total in (given.sum(), (given * ranks).sum())]
-    known = [None if one is None else _heads_first(one, attention) for one in gradients]
-    if known[0] is None or known[1] is None:
+    if gradients[0] is None or gradients[1] is None or not _orders(gradients[0], attention):
         raise RefusedError(f"the pattern times the values has the shape {tuple(result.shape)}")
-    ones, ranked = (
-        one.flatten(2).double() for one in known if one is not None
-    )  # [H, dv, examples * positions]
-    size = ones.pow(2).sum(-1)
-    column = (ones * ranked).sum(-1) / size.clamp_min(1e-60)
-    off = (ranked - column[..., None] * ones).norm(dim=-1) / ranked.norm(dim=-1).clamp_min(1e-30)
-    if bool((size == 0).any()) or bool((off > CLEAN).any()):
-        raise RefusedError(f"the heads are not apart in what {view.name(reader)} reads")
-    return _regular((column.round().long() - 1).tolist())
+    # Where there are as many positions as heads, which is which is told by whose columns are apart.
+    for order in _orders(gradients[0], attention):
+        ones, ranked = (
+            _ordered(one, order, attention).flatten(2).double() for one in gradients if one is not None
+        )  # [H, dv, examples * positions]
+        size = ones.pow(2).sum(-1)
+        column = (ones * ranked).sum(-1) / size.clamp_min(1e-60)
+        off = (ranked - column[..., None] * ones).norm(dim=-1) / ranked.norm(dim=-1).clamp_min(1e-30)
+        if bool((size > 0).all()) and bool((off <= CLEAN).all()):
+            return _regular((column.round().long() - 1).tolist())
+    raise RefusedError(f"the heads are not apart in what {view.name(reader)} reads")
 
 
 def _positions_first(view: BlockView, attention: Attention, reader: Call) -> bool:
@@ -303,19 +304,32 @@ def _positions_first(view: BlockView, attention: Attention, reader: Call) -> boo
     if given is None or given.dim() != 2 or attention.rows < 2:
         return False
     gradient = view.probe.gradients(given[1].sum(), [attention.result])[0]
-    known = None if gradient is None else _heads_first(gradient, attention)
-    return known is not None and bool(known[:, :, 1, 0].any())
+    if gradient is None or not (orders := _orders(gradient, attention)):
+        return False
+    return bool(_ordered(gradient, orders[0], attention)[:, :, 1, 0].any())
 
 
-def _heads_first(tensor: Tensor, attention: Attention) -> Tensor | None:
-    """A result as `[heads, dv, examples, positions]`."""
+Order = tuple[int, int, int, int]
+
+
+def _orders(tensor: Tensor, attention: Attention) -> tuple[Order, ...]:
+    """The orders in which a result may have its axes, so that it becomes `[heads, dv, examples, positions]`."""
     rows, heads, positions = attention.rows, attention.heads, attention.queries
-    if tensor.dim() == 3 and tensor.shape[0] == rows * heads:
-        tensor = tensor.reshape(rows, heads, *tensor.shape[1:])
-    orders: dict[tuple[int, ...], tuple[int, ...]] = {
-        (rows, heads, positions): (1, 3, 0, 2),
-        (rows, positions, heads): (2, 3, 0, 1),
-        (positions, rows, heads): (2, 3, 1, 0),
-    }
-    order = orders.get(tuple(tensor.shape[:3])) if tensor.dim() == 4 else None
-    return None if order is None else tensor.permute(order)
+    shape = _by_rows(tensor, attention).shape
+    orders: tuple[tuple[tuple[int, int, int], Order], ...] = (
+        ((rows, heads, positions), (1, 3, 0, 2)),
+        ((rows, positions, heads), (2, 3, 0, 1)),
+        ((positions, rows, heads), (2, 3, 1, 0)),
+    )
+    return tuple(order for leading, order in orders if tuple(shape[:-1]) == leading)
+
+
+def _ordered(tensor: Tensor, order: Order, attention: Attention) -> Tensor:
+    return _by_rows(tensor, attention).permute(order)
+
+
+def _by_rows(tensor: Tensor, attention: Attention) -> Tensor:
+    """A result with an axis of examples and one of heads, where it has one of both."""
+    if tensor.dim() == 3 and tensor.shape[0] == attention.rows * attention.heads:
+        return tensor.reshape(attention.rows, attention.heads, *tensor.shape[1:])
+    return tensor

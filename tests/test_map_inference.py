@@ -414,3 +414,12 @@ def test_of_modules_whose_stream_changes_its_size_the_reason_says_which() -> Non
         "what its modules hand on is no stream of one size: 'stages.0' is given (7, 32) for each example and hands on"
         " (7, 16)"
     )
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "falcon", "xlnet", "deepseek_v3"])
+def test_as_many_positions_as_heads_are_told_from_them(model_type):
+    made = build(model_type)
+    heads = sizes_of(made.model.config).query_heads
+    short = {name: value[:, :heads] for name, value in made.inputs.items()}
+    assert short["input_ids"].shape[1] == heads != made.inputs["input_ids"].shape[1]
+    assert infer_map(made.model, short).sites == infer_map(made.model, made.inputs).sites

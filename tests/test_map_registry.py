@@ -69,7 +69,7 @@ FLOORS = {
     "masked-lm": {BLOCKS: 48, VIEWS: 40, MATRICES: 41},
     "seq2seq-lm": {BLOCKS: 36, VIEWS: 36, MATRICES: 36},
     "image-text-to-text": {BLOCKS: 92, VIEWS: 92, MATRICES: 92},
-    "image-classification": {BLOCKS: 34, VIEWS: 20, MATRICES: 23},
+    "image-classification": {BLOCKS: 34, VIEWS: 23, MATRICES: 23},
     "zero-shot": {BLOCKS: 10, VIEWS: 10, MATRICES: 10},
     "audio-classification": {BLOCKS: 12, VIEWS: 12, MATRICES: 12},
     "ctc": {BLOCKS: 12, VIEWS: 12, MATRICES: 12},
