@@ -37,7 +37,7 @@ def carrying(sites: Mapping[tuple[str, int | None], BoundSite], traced: Trace) -
 def _beside_the_stream(traced: Trace, site: BoundSite) -> Iterator[tuple[Slot, Tensor]]:
     """What a block is given beside the stream, of the same width."""
     call = next(iter(traced.of(site.path)), None)
-    stream = None if call is None else call.main_input if site.slot is None else call.inputs.get(site.slot)
+    stream = None if call is None else call.tensor_at("input", site.slot)
     if call is None or stream is None:
         return
     for slot, value in call.inputs.items():

@@ -18,42 +18,6 @@ from model_maps import COMPONENTS
 INFINITE = float("inf")
 
 
-def bound(bench: Bench, _: Trace) -> Iterator[Finding]:
-    """Every place could be found, read and written."""
-    for (name, layer), why in bench.faults.items():
-        yield Finding(name, "bound", layer, False, INFINITE, 0.0, why)
-
-
-def once(bench: Bench, _: Trace) -> Iterator[Finding]:
-    """Every place is passed once in a forward pass."""
-    for (name, layer), _site in bench.sites.items():
-        times = bench.passes.get((name, layer), 0)
-        if times != 1 and (name, layer) not in bench.faults:
-            yield Finding(name, "once", layer, False, float(times), 1.0, f"passed {times} times in one pass")
-
-
-def layout(bench: Bench, traced: Trace) -> Iterator[Finding]:
-    """Columns of heads do not overlap, and lie inside the tensor."""
-    for (name, layer), site in bench.sites.items():
-        columns = site.columns
-        if columns is None or (name, layer) in bench.faults:
-            continue
-        call = next(iter(traced.of(site.path)), None)
-        side = "input" if site.kind == "per_head" else site.side
-        tensor = None if call is None or site.function else _tensor_at(call, side, site.slot)
-        if tensor is None:
-            continue
-        taken = [
-            columns.first_column(head) + offset
-            for head in range(columns.heads)
-            for offset in range(columns.width)
-        ]
-        total = tensor.shape[-1]
-        right = len(set(taken)) == len(taken) and min(taken) >= 0 and max(taken) < total
-        why = f"{columns.heads} heads of {columns.width} columns in {total}"
-        yield Finding(name, "layout", layer, right, 0.0 if right else INFINITE, 0.0, why)
-
-
 def chain(bench: Bench, _: Trace) -> Iterator[Finding]:
     """Each block is given what the one before it returned, bit for bit."""
     for prefix in bench.prefixes:
@@ -89,7 +53,7 @@ def reads(bench: Bench, traced: Trace) -> Iterator[Finding]:
         if known.word not in words or (name, layer) in bench.faults:
             continue
         calls = traced.of(site.path)
-        given = _tensor_at(calls[0], site.side, site.slot) if calls else None
+        given = calls[0].tensor_at(site.side, site.slot) if calls else None
         if given is None:
             continue
         right = site.side == "input" and _multiplied(calls[0], given)
@@ -369,12 +333,6 @@ def logits(bench: Bench, traced: Trace, output: Tensor) -> Iterator[Finding]:
 
 def _labels(output: Tensor) -> int:
     return 2 if output.dim() == 2 else output.shape[-1]  # the beginning and the end of an answer
-
-
-def _tensor_at(call: Call, side: str, slot: str | int | None) -> Tensor | None:
-    if side == "input":
-        return call.main_input if slot is None else call.inputs.get(slot)
-    return call.main_output if slot is None else call.outputs.get(slot)
 
 
 def _has_matrix(module: nn.Module) -> bool:

@@ -98,6 +98,12 @@ class Call:
         """What a site without a slot reads coming out: the output itself, else its first tensor."""
         return next(iter(self.outputs.values()), None)
 
+    def tensor_at(self, side: Side, slot: Slot) -> Tensor | None:
+        """What is in a slot of what it was given or returned; without a slot the main one."""
+        if side == "input":
+            return self.main_input if slot is None else self.inputs.get(slot)
+        return self.main_output if slot is None else self.outputs.get(slot)
+
     def inside(self) -> Iterator[Call]:
         """All calls made inside this one, however deep, in order."""
         for child in self.children:

@@ -18,16 +18,14 @@ from intervenable.map_laws_experts import chosen, numbered, weighs
 from intervenable.map_laws_heads import heads, shares
 from intervenable.map_laws_linear import affine
 from intervenable.map_laws_order import apart, given_to_experts, order
+from intervenable.map_laws_places import bound, layout, once
 from intervenable.map_laws_reach import about, mixes
 from intervenable.map_laws_runs import Bench, Key
 from intervenable.map_laws_swaps import Swaps, adds, determines, elementwise, moves, stays
 from intervenable.map_laws_values import (
-    bound,
     chain,
-    layout,
     logits,
     norm,
-    once,
     projection,
     projects,
     reads,

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from written_maps import find_map
 
@@ -324,3 +325,17 @@ def test_deviation_is_of_the_largest_at_the_position():
     assert deviation(masked, masked) == 0.0
     assert deviation(torch.tensor([[1.0, 0.0]]), masked) == float("inf")
     assert deviation(torch.tensor([[float("nan"), 0.0]]), torch.tensor([[0.0, 0.0]])) == float("inf")
+
+
+def test_what_has_a_row_for_each_window_is_no_place_of_an_example():
+    config = transformers.SwinConfig(
+        image_size=64, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4
+    )
+    torch.manual_seed(0)
+    model = transformers.SwinForImageClassification(config).eval()
+
+    found = iv.verify(model, example_inputs={"pixel_values": torch.randn(2, 3, 64, 64)})
+
+    assert {"block_input", "block_output"} <= {*found.components}
+    for name in ("attention_output", "query_output", "head_value_output"):
+        assert "rows where the stream has 2 examples" in (found.refused | found.absent)[name]

@@ -1,0 +1,77 @@
+"""Laws about places: they are found, passed once, of the stream's examples and positions, and of columns apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from intervenable.map_laws import Finding, named
+from intervenable.map_laws_runs import Bench
+from intervenable.map_trace import Trace
+from model_maps import COMPONENTS
+
+INFINITE = float("inf")
+
+
+def bound(bench: Bench, _: Trace) -> Iterator[Finding]:
+    """Every place could be found, read and written, and has the examples and positions of the stream around it."""
+    for (name, layer), why in bench.faults.items():
+        yield Finding(name, "bound", layer, False, INFINITE, 0.0, why)
+    for (name, layer), value in bench.plainly.items():
+        why = _of_other_size(bench, name, layer, value)
+        if why and (name, layer) not in bench.faults:
+            yield Finding(name, "bound", layer, False, INFINITE, 0.0, why)
+
+
+KEYS = ("key_output", "value_output", "head_key_output", "head_value_output", "rotary_key")
+"""What may have other positions than the stream: of another stack, or made of a few positions each."""
+
+
+def _of_other_size(bench: Bench, name: str, layer: int | None, value: Tensor) -> str:
+    """How what is at a place differs from the stream of its block in examples or positions; "" if it does not.
+
+    A layer that cuts its positions into windows has a row for each, where a position of an example is none of theirs.
+    """
+    known = COMPONENTS[name]
+    prefix = "decoder" if known.prefix == "cross" else known.prefix
+    stream = bench.plainly.get((named("block_output", prefix), layer))
+    if layer is None or stream is None or stream.dim() != 3 or known.axes not in ("stream", "heads"):
+        return ""
+    rows, positions = stream.shape[:2]
+    if value.dim() < 3 or value.shape[0] != rows:
+        return f"it has {value.shape[0]} rows where the stream has {rows} examples"
+    length = value.shape[-2]
+    if known.word not in KEYS and length != positions and known.inside is None:
+        return f"it has {length} positions where the stream has {positions}"
+    return ""
+
+
+def once(bench: Bench, _: Trace) -> Iterator[Finding]:
+    """Every place is passed once in a forward pass."""
+    for (name, layer), _site in bench.sites.items():
+        times = bench.passes.get((name, layer), 0)
+        if times != 1 and (name, layer) not in bench.faults:
+            yield Finding(name, "once", layer, False, float(times), 1.0, f"passed {times} times in one pass")
+
+
+def layout(bench: Bench, traced: Trace) -> Iterator[Finding]:
+    """Columns of heads do not overlap, and lie inside the tensor."""
+    for (name, layer), site in bench.sites.items():
+        columns = site.columns
+        if columns is None or (name, layer) in bench.faults:
+            continue
+        call = next(iter(traced.of(site.path)), None)
+        side = "input" if site.kind == "per_head" else site.side
+        tensor = None if call is None or site.function else call.tensor_at(side, site.slot)
+        if tensor is None:
+            continue
+        taken = [
+            columns.first_column(head) + offset
+            for head in range(columns.heads)
+            for offset in range(columns.width)
+        ]
+        total = tensor.shape[-1]
+        right = len(set(taken)) == len(taken) and min(taken) >= 0 and max(taken) < total
+        why = f"{columns.heads} heads of {columns.width} columns in {total}"
+        yield Finding(name, "layout", layer, right, 0.0 if right else INFINITE, 0.0, why)
