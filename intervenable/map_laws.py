@@ -28,7 +28,7 @@ LAWS: Mapping[str, str] = {
     "sum": "pattern times values is what the head view has",
     "projection": "the shares of all heads and the bias are the attention's output",
     "share": "without some heads the attention's output lacks their shares and nothing else",
-    "linear": "what the last matrix is given in two parts adds up to what it is given at once",
+    "linear": "parts of what the last matrix is given add up, and so does what is added to the stream",
     "residual": "the stream after it is the stream before and what is added",
     "norm": "the norm's output is its input divided by this, times weights",
     "logits": "what the model returns is this, or this under a function that keeps the order",

@@ -1,4 +1,4 @@
-"""The law that an output is an affine map of what the last matrix is given: no norm lies between the two."""
+"""The law of sums: outputs are affine maps of what the last matrix is given, and streams of what is added to them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from intervenable.map_attention_probe import keeps_columns
 from intervenable.map_laws import Finding, deviation, limit_of, named
-from intervenable.map_laws_runs import Bench, Change, Group
+from intervenable.map_laws_runs import Bench, Change, Group, Key
 from intervenable.map_laws_swaps import MOVED, STILL, Judge
 from model_maps import COMPONENTS
 
@@ -19,6 +19,15 @@ GIVEN = {
     "expert_output": "mlp_output",
 }
 """What goes into the last matrix, or comes out of it, and what the module makes of it."""
+
+ADDED_TO = {
+    ("mixer_output", "mixer_contribution"): "block_mid",
+    ("attention_output", "attention_contribution"): "block_mid",
+    ("mlp_output", "mlp_contribution"): "block_output",
+}
+"""An output, what is added to the stream of it, and the stream after that."""
+
+TIMES = (0.0, 4.0)
 
 PARTS = ("even columns", "odd columns", "all columns")
 
@@ -81,3 +90,61 @@ def _zeroed(bench: Bench, part: str) -> Change:
         return value
 
     return change
+
+
+def straight(bench: Bench) -> Judge:
+    """Where the output itself is what is added, with some times as much of it the stream moves as many times as far.
+
+    A branch that a gate lets through, or the gate, does not: there a function lies between it and the stream. It is
+    asked where what the last matrix is given is not known, which would tell as much.
+    """
+    made: list[tuple[str, str, list[Group]]] = []
+    for prefix in bench.prefixes:
+        for (output, added), stream in ADDED_TO.items():
+            written, read = named(output, prefix), named(stream, prefix)
+            layers = [
+                layer
+                for layer in bench.layers(written)
+                if bench.has(read, layer)
+                and _same_place(bench, (written, layer), (named(added, prefix), layer))
+            ]
+            if layers:
+                groups = [
+                    bench.experiment(
+                        f"{times:g} times {written}",
+                        {
+                            **bench.held(prefix),
+                            **{(written, layer): _times(bench, times) for layer in layers},
+                        },
+                        [(read, layer) for layer in layers],
+                    )
+                    for times in TIMES
+                ]
+                made.append((written, read, groups))
+
+    def judge() -> Iterator[Finding]:
+        for written, read, (none, more) in made:
+            for layer in bench.layers(written):
+                key = (read, layer)
+                if not all(key in group.seen for group in (bench.base, none, more)):
+                    continue
+                without, once = none.seen[key].double(), bench.base.seen[key].double()
+                limit = MOVED * limit_of(bench.base.seen[key].dtype)
+                off = deviation(more.seen[key].double(), without + TIMES[1] * (once - without))
+                why = f"{read} moves {TIMES[1]:g} times as far with {TIMES[1]:g} times {written}"
+                yield Finding(written, "linear", layer, off <= limit, off, limit, why)
+
+    return judge
+
+
+def _same_place(bench: Bench, one: Key, other: Key) -> bool:
+    """Whether two components are the very tensor."""
+    if one not in bench.sites or other not in bench.sites:
+        return False
+    first, second = bench.sites[one], bench.sites[other]
+    alike = (first.module, first.side, first.slot) == (second.module, second.side, second.slot)
+    return alike and first.function == second.function and not first.read_only
+
+
+def _times(bench: Bench, times: float) -> Change:
+    return lambda groups: groups[bench.base.index] * times

@@ -16,7 +16,7 @@ from intervenable.map_laws_banded import roles
 from intervenable.map_laws_ends import ends, entered, lookup, single_layers
 from intervenable.map_laws_experts import chosen, numbered, weighs
 from intervenable.map_laws_heads import heads, shares
-from intervenable.map_laws_linear import affine
+from intervenable.map_laws_linear import affine, straight
 from intervenable.map_laws_order import apart, given_to_experts, order
 from intervenable.map_laws_places import bound, layout, once
 from intervenable.map_laws_reach import about, mixes
@@ -195,7 +195,7 @@ def _findings(bench: Bench, output: Tensor) -> list[Finding]:
         law(bench, swaps)
         for law in (determines, stays, adds, elementwise, moves, ends, entered, order, single_layers, lookup)
     ]
-    judges += [roles(bench, swaps), heads(bench), shares(bench), affine(bench)]
+    judges += [roles(bench, swaps), heads(bench), shares(bench), affine(bench), straight(bench)]
     judges += [mixes(bench), about(bench), chosen(bench), weighs(bench)]
     bench.run()
     found = [finding for judge in judges for finding in judge()]

@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from tiny_registry import build
 from torch import nn
 from written_maps import find_map
 
 import intervenable as iv
+from intervenable.map_inference import infer_map
 from intervenable.map_laws import LAWS, deviation
 from intervenable.map_verification import Verification, check_map
 from model_maps import COMPONENTS, AttentionHeads, LayerKind, ModelMap, Site
@@ -339,3 +341,16 @@ def test_what_has_a_row_for_each_window_is_no_place_of_an_example():
     assert {"block_input", "block_output"} <= {*found.components}
     for name in ("attention_output", "query_output", "head_value_output"):
         assert "rows where the stream has 2 examples" in (found.refused | found.absent)[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [("mlp_output", "feed_forward.receptance"), ("mixer_output", "attention.receptance")],
+)
+def test_a_gate_is_not_taken_for_what_it_lets_through(name, path):
+    made = build("rwkv")
+    right = infer_map(made.model, made.inputs)
+    wrong = replace(right, sites={**right.sites, name: replace(right.sites[name], path=path)})
+
+    assert name in check_map(made.model, right, made.inputs).components
+    assert "breaks the law 'linear'" in check_map(made.model, wrong, made.inputs).refused[name]
