@@ -92,6 +92,11 @@ def _zeroed(bench: Bench, part: str) -> Change:
     return change
 
 
+def _given_for(output: str) -> list[str]:
+    """What goes into the last matrix of an output."""
+    return [given for given, made_of_it in GIVEN.items() if made_of_it == output]
+
+
 def straight(bench: Bench) -> Judge:
     """Where the output itself is what is added, with some times as much of it the stream moves as many times as far.
 
@@ -107,6 +112,7 @@ def straight(bench: Bench) -> Judge:
                 for layer in bench.layers(written)
                 if bench.has(read, layer)
                 and _same_place(bench, (written, layer), (named(added, prefix), layer))
+                and not any(bench.has(named(word, prefix), layer) for word in _given_for(output))
             ]
             if layers:
                 groups = [
