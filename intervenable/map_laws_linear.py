@@ -11,6 +11,7 @@ from intervenable.map_attention_probe import keeps_columns
 from intervenable.map_laws import Finding, deviation, limit_of, named
 from intervenable.map_laws_runs import Bench, Change, Group, Key
 from intervenable.map_laws_swaps import MOVED, STILL, Judge
+from intervenable.map_trace import Trace
 from model_maps import COMPONENTS
 
 GIVEN = {
@@ -97,11 +98,11 @@ def _given_for(output: str) -> list[str]:
     return [given for given, made_of_it in GIVEN.items() if made_of_it == output]
 
 
-def straight(bench: Bench) -> Judge:
+def straight(bench: Bench, traced: Trace) -> Judge:
     """Where the output itself is what is added, with some times as much of it the stream moves as many times as far.
 
     A branch that a gate lets through, or the gate, does not: there a function lies between it and the stream. It is
-    asked where what the last matrix is given is not known, which would tell as much.
+    asked where what the last matrix is given, which would tell as much, is not known, and no norm follows.
     """
     made: list[tuple[str, str, list[Group]]] = []
     for prefix in bench.prefixes:
@@ -134,6 +135,8 @@ def straight(bench: Bench) -> Judge:
                 key = (read, layer)
                 if not all(key in group.seen for group in (bench.base, none, more)):
                     continue
+                if _comes_from_a_norm(bench.plainly.get(key), traced):
+                    continue
                 without, once = none.seen[key].double(), bench.base.seen[key].double()
                 limit = MOVED * limit_of(bench.base.seen[key].dtype)
                 off = deviation(more.seen[key].double(), without + TIMES[1] * (once - without))
@@ -141,6 +144,18 @@ def straight(bench: Bench) -> Judge:
                 yield Finding(written, "linear", layer, off <= limit, off, limit, why)
 
     return judge
+
+
+def _comes_from_a_norm(stream: Tensor | None, traced: Trace) -> bool:
+    """Whether a module returns this that has a weight for each column and no matrix."""
+    if stream is None:
+        return False
+    for call in traced.calls:
+        own = list(call.module.parameters())
+        made = call.main_output if own and all(one.dim() == 1 for one in own) else None
+        if made is not None and made.shape == stream.shape and torch.equal(made, stream):
+            return True
+    return False
 
 
 def _same_place(bench: Bench, one: Key, other: Key) -> bool:

@@ -195,7 +195,7 @@ def _findings(bench: Bench, output: Tensor) -> list[Finding]:
         law(bench, swaps)
         for law in (determines, stays, adds, elementwise, moves, ends, entered, order, single_layers, lookup)
     ]
-    judges += [roles(bench, swaps), heads(bench), shares(bench), affine(bench), straight(bench)]
+    judges += [roles(bench, swaps), heads(bench), shares(bench), affine(bench), straight(bench, traced)]
     judges += [mixes(bench), about(bench), chosen(bench), weighs(bench)]
     bench.run()
     found = [finding for judge in judges for finding in judge()]
