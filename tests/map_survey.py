@@ -260,7 +260,16 @@ thing to place. A model of several stacks has a row for each. The laws judge tin
 {columns}
 """
 
-NOTHING_TO_PLACE = ("has no", "have no", "no experts", "no layer", "does not mix", "no cross", "not route")
+NOTHING_TO_PLACE = (
+    "has no",
+    "have no",
+    "no experts",
+    "no layer",
+    "does not mix",
+    "by attention alone",
+    "no cross",
+    "not route",
+)
 """Words of reasons that say that there is no such thing."""
 
 
