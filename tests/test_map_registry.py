@@ -38,6 +38,9 @@ REPRESENTATIVE = (
     ("causal-lm", "jamba", ""),  # states and attention in turn
     ("causal-lm", "qwen3_next", ""),  # gated queries, linear attention
     ("causal-lm", "granite", ""),  # scaled contributions
+    ("causal-lm", "xlm", ""),  # layers in lists beside each other
+    ("causal-lm", "inkling2_text", ""),  # blocks that keep what those before them returned
+    ("causal-lm", "xlnet", ""),  # heads made by functions of parameters
     ("masked-lm", "bert", ""),
     ("masked-lm", "distilbert", ""),
     ("masked-lm", "roberta", ""),
