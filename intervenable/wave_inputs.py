@@ -100,11 +100,18 @@ class WaveInputs:
         length = self.length + more
         times = -(-length // self.length)
         part._kwargs = {
-            name: torch.cat([item] * times, 1)[:, :length] if self._counts_tokens(name, item) else item
+            name: torch.cat([item] * times, 1)[:, :length]
+            if self._counts_tokens(name, item) or self._holds_codes(name, item)
+            else item
             for name, item in self._kwargs.items()
         }
         part.length = length
         return part
+
+    def _holds_codes(self, name: str, item: Any) -> bool:
+        """Whether an input has several rows of ids for each example: one for each code book."""
+        is_ids = name == "input_ids" and isinstance(item, Tensor) and item.dim() == 2
+        return is_ids and item.shape[1] == self.length and item.shape[0] > self.batch
 
     def together_with(self, other: WaveInputs) -> dict[str, Any] | None:
         """The inputs of this run and another as one of two groups; None if they do not fit together."""
