@@ -78,8 +78,19 @@ def is_by_picture(name: str, item: Tensor, batch: int, length: int) -> bool:
         length: Positions of each.
     """
     of_tokens = not item.is_floating_point() and tuple(item.shape[:2]) == (batch, length)
-    in_rows = name == "input_ids" and item.dim() == 2 and item.shape[1] == length and item.shape[0] > batch
-    return in_rows or (is_of_towers(name) and not of_tokens)
+    return holds_codes(name, item, batch, length) or (is_of_towers(name) and not of_tokens)
+
+
+def holds_codes(name: str, item: Tensor, batch: int, length: int) -> bool:
+    """Whether an input has several rows of ids for each example, one for each code book.
+
+    Args:
+        name: The name of the input.
+        item: The input.
+        batch: Examples of the main input.
+        length: Positions of each.
+    """
+    return name == "input_ids" and item.dim() == 2 and item.shape[1] == length and item.shape[0] > batch
 
 
 def reads_codes(model: nn.Module) -> bool:

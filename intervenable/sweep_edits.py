@@ -76,7 +76,7 @@ def edits_of(
                 f"{grids.sites[place].label} is passed {len(own)} times in one run and {len(put)} in the other."
             )
         for passage, (value, there) in enumerate(zip(put, own, strict=True)):
-            whole = _as_long(grids.sites[place], [cell for _, cell in here], grids.whole[place], there)
+            whole = _as_long(grids.sites[place], here, grids.whole[place], there)
             listed += patches_at(grids.sites[place], passage, here, whole, value, there, known)
     return [
         edits
@@ -87,14 +87,14 @@ def edits_of(
 
 
 def _as_long(
-    site: BoundSite, cells: Sequence[Cell], whole: Mapping[Level, Tokens], own: Tensor
+    site: BoundSite, cells: Sequence[tuple[int, Cell]], whole: Mapping[Level, Tokens], own: Tensor
 ) -> Mapping[Level, Tokens]:
     """All tokens of a place, where its tensor has fewer positions than the run has tokens: a classifier's logits."""
     given = whole.get("positions")
     length = own.shape[-2]
     if given is None or int(given.base.max()) < length:
         return whole
-    for cell in cells:
+    for _, cell in cells:
         named = cell.tokens("positions", given)
         if named is not given and int(named.base.max()) >= length:
             raise LocationRangeError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from intervenable.inputs import RunInputs
 from intervenable.padding import with_position_ids
 from intervenable.signatures import forward_signature, takes
-from intervenable.stack_lengths import is_by_picture
+from intervenable.stack_lengths import holds_codes, is_by_picture
 
 MASK = "attention_mask"
 POSITIONS = "position_ids"
@@ -100,18 +100,11 @@ class WaveInputs:
         length = self.length + more
         times = -(-length // self.length)
         part._kwargs = {
-            name: torch.cat([item] * times, 1)[:, :length]
-            if self._counts_tokens(name, item) or self._holds_codes(name, item)
-            else item
+            name: torch.cat([item] * times, 1)[:, :length] if self._counts_tokens(name, item) else item
             for name, item in self._kwargs.items()
         }
         part.length = length
         return part
-
-    def _holds_codes(self, name: str, item: Any) -> bool:
-        """Whether an input has several rows of ids for each example: one for each code book."""
-        is_ids = name == "input_ids" and isinstance(item, Tensor) and item.dim() == 2
-        return is_ids and item.shape[1] == self.length and item.shape[0] > self.batch
 
     def together_with(self, other: WaveInputs) -> dict[str, Any] | None:
         """The inputs of this run and another as one of two groups; None if they do not fit together."""
@@ -161,9 +154,9 @@ class WaveInputs:
         return item.dim() > self._row_axis and item.shape[self._row_axis] == self.batch
 
     def _counts_tokens(self, name: str, item: Any) -> bool:
-        if self._by_picture(name, item):
+        if not isinstance(item, Tensor) or item.dim() < 2 or item.shape[1] != self.length:
             return False
-        return isinstance(item, Tensor) and item.dim() > 1 and item.shape[1] == self.length
+        return holds_codes(name, item, self.batch, self.length) or not self._by_picture(name, item)
 
     def _repeated(self, name: str, item: Any, groups: int) -> Any:
         if groups == 1 or not isinstance(item, Tensor) or not self._counts_rows(name, item):
