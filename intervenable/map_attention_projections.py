@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from intervenable.map_attention_events import Attention
-from intervenable.map_attention_heads import ColumnHeads, Moments, column_heads, head_columns, head_sums
+from intervenable.map_attention_heads import (
+    CLEAN,
+    ColumnHeads,
+    Moments,
+    column_heads,
+    head_columns,
+    head_sums,
+)
 from intervenable.map_attention_probe import Leaf, Probe, is_linear, keeps_columns, made_of
 from intervenable.map_attention_view import BlockView, layout, same_values, within
 from intervenable.map_trace import Call
@@ -19,9 +26,6 @@ from model_maps import HeadColumns
 Role = Literal["query", "key", "value"]
 ROLES: tuple[Role, ...] = ("query", "key", "value")
 PLURAL: dict[Role, str] = {"query": "queries", "key": "keys", "value": "values"}
-
-CLEAN = 2e-3
-"""How far the gradients of one column may be from multiples of each other, of their size."""
 
 
 class RefusedError(Exception):

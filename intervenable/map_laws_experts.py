@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -12,7 +13,6 @@ from intervenable.map_laws_runs import Bench, Change, Group, Key, all_have
 from intervenable.map_laws_swaps import Judge, writable
 from model_maps import COMPONENTS
 
-INFINITE = float("inf")
 FAR = 10
 """How many times the spread of a position's logits one of them is moved to be far from the others."""
 
@@ -127,11 +127,11 @@ def numbered(bench: Bench) -> Iterator[Finding]:
         known = logits is None or bool((value < logits.shape[-1]).all())
         right = not value.is_floating_point() and once and known and bool((value >= 0).all())
         why = "whole numbers, each once at a position, of experts that have a logit"
-        yield Finding(name, "chosen", layer, right, 0.0 if right else INFINITE, 0.0, why)
+        yield Finding(name, "chosen", layer, right, 0.0 if right else math.inf, 0.0, why)
         if weights is not None:
             right = weights.is_floating_point() and weights.shape[-1] == value.shape[-1]
             why = f"a weight for each of {name}"
-            yield Finding(weight, "chosen", layer, right, 0.0 if right else INFINITE, 0.0, why)
+            yield Finding(weight, "chosen", layer, right, 0.0 if right else math.inf, 0.0, why)
 
 
 def _doubled(bench: Bench) -> Change:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from torch import Tensor
@@ -11,17 +12,15 @@ from intervenable.map_laws_runs import Bench
 from intervenable.map_trace import Trace
 from model_maps import COMPONENTS
 
-INFINITE = float("inf")
-
 
 def bound(bench: Bench, _: Trace) -> Iterator[Finding]:
     """Every place could be found, read and written, and has the examples and positions of the stream around it."""
     for (name, layer), why in bench.faults.items():
-        yield Finding(name, "bound", layer, False, INFINITE, 0.0, why)
+        yield Finding(name, "bound", layer, False, math.inf, 0.0, why)
     for (name, layer), value in bench.plainly.items():
         why = _of_other_size(bench, name, layer, value)
         if why and (name, layer) not in bench.faults:
-            yield Finding(name, "bound", layer, False, INFINITE, 0.0, why)
+            yield Finding(name, "bound", layer, False, math.inf, 0.0, why)
 
 
 KEYS = ("key_output", "value_output", "head_key_output", "head_value_output", "rotary_key")
@@ -74,4 +73,4 @@ def layout(bench: Bench, traced: Trace) -> Iterator[Finding]:
         total = tensor.shape[-1]
         right = len(set(taken)) == len(taken) and min(taken) >= 0 and max(taken) < total
         why = f"{columns.heads} heads of {columns.width} columns in {total}"
-        yield Finding(name, "layout", layer, right, 0.0 if right else INFINITE, 0.0, why)
+        yield Finding(name, "layout", layer, right, 0.0 if right else math.inf, 0.0, why)

@@ -15,8 +15,6 @@ from intervenable.map_trace import Call, Trace
 from intervenable.norms import centred
 from model_maps import COMPONENTS
 
-INFINITE = float("inf")
-
 
 def chain(bench: Bench, _: Trace) -> Iterator[Finding]:
     """Each block is given what the one before it returned, bit for bit."""
@@ -58,12 +56,12 @@ def reads(bench: Bench, traced: Trace) -> Iterator[Finding]:
             continue
         right = site.side == "input" and _multiplied(calls[0], given)
         why = "a matrix of weights is multiplied with it"
-        yield Finding(name, "reads", layer, right, 0.0 if right else INFINITE, 0.0, why)
+        yield Finding(name, "reads", layer, right, 0.0 if right else math.inf, 0.0, why)
         if known.word == "attention_input" and bench.has(named("attention_pattern", known.prefix), layer):
             met = {one.name for one in calls[0].met_inside()}
             right = bool(met & {"softmax", "fused"})
             why = "attention is computed in the module that is given it"
-            yield Finding(name, "reads", layer, right, 0.0 if right else INFINITE, 0.0, why)
+            yield Finding(name, "reads", layer, right, 0.0 if right else math.inf, 0.0, why)
 
 
 def projects(bench: Bench, traced: Trace) -> Iterator[Finding]:
@@ -82,12 +80,12 @@ def projects(bench: Bench, traced: Trace) -> Iterator[Finding]:
             linear = _is_normed_for_a_matrix(traced, site.path)
         right = bool(product) or (site.side == side and linear)
         why = f"the {side} of a module with a matrix of weights"
-        yield Finding(name, "projects", layer, right, 0.0 if right else INFINITE, 0.0, why)
+        yield Finding(name, "projects", layer, right, 0.0 if right else math.inf, 0.0, why)
         given = bench.plainly.get((named("mlp_input", known.prefix), layer))
         if known.word == "mlp_hidden" and given is not None and (name, layer) in bench.plainly:
             right = not _holds(bench.plainly[name, layer], given)
             why = "another matrix than the one that is given the MLP's input"
-            yield Finding(name, "projects", layer, right, 0.0 if right else INFINITE, 0.0, why)
+            yield Finding(name, "projects", layer, right, 0.0 if right else math.inf, 0.0, why)
 
 
 def _is_normed_for_a_matrix(traced: Trace, path: str) -> bool:
@@ -229,7 +227,7 @@ def _residual_of(bench: Bench, traced: Trace, prefix: str, layer: int | None) ->
         middle = seen.get((name, layer))
         if middle is not None and COMPONENTS[name].prefix == one:
             possible = _between(streams, [added_name for added_name, _ in added], one)
-            off = min((deviation(middle, stream.value) for stream in possible), default=INFINITE)
+            off = min((deviation(middle, stream.value) for stream in possible), default=math.inf)
             why = "the stream and what attention adds"
             yield Finding(name, "residual", layer, off <= limit, off, limit, why)
 
@@ -312,7 +310,7 @@ def logits(bench: Bench, traced: Trace, output: Tensor) -> Iterator[Finding]:
     if found.shape != output.shape:
         right = found.shape[-1] == output.shape[-1] or found.shape[-1] == _labels(output)
         yield Finding(
-            "logits", "logits", None, right, 0.0 if right else INFINITE, 0.0, "as wide as what is returned"
+            "logits", "logits", None, right, 0.0 if right else math.inf, 0.0, "as wide as what is returned"
         )
         return
     limit = limit_of(output.dtype)
