@@ -6,8 +6,10 @@ from collections.abc import Hashable, Sequence
 
 from torch import nn
 
+from intervenable.errors import UnsupportedModelError
 from intervenable.map_config_fields import HEADS, first_number, is_config, parts_of
 from intervenable.map_twin_shape import Shown
+from intervenable.site_binding import module_at
 from intervenable.unwrapping import config_of
 from model_maps import are_beside, layer_lists
 
@@ -50,13 +52,27 @@ def blocks_at(model: nn.Module, path: str) -> list[nn.Module]:
         >>> beside = nn.ModuleDict({name: nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]) for name in "ab"})
         >>> [list(layer) for layer in blocks_at(beside, "{a,b}")]
         [['a', 'b'], ['a', 'b']]
+
+    Raises:
+        UnsupportedModelError: nothing is at the path, or lists beside each other are not equally long.
     """
     if are_beside(path):
-        lists = {name.rpartition(".")[2]: model.get_submodule(name) for name in layer_lists(path)}
-        layers = zip(*(entries.children() for entries in lists.values()), strict=True)
+        lists = {
+            name.rpartition(".")[2]: list(_list_at(model, name).children()) for name in layer_lists(path)
+        }
+        if len({*map(len, lists.values())}) > 1:
+            counts = ", ".join(f"{len(entries)} in {name!r}" for name, entries in lists.items())
+            raise UnsupportedModelError(
+                f"the list of blocks is {path!r}, which are not equally long: {counts}."
+            )
+        layers = zip(*lists.values(), strict=True)
         return [nn.ModuleDict(dict(zip(lists, parts, strict=True))) for parts in layers]
-    found = model.get_submodule(path)
+    found = _list_at(model, path)
     return list(found.children()) if isinstance(found, (nn.ModuleList, nn.Sequential)) else [found]
+
+
+def _list_at(model: nn.Module, path: str) -> nn.Module:
+    return module_at(model, path, "the list of blocks")
 
 
 def block_at(model: nn.Module, path: str) -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import transformers
@@ -10,6 +12,7 @@ from torch import nn
 
 import intervenable as iv
 from intervenable.map_inference import infer_map
+from intervenable.map_layers import blocks_at
 from intervenable.map_verification import check_map
 from model_maps import ModelMap, Site
 
@@ -179,3 +182,21 @@ def test_what_is_given_to_a_part_alone_is_not_the_stream_that_enters():
         in found.refused["block_input"]
     )
     assert found.map.site("block_input", 0) is None
+
+
+@pytest.mark.parametrize(
+    ("blocks", "why"),
+    [
+        ("layer", "transformer has no part 'layer'. Did you mean 'layers'?"),
+        ("{layers,norm}", "transformer has no part 'norm'. Did you mean 'norms'?"),
+        ("{layers,norms}", "not equally long: 2 in 'layers', 3 in 'norms'"),
+    ],
+)
+def test_a_list_of_blocks_that_is_not_there_is_named_with_what_is(blocks, why):
+    lists = {"layers": [nn.Linear(2, 2) for _ in range(2)], "norms": [nn.LayerNorm(2) for _ in range(3)]}
+    model = nn.ModuleDict(
+        {"transformer": nn.ModuleDict({name: nn.ModuleList(parts) for name, parts in lists.items()})}
+    )
+
+    with pytest.raises(iv.UnsupportedModelError, match=re.escape(why)):
+        blocks_at(model, f"transformer.{blocks}")
