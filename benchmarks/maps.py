@@ -28,6 +28,7 @@ import torch
 import transformers
 from torch import nn
 
+from benchmarks.published_models import published
 from intervenable.map_cache import VARIABLE, KeptMap, keep, look_up
 from intervenable.map_fitting import fitted
 from intervenable.map_inference import infer_map
@@ -35,72 +36,21 @@ from intervenable.map_inputs import example_inputs
 from intervenable.map_twin import twin_of
 from intervenable.map_verification import check_map
 
-MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "GPT-2 XL": ("GPT2LMHeadModel", {"n_embd": 1600, "n_head": 25, "n_layer": 48}),
-    "Pythia 12B": (
-        "GPTNeoXForCausalLM",
-        {"hidden_size": 5120, "num_attention_heads": 40, "num_hidden_layers": 36, "intermediate_size": 20480},
-    ),
-    "Gemma 3 27B": (
-        "Gemma3ForCausalLM",
-        {
-            "hidden_size": 5376,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 16,
-            "head_dim": 128,
-            "num_hidden_layers": 62,
-            "intermediate_size": 21504,
-        },
-    ),
-    "Llama 3 70B": (
-        "LlamaForCausalLM",
-        {
-            "hidden_size": 8192,
-            "num_attention_heads": 64,
-            "num_key_value_heads": 8,
-            "num_hidden_layers": 80,
-            "intermediate_size": 28672,
-        },
-    ),
-    "Mixtral 8x22B": (
-        "MixtralForCausalLM",
-        {
-            "hidden_size": 6144,
-            "num_attention_heads": 48,
-            "num_key_value_heads": 8,
-            "num_hidden_layers": 56,
-            "intermediate_size": 16384,
-        },
-    ),
-    "Jamba 52B": ("JambaForCausalLM", {}),
-    "Qwen3-Next 80B": ("Qwen3NextForCausalLM", {}),
-    "DeepSeek V3 671B": ("DeepseekV3ForCausalLM", {}),
-    "Falcon 180B": (
-        "FalconForCausalLM",
-        {
-            "hidden_size": 14848,
-            "num_attention_heads": 232,
-            "num_kv_heads": 8,
-            "num_hidden_layers": 80,
-            "new_decoder_architecture": True,
-        },
-    ),
-    "Kimi Linear 48B": ("KimiLinearForCausalLM", {}),
-    "T5 11B": (
-        "T5ForConditionalGeneration",
-        {"d_model": 1024, "d_kv": 128, "d_ff": 65536, "num_heads": 128, "num_layers": 24},
-    ),
-    "BERT large": (
-        "BertForMaskedLM",
-        {
-            "hidden_size": 1024,
-            "num_attention_heads": 16,
-            "num_hidden_layers": 24,
-            "intermediate_size": 4096,
-        },
-    ),
-}
-"""Published models: class and the fields of their configs in which they differ from its defaults."""
+MODELS = (
+    "GPT-2 XL",
+    "Pythia 12B",
+    "Gemma 3 27B",
+    "Llama 3 70B",
+    "Mixtral 8x22B",
+    "Jamba 52B",
+    "Qwen3-Next 80B",
+    "DeepSeek V3 671B",
+    "Falcon 180B",
+    "Kimi Linear 48B",
+    "T5 11B",
+    "BERT large",
+)
+"""Those of `PUBLISHED` that are measured."""
 
 QUICK = ("GPT-2 XL", "Pythia 12B", "BERT large")
 STEPS = ("load", "twin", "infer", "prove", "fit", "kept")
@@ -172,11 +122,7 @@ def _loaded(name: str) -> nn.Module:
     if name not in MODELS:
         loaded: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(name)
         return loaded
-    class_name, fields = MODELS[name]
-    cls: Any = getattr(transformers, class_name)
-    with torch.device("meta"):
-        made: nn.Module = cls(cls.config_class(**fields))
-    return made
+    return published(name)
 
 
 def as_table(times: Sequence[Times], markdown: bool) -> str:
@@ -225,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     torch.set_num_threads(1)
-    names = options.models or (QUICK if options.quick else tuple(MODELS))
+    names = options.models or (QUICK if options.quick else MODELS)
     unknown = [name for name in names if name not in MODELS and not Path(name).is_dir()]
     if unknown:
         parser.error(f"{', '.join(unknown)}: neither a folder nor one of {', '.join(MODELS)}")

@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 
 import intervenable as iv
+from benchmarks.published_models import PUBLISHED, published
 from intervenable.map_inference import infer_map
 from intervenable.map_inputs import example_inputs
 from intervenable.map_layers import block_signature, layer_kinds, layers_shown
@@ -18,132 +19,6 @@ from intervenable.map_twin import spread_weights, twin_of
 from intervenable.map_twin_config import small_config
 from intervenable.map_twin_shape import TwinShape
 from intervenable.map_verification import check_map
-
-LARGE: dict[str, tuple[str, dict[str, Any]]] = {
-    "Llama 3 70B": (
-        "LlamaForCausalLM",
-        {
-            "hidden_size": 8192,
-            "num_attention_heads": 64,
-            "num_key_value_heads": 8,
-            "num_hidden_layers": 80,
-            "intermediate_size": 28672,
-            "vocab_size": 128256,
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 500000.0,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8192,
-            },
-        },
-    ),
-    "DeepSeek V3 671B": ("DeepseekV3ForCausalLM", {}),
-    "Mixtral 8x22B": (
-        "MixtralForCausalLM",
-        {
-            "hidden_size": 6144,
-            "num_attention_heads": 48,
-            "num_key_value_heads": 8,
-            "num_hidden_layers": 56,
-            "intermediate_size": 16384,
-        },
-    ),
-    "Qwen3 235B": (
-        "Qwen3MoeForCausalLM",
-        {
-            "hidden_size": 4096,
-            "num_attention_heads": 64,
-            "num_key_value_heads": 4,
-            "head_dim": 128,
-            "num_hidden_layers": 94,
-            "num_experts": 128,
-            "moe_intermediate_size": 1536,
-        },
-    ),
-    "Gemma 3 27B": (
-        "Gemma3ForCausalLM",
-        {
-            "hidden_size": 5376,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 16,
-            "head_dim": 128,
-            "num_hidden_layers": 62,
-            "intermediate_size": 21504,
-        },
-    ),
-    "Falcon 180B": (
-        "FalconForCausalLM",
-        {
-            "hidden_size": 14848,
-            "num_attention_heads": 232,
-            "num_kv_heads": 8,
-            "num_hidden_layers": 80,
-            "new_decoder_architecture": True,
-        },
-    ),
-    "GPT-2 XL": ("GPT2LMHeadModel", {"n_embd": 1600, "n_head": 25, "n_layer": 48}),
-    "Pythia 12B": (
-        "GPTNeoXForCausalLM",
-        {
-            "hidden_size": 5120,
-            "num_attention_heads": 40,
-            "num_hidden_layers": 36,
-            "intermediate_size": 20480,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "partial_rotary_factor": 0.25,
-            },
-        },
-    ),
-    "T5 11B": (
-        "T5ForConditionalGeneration",
-        {"d_model": 1024, "d_kv": 128, "d_ff": 65536, "num_heads": 128, "num_layers": 24},
-    ),
-    "CodeGen 16B": ("CodeGenForCausalLM", {"n_embd": 6144, "n_head": 24, "n_layer": 34, "rotary_dim": 64}),
-    "Jamba 52B": ("JambaForCausalLM", {}),
-    "Whisper large": (
-        "WhisperForConditionalGeneration",
-        {
-            "d_model": 1280,
-            "encoder_layers": 32,
-            "decoder_layers": 32,
-            "encoder_attention_heads": 20,
-            "decoder_attention_heads": 20,
-            "encoder_ffn_dim": 5120,
-            "decoder_ffn_dim": 5120,
-        },
-    ),
-    "ViT large": (
-        "ViTForImageClassification",
-        {
-            "hidden_size": 1024,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "intermediate_size": 4096,
-        },
-    ),
-    "Hubert large": (
-        "HubertForCTC",
-        {
-            "hidden_size": 1024,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "intermediate_size": 4096,
-        },
-    ),
-}
-
-
-def large(name: str) -> nn.Module:
-    """A model of the size that it really has, without weights."""
-    class_name, fields = LARGE[name]
-    cls: Any = getattr(transformers, class_name)
-    with torch.device("meta"):
-        model: nn.Module = cls(cls.config_class(**fields))
-    return model
 
 
 def heads_of(model: nn.Module) -> tuple[Any, ...]:
@@ -153,9 +28,9 @@ def heads_of(model: nn.Module) -> tuple[Any, ...]:
     return tuple(getattr(config, name, None) for name in names)
 
 
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_the_twin_of_a_large_model_runs_and_has_as_many_heads(name: str) -> None:
-    model = large(name)
+    model = published(name)
 
     twin = twin_of(model)
 
@@ -169,7 +44,7 @@ def test_the_twin_of_a_large_model_runs_and_has_as_many_heads(name: str) -> None
 
 @pytest.mark.parametrize("name", ["DeepSeek V3 671B", "Gemma 3 27B", "Jamba 52B", "Llama 3 70B"])
 def test_the_twin_has_every_kind_of_layer(name: str) -> None:
-    model = large(name)
+    model = published(name)
 
     twin = twin_of(model)
 
@@ -179,7 +54,7 @@ def test_the_twin_has_every_kind_of_layer(name: str) -> None:
 
 
 def test_layers_that_a_config_counts_in_periods_are_the_first_ones_of_the_model() -> None:
-    model, twin = large("Jamba 52B"), twin_of(large("Jamba 52B"))
+    model, twin = published("Jamba 52B"), twin_of(published("Jamba 52B"))
 
     signatures = [block_signature(block) for block in twin.model.layers]  # type: ignore[union-attr]
 
@@ -250,7 +125,7 @@ def test_neither_the_model_nor_its_config_nor_the_random_numbers_change() -> Non
 
 
 def test_a_default_dtype_of_the_user_neither_reaches_the_twin_nor_is_lost() -> None:
-    model = large("GPT-2 XL")
+    model = published("GPT-2 XL")
     torch.set_default_dtype(torch.float64)
     try:
         twin = twin_of(model)
