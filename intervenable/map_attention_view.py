@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from intervenable.map_attention_events import attentions
 from intervenable.map_attention_probe import Leaf, Probe
 from intervenable.map_attention_products import Product, of_several
-from intervenable.map_trace import Call
+from intervenable.map_trace import Call, paths_of
 
 
 class BlockView:
@@ -27,8 +27,7 @@ class BlockView:
         self.probe = probe
         called = next((call for call in probe.trace.calls if call.module is block), None)
         self.call = called
-        modules = reversed(list(block.named_modules(remove_duplicate=False)))
-        self._names = {module: name for name, module in modules}
+        self._names = paths_of(block)
         self.rows, self.positions = _counts(None if called is None else called.main_input, batch)
         found = [] if called is None else list(attentions(called, self.rows))
         # Where positions are what others have as heads, something else is attended to: the layers below, say.

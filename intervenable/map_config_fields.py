@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from model_maps.sizes import HEAD_DIM, HIDDEN, QUERY_HEADS
@@ -94,3 +94,24 @@ def first_number(config: Any, names: Sequence[str]) -> int | None:
 
 def is_number(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def number_stated(parts: Iterable[Any], *names: str) -> int | None:
+    """The first number that parts of a config state under one of some names; of several numbers the first.
+
+    Args:
+        parts: Configs, the one that is asked first in front.
+        names: The names, the one that is looked for first in front.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> number_stated([SimpleNamespace(size=None), SimpleNamespace(size=(8, 6))], "width", "size")
+        8
+    """
+    for part in parts:
+        for name in names:
+            value = field_of(part, name)
+            value = value[0] if isinstance(value, (list, tuple)) and value else value
+            if is_number(value):
+                return int(value)
+    return None

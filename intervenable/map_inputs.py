@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from intervenable.errors import InputError
-from intervenable.map_config_fields import field_of, parts_of
+from intervenable.map_config_fields import field_of, number_stated, parts_of
 from intervenable.unwrapping import unwrapped
 
 _SPECIAL = re.compile(r"(token_id|token_ids|token_index|_index)$")
@@ -129,14 +129,9 @@ class _Drawn:
 
     def number(self, name: str, otherwise: int | None = None, *, within: str = "") -> int | None:
         """A number that the config or a part of it gives; `within` says which part is asked first."""
-        parts = self._parts()
         first = field_of(self.config, within) if within else None
-        for part in [*([first] if first is not None else []), *parts]:
-            value = field_of(part, name)
-            value = value[0] if isinstance(value, (list, tuple)) and value else value
-            if isinstance(value, int) and not isinstance(value, bool):
-                return value
-        return otherwise
+        stated = number_stated([*([] if first is None else [first]), *self._parts()], name)
+        return otherwise if stated is None else stated
 
     def _parts(self) -> list[Any]:
         if self.config is None:

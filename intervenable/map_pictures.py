@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intervenable.map_config_fields import field_of, is_number, parts_of
+from intervenable.map_config_fields import field_of, number_stated, parts_of
 
 _SIDE = 4
 """Patches along each side of a picture that is given patch by patch."""
@@ -113,13 +113,7 @@ class _Drawn:
         self._generator = torch.Generator().manual_seed(0)
 
     def number(self, *names: str) -> int | None:
-        for part in self._parts:
-            for name in names:
-                value = field_of(part, name)
-                value = value[0] if isinstance(value, (list, tuple)) and value else value
-                if is_number(value):
-                    return int(value)
-        return None
+        return number_stated(self._parts, *names)
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self._generator)

@@ -7,13 +7,15 @@ it are its logits.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from intervenable.map_trace import Call, Met, Slot
+from intervenable.map_trace import Call, Met, Slot, paths_of
 from model_maps import Side, Site, Sizes, Width
 from model_maps.families import CHOICE_IS_READ, NO_EXPERTS, lacking
 
@@ -141,10 +143,12 @@ class _Search:
 
     # -- sites
 
+    @cached_property
+    def _paths(self) -> Mapping[nn.Module, str]:
+        return paths_of(self.block.module)
+
     def _path(self, call: Call) -> str:
-        paths = {module: path for path, module in reversed(list(self.block.module.named_modules()))}
-        path: str = paths[call.module]
-        return path
+        return self._paths[call.module]
 
     def _width(self, tensor: Tensor) -> Width:
         if not tensor.is_floating_point():

@@ -161,6 +161,17 @@ class Trace:
         return self.calls[0]
 
 
+def paths_of(module: nn.Module) -> dict[nn.Module, str]:
+    """The modules in a module and itself, each with the first path at which it is.
+
+    Example:
+        >>> shared = nn.ReLU()
+        >>> list(paths_of(nn.Sequential(shared, nn.Sequential(shared))).values())
+        ['', '0', '1']
+    """
+    return {part: path for path, part in module.named_modules()}
+
+
 def trace(
     model: nn.Module, inputs: Mapping[str, Any], *, gradients: bool = False, extra: Sequence[Hook] = ()
 ) -> Trace:
@@ -173,7 +184,7 @@ def trace(
         extra: Hooks of the caller's, which act before the trace reads.
     """
     recorder = _Recorder(gradients)
-    paths = {module: path for path, module in reversed(list(model.named_modules()))}
+    paths = paths_of(model)
     hooks = [*extra]
     for module, path in paths.items():
         hooks += [Hook(module, side, recorder.noting(module, path, side)) for side in ("input", "output")]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from intervenable.map_layout import Layout
 from intervenable.map_modules import Key, key_of, output_slot
-from intervenable.map_trace import Call, Slot
+from intervenable.map_trace import Call, Slot, paths_of
 from model_maps import Side
 
 
@@ -40,7 +40,7 @@ class BlockValues:
         self.layout = layout
         self.repeated = repeated
         self.calls = [call, *call.inside()]
-        self._paths = {part: path for path, part in reversed(list(call.module.named_modules()))}
+        self._paths = paths_of(call.module)
         self.given = [
             Seen(part, "input", None if slot == part.main_input_slot else slot, tensor, key_of(tensor))
             for part in self.calls
