@@ -58,7 +58,8 @@ from intervenable.errors import (
 )
 from intervenable.locations import get_loc
 from intervenable.map_making import make_map as _make_map
-from intervenable.map_verification import Verification, verify
+from intervenable.map_verification import verify
+from intervenable.map_verification_result import Verification
 from intervenable.map_view import ModelView, model_map
 from intervenable.maps import use_maker as _use_maker
 from intervenable.model import IntervenableModel

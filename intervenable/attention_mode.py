@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -21,7 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from intervenable.attention_bands import BandedMatrix, BandedPassage
+from intervenable.masked_scores import floor_of
 from intervenable.passage import InsidePassage, Passage
+from model_maps import Bands
 
 SCORES = ("attention_scores", "attention_scores_masked")
 SOFTMAX = (torch.softmax, Tensor.softmax, nn.functional.softmax)
@@ -47,11 +51,6 @@ def opened(function: Callable[..., Any]) -> Callable[..., Any]:
 OPENED = opened(WHOLE)
 
 
-def floor_of(dtype: torch.dtype) -> float:
-    """Scores below this are masked: models write the least number of a dtype, or add it, or -inf."""
-    return -1e8 if torch.finfo(dtype).max > 1e9 else torch.finfo(dtype).min / 4
-
-
 class InsideHook(NamedTuple):
     """Something to do with a component that is computed by functions inside an attention module."""
 
@@ -69,6 +68,9 @@ class InsideHook(NamedTuple):
 
     time_first: bool = False
     """Whether the module is given positions before examples."""
+
+    bands: Bands | None = None
+    """How the module's softmax lies, if not as a matrix of queries by keys."""
 
 
 @dataclass
@@ -105,6 +107,7 @@ class AttentionMode(TorchFunctionMode):
         self._hooks = hooks
         self._components = {hook.component for hook in hooks}
         self._heads, self._key_value_heads = hooks[0].heads, hooks[0].key_value_heads
+        self._bands = hooks[0].bands
         first, second = hidden_states.shape[:2]
         self._call = _Call(second, first) if hooks[0].time_first else _Call(first, second)
         self.awake = True
@@ -133,8 +136,10 @@ class AttentionMode(TorchFunctionMode):
     def _writes(self, *components: str) -> bool:
         return any(hook.writes for hook in self._hooks if hook.component in components)
 
-    def _shown(self, tensor: Tensor, *components: str) -> Tensor:
-        """What the hooks of these components make of a tensor.
+    def _shown(
+        self, tensor: Tensor, *components: str, passing: Callable[..., InsidePassage] = InsidePassage
+    ) -> Tensor:
+        """What the hooks of these components make of a tensor, which they are given in such a passage.
 
         Some modules compute a pattern anew for each half of their values: it is one, and is shown and changed once.
         """
@@ -148,7 +153,7 @@ class AttentionMode(TorchFunctionMode):
             if hook.component in components:
                 times = self._call.met.get(index, 0)
                 self._call.met[index] = times + 1
-                passage = InsidePassage(self._module, tensor, repeated=times > 0)
+                passage = passing(self._module, tensor, repeated=times > 0)
                 hook.act(passage)
                 tensor = passage.tensor
         self._call.shown[components] = (before, tensor)
@@ -233,9 +238,11 @@ class AttentionMode(TorchFunctionMode):
         named = dict(kwargs)
         given: Tensor = named.pop("input") if "input" in named else args[0]
         rest = args if "input" in kwargs else args[1:]
-        scores = self._by_heads(given)
         along = rest[0] if rest and isinstance(rest[0], int) else named.get("dim")
         last = along in (-1, given.dim() - 1)
+        if self._bands is not None and last:
+            return self._softmax_in_bands(func, given, rest, named, self._bands)
+        scores = self._by_heads(given)
         if scores is None or not last or not self._is_matrix(scores):
             return func(*args, **kwargs)  # type: ignore[no-any-return]
         keys, met = scores.shape[3], self._call.keys
@@ -266,6 +273,36 @@ class AttentionMode(TorchFunctionMode):
             new = self._shown(seen, "attention_pattern")
             if new is not seen:
                 output = _like(torch.cat([new, pattern[..., keys:]], -1) if sink else new, output)
+        return output
+
+    def _softmax_in_bands(
+        self, func: Any, given: Tensor, rest: Sequence[Any], named: Mapping[str, Any], bands: Bands
+    ) -> Tensor:
+        """A softmax over the keys around each query, with hooks at the matrix that this is a part of."""
+        sizes = (self._call.batch, self._heads, self._call.queries)
+        if not BandedMatrix.fits(given.shape, bands, *sizes):
+            return func(given, *rest, **named)  # type: ignore[no-any-return]
+        banded = BandedMatrix(given.shape, bands, self._call.queries, given.device)
+        fault, least = banded.fault(given), floor_of(given.dtype)
+        dead = None
+        if self._wanted(*SCORES):
+            seen = given if fault else banded.matrix(given, -torch.inf)
+            passing = partial(BandedPassage, banded=banded, least=least, fault=fault)
+            new = self._shown(seen, *SCORES, passing=passing)
+            if new is not seen:
+                edited = banded.put(given, new)
+                dead = _dead_rows(given, edited)
+                given = edited if dead is None else edited.masked_fill(dead, 0.0)
+        output: Tensor = func(given, *rest, **named)
+        if dead is not None:
+            output = output.masked_fill(dead, 0.0)
+        if self._wanted("attention_pattern"):
+            empty = output.isnan() & (given.to(output.dtype) == -torch.inf)  # no model goes on with these
+            seen = output if fault else banded.matrix(output.masked_fill(empty, 0.0), 0.0)
+            passing = partial(BandedPassage, banded=banded, least=0.0, fault=fault)
+            new = self._shown(seen, "attention_pattern", passing=passing)
+            if new is not seen:
+                output = banded.put(output, new)
         return output
 
     def _fused(

@@ -115,10 +115,11 @@ def attribution_patch(
         (torch.Size([6, 1]), 4)
     """
     _check(steps, method)
-    asked, components, metrics = read_axes(axes), read_components(component), as_metrics(metric)
+    asked, metrics = read_axes(axes), as_metrics(metric)
     given: dict[Axis, Any] = {"layer": layers, "pos": positions, "head": heads, "query": queries, "key": keys}
     subsets = Subsets.of(given, None, asked)
     pair = Pair.of(model, clean, corrupted, direction, True)
+    components = read_components(component, pair.model)
     source = Source.of("source", pair, None, 0)
     grids = make_grids(Places(pair.model), components, asked, subsets, pair, source.paired, align, tokenizer)
     sites = with_layouts(pair.model, pair.base.base, grids.sites)

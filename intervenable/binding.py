@@ -19,6 +19,7 @@ from intervenable.errors import (
     ConfigError,
     Fault,
     LayerRangeError,
+    MapError,
     ModelMismatchError,
     UnsupportedModelError,
     each_named,
@@ -177,6 +178,11 @@ class Places:
         return self._map_if_any is not None
 
     @property
+    def owner(self) -> str:
+        """The class of a model that has a map; "" of one that has none."""
+        return type(self.model).__name__ if self.known else ""
+
+    @property
     def components(self) -> tuple[str, ...]:
         """Names of the components the model has; of one without a map all there are."""
         known = self._map_if_any
@@ -218,6 +224,7 @@ class Places:
 
     def _component(self, component: str, layer: int | None) -> BoundSite:
         site = self._site_of(component, layer)
+        self._check_sum(component, layer, site)
         plus = None if site.plus is None else self._component(site.plus, layer)
         blocks = self.map.blocks_of(component)
         bound = bind_site(
@@ -229,10 +236,24 @@ class Places:
             plus,
             causal=self.map.causal_at(component),
             stack=self.map.stack_of(component),
+            block=_block_path(blocks, layer),
         )
         if bound.word == "expanded_head_value":  # values may be of another width than queries and keys
             bound = replace(bound, width=self._value_width(component, layer, bound))
         return bound
+
+    def _check_sum(self, component: str, layer: int | None, site: Site) -> None:
+        """Refuse a sum of streams in which one of them comes twice: it would never end."""
+        names = [component]
+        added = site.plus
+        while added is not None:
+            if added in names:
+                raise MapError(
+                    f"In the map of {type(self.model).__name__} the streams that are added have no end:"
+                    f" {' + '.join([*names, added])}. The `plus` of a site is a stream before it."
+                )
+            names.append(added)
+            added = self._site_of(added, layer).plus
 
     def _value_width(self, component: str, layer: int | None, bound: BoundSite) -> int | None:
         mixed = component.replace("expanded_head_value", "head_attention_value_output")
@@ -278,6 +299,13 @@ class Places:
                 f"Layer {layer} is out of range: {holder}{type(self.model).__name__} has layers 0 to {count - 1}."
             )
         return layer % count
+
+
+def _block_path(blocks: str | None, layer: int | None) -> str:
+    """Path of a block; that of the model where a layer is no one module."""
+    if blocks is None or layer is None or len(layer_lists(blocks)) > 1:
+        return ""
+    return path_in_layer(blocks, layer, "").rstrip(".")
 
 
 # --- names and groups -------------------------------------------------------------------------------------

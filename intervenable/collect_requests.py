@@ -20,7 +20,7 @@ from intervenable.errors import (
     UnknownNameError,
     UnsupportedModelError,
     raise_all,
-    unknown_name,
+    unknown_component,
 )
 from intervenable.inputs import RunInputs
 from intervenable.locations import Subject, read_locations
@@ -145,7 +145,7 @@ def _component_of(entry: Any, places: Places) -> str:
     name = ALIASES.get(name, name)
     if name in COMPONENTS or name == INPUT_IDS or is_module_path(name):
         return name
-    raise UnknownNameError(unknown_name("component", name, (*places.components, INPUT_IDS)))
+    raise UnknownNameError(unknown_component(name, (*places.components, INPUT_IDS), places.owner))
 
 
 def _layers(places: Places, component: str, layers: Any) -> Sequence[int | None]:

@@ -14,12 +14,18 @@ from torch import Tensor
 
 import interventions
 import model_maps
-from intervenable.errors import ConfigError, NotAvailableError, UnknownNameError, unknown_name
+from intervenable.errors import (
+    ConfigError,
+    NotAvailableError,
+    UnknownNameError,
+    unknown_component,
+    unknown_name,
+)
 from intervenable.position_entries import entry_from_json, entry_to_json, is_json_of_entry
 from interventions import Intervention
 from interventions.signatures import pattern_of_function
 from interventions.subspaces import parse_partition, partition_to_config
-from model_maps import ALIASES, COMPONENTS, WORDS
+from model_maps import ALIASES, COMPONENTS
 
 UNITS = tuple(dict.fromkeys(unit for units in model_maps.UNITS.values() for unit in units))
 
@@ -42,11 +48,7 @@ def _component_from(component: object) -> str:
         raise ConfigError(f"component is {component!r}; it must be a name or a module path.")
     component = ALIASES.get(component, component)
     if component not in COMPONENTS and not is_module_path(component):
-        raise UnknownNameError(
-            unknown_name("component", component, COMPONENTS, listed=WORDS)
-            + " With encoder_, decoder_ or cross_ before it in a model of two stacks."
-            " A module path ending in .input or .output is a component too."
-        )
+        raise UnknownNameError(unknown_component(component, COMPONENTS))
     return component
 
 

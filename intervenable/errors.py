@@ -33,6 +33,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
+from model_maps import ALIASES, PREFIXED, WORDS, in_short
+
 
 class IntervenableError(Exception):
     """Root of every error that this library raises on purpose."""
@@ -169,6 +171,25 @@ def unknown_name(
     place = f" {where}" if where else ""
     shown = names if listed is None else sorted(listed)
     return f"Unknown {kind} {name!r}{place}.{hint}\nAllowed: {', '.join(shown)}."
+
+
+def unknown_component(name: object, there: Iterable[str], owner: str = "") -> str:
+    """The message for a component that no model has: the name, the nearest, and those to choose from.
+
+    Args:
+        name: What was given.
+        there: The components of the model at hand; all that there are if none is.
+        owner: The model, if one is at hand.
+    """
+    names = tuple(there)
+    near = get_close_matches(str(name), [*names, *ALIASES], n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    if owner:
+        return f"Unknown component {name!r}.{hint}\n{owner} has: {in_short(names)}."
+    return (
+        f"Unknown component {name!r}.{hint}\nAllowed: {in_short(WORDS)}. {PREFIXED}"
+        " A module path ending in .input or .output is a component too."
+    )
 
 
 def each_named(error: Fault, place: str) -> list[Fault]:

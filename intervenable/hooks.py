@@ -33,6 +33,16 @@ RECORDS = "transformers.utils.output_capturing"
 """Where the hooks come from by which transformers records hidden states."""
 
 
+class NthCall(NamedTuple):
+    """One of the calls of a module that is called several times inside another one."""
+
+    nth: int
+    """Which, counted from 0."""
+
+    since: nn.Module
+    """The module at whose every call the counting begins anew."""
+
+
 class Hook(NamedTuple):
     """Something to do at each passage through one side of a module, or inside it."""
 
@@ -42,6 +52,9 @@ class Hook(NamedTuple):
 
     inside: InsideHook | FunctionHook | None = None
     """What to do inside the module; it has `act` as well, and the module is not hooked otherwise."""
+
+    call: NthCall | None = None
+    """The one call of the module that is meant, where it is not each."""
 
 
 class Gate:
@@ -235,13 +248,50 @@ def _registered(hooks: Sequence[Hook], model: nn.Module, recomputed: bool) -> It
             recomputation.remove()
 
 
-def _by_place(hooks: Sequence[Hook]) -> dict[tuple[nn.Module, Side], list[Callable[[Passage], None]]]:
+_Place = tuple[nn.Module, Side]
+
+
+def _by_place(hooks: Sequence[Hook]) -> dict[_Place, list[Callable[[Passage], None]]]:
     """What to do at each side of each module, in order: one hook of torch's for all of it."""
-    found: dict[tuple[nn.Module, Side], list[Callable[[Passage], None]]] = {}
+    found: dict[_Place, list[Callable[[Passage], None]]] = {}
+    counts: dict[tuple[nn.Module, Side, nn.Module], _Count] = {}
     for hook in hooks:
-        if hook.inside is None:
-            found.setdefault((hook.module, hook.side), []).append(hook.act)
+        if hook.inside is not None:
+            continue
+        acts = found.setdefault((hook.module, hook.side), [])
+        if hook.call is None:
+            acts.append(hook.act)
+            continue
+        nth, since = hook.call
+        count = counts.get((hook.module, hook.side, since))
+        if count is None:
+            count = counts[hook.module, hook.side, since] = _Count()
+            found.setdefault((since, "input"), []).insert(0, count.begin)
+            acts.append(count.go_on)
+        acts.append(count.only(nth, hook.act))
     return found
+
+
+class _Count:
+    """Counts the passages at one place in one run, anew from each passage at another place on."""
+
+    def __init__(self) -> None:
+        self._nth = -1
+
+    def begin(self, passage: Passage) -> None:
+        self._nth = -1
+
+    def go_on(self, passage: Passage) -> None:
+        self._nth += 1
+
+    def only(self, nth: int, act: Callable[[Passage], None]) -> Callable[[Passage], None]:
+        """An act that happens at one of the passages alone."""
+
+        def at(passage: Passage) -> None:
+            if self._nth == nth:
+                act(passage)
+
+        return at
 
 
 def _by_module(hooks: Sequence[Hook]) -> dict[nn.Module, list[InsideHook | FunctionHook]]:
@@ -311,6 +361,7 @@ def _checkpointed_layers(hooks: Sequence[Hook], model: nn.Module) -> dict[nn.Mod
     if not model.training or not torch.is_grad_enabled():
         return {}
     wanted = {hook.module for hook in hooks}
+    wanted |= {hook.call.since for hook in hooks if hook.call is not None}
     return {
         part: layer
         for layer in model.modules()

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from intervenable.map_attention_banded import BANDED, Banded, banded_attention
+from intervenable.map_attention_bands import bands_of
 from intervenable.map_attention_module import (
     GIVEN_TWICE,
     attention_module,
@@ -56,7 +57,10 @@ WORDS = (
 
 NO_ATTENTION = "it computes no attention: no softmax lies between two products there"
 NO_CROSS_ATTENTION = "it does not attend to another stack"
-BOTH_STACKS = "it attends to its own positions and to the other stack's at once, in one matrix"
+BOTH_STACKS = (
+    "it attends to its own positions and to the other stack's at once, in one matrix; the pattern and the scores of"
+    " its own attention, taken whole, have the keys of both"
+)
 ONE_AXIS = "its blocks have all examples on one axis, so that no matrix of scores has an axis of them"
 NO_MATRIX = "no module has the matrix that the heads are projected with"
 NO_ROTARY = "it has no rotary embedding"
@@ -152,7 +156,7 @@ def _found(
     found = [[Operands(one) for one in view.attentions] for view in views]
     take_moments(passed, [one for several in found for one in several])
     return [
-        (view, [one for one in several if _is_cross(view, one) == cross])
+        (view, [one for one in several if _is_of_stream(view, one) and _is_cross(view, one) == cross])
         for view, several in zip(views, found, strict=True)
     ]
 
@@ -189,6 +193,17 @@ def _why_not_across(view: BlockView) -> str:
 
 def _nothing(why: str) -> BlockAttention:
     return BlockAttention({}, dict.fromkeys(WORDS, why), None)
+
+
+def _is_of_stream(view: BlockView, operands: Operands) -> bool:
+    """Whether its queries are made of the block's stream, not of what it is given of other positions beside it."""
+    own = view.block.main_input_slot
+    query = operands.attention.query
+    origins = [] if query is None else view.origins(view.probe.feeding(query))
+    others = {leaf.slot for leaf in origins} - {own}
+    return not others or any(
+        leaf.slot == own or leaf.tensor.shape[:2] == (view.rows, view.positions) for leaf in origins
+    )
 
 
 def _is_cross(view: BlockView, operands: Operands) -> bool:
@@ -231,7 +246,8 @@ class _Answer:
                 self._view, module, self._attention, projections.get("query"), heads
             )
         except RefusedError as error:
-            self._absent.update(dict.fromkeys(("attention_input", *INSIDE), str(error)))
+            why = self._why_not_all_positions() or str(error)
+            self._absent.update(dict.fromkeys(("attention_input", *INSIDE), why))
         return BlockAttention(self._sites, self._absent, path, module)
 
     def _maker(self, role: Role) -> Projection:
@@ -247,17 +263,37 @@ class _Answer:
         length = self._attention.queries if role == "query" else self._attention.keys
         try:
             known = self._maker(role)
+            if length > self._attention.queries == self._view.positions and self._is_of_stream(known.call):
+                length = self._attention.queries  # others are attended to in the same matrix
             self._sites[f"{role}_output"] = self._site(known, "output", role != "query", length)
         except RefusedError as error:
             self._absent[f"{role}_output"] = str(error)
             return None
         return known
 
+    def _why_not_all_positions(self) -> str:
+        """Why attention is not computed at all positions of the stream together; "" if it is."""
+        attention, view = self._attention, self._view
+        if attention.rows != view.rows or not view.positions or attention.queries >= view.positions:
+            return ""
+        return f"its stream has {view.positions} positions, of which {attention.queries} attend at one time"
+
+    def _is_of_stream(self, call: Call) -> bool:
+        """Whether a linear map, which the block calls for other positions too, returns vectors of the stream's."""
+        made = call.main_output
+        shape = (self._attention.rows, self._view.positions)
+        several = sum(other.module is call.module for other in self._view.block.inside()) > 1
+        return several and made is not None and made.dim() == 3 and made.shape[:2] == shape
+
     def _output(self) -> Projection | None:
         """The projection of what the heads have read; its site or the reason is noted."""
         try:
             known = self._reader()
             at = known if known.norm is None else Projection(known.norm, known.columns)
+            few = self._why_not_all_positions()
+            if few:
+                self._absent["attention_value_output"] = few
+                return known
             self._sites["attention_value_output"] = self._site(at, "input", False, self._attention.queries)
         except RefusedError as error:
             self._absent["attention_value_output"] = str(error)
@@ -275,6 +311,9 @@ class _Answer:
         tensor = known.call.main_input if side == "input" else known.call.main_output
         path, axes = self._view.name(known.call), layout(tensor, self._attention.rows, length)
         if path is None or axes is None or tensor is None:
+            few = self._why_not_all_positions()
+            if few:
+                raise RefusedError(few)
             shape = None if tensor is None else tuple(tensor.shape)
             raise RefusedError(
                 f"{known.call.path} handles a tensor of the shape {shape}, which has no axes of"
@@ -283,7 +322,7 @@ class _Answer:
         if axes.get("flat") and known.positions_first:
             axes["axes"] = (1, 0)
         heads: Literal["query", "key_value"] = "key_value" if shared else "query"
-        where = place(self._view, known.call, repeated=side == "output")
+        where = place(self._view, known.call)
         return Site(side=side, width=heads, heads=heads, columns=known.columns, **axes, **where)
 
     def _not_inside(self) -> dict[str, str]:
@@ -327,6 +366,7 @@ class _BandedAnswer(_Answer):
     def __init__(self, view: BlockView, banded: Banded) -> None:
         super().__init__(view, [Operands(banded.attention)])
         self._banded = banded
+        self._bands = bands_of(view, banded)
 
     def _maker(self, role: Role) -> Projection:
         return self._banded.projections[role]
@@ -334,5 +374,14 @@ class _BandedAnswer(_Answer):
     def _reader(self) -> Projection:
         return self._banded.output
 
+    def made(self) -> BlockAttention:
+        """All of it, with how its softmax lies."""
+        made = super().made()
+        site = made.sites.get("attention_input")
+        if site is None or site.attention is None or self._bands is None:
+            return made
+        site = replace(site, attention=replace(site.attention, bands=self._bands))
+        return replace(made, sites={**made.sites, "attention_input": site})
+
     def _not_inside(self) -> dict[str, str]:
-        return dict.fromkeys(INSIDE, BANDED)
+        return dict.fromkeys(INSIDE if self._bands is None else VECTORS, BANDED)

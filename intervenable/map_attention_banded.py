@@ -54,17 +54,17 @@ def banded_attention(view: BlockView) -> Banded | None:
     patterns = [met for met in view.block.met_inside() if _weighs(view, met)]
     if not patterns:
         return None
-    reader, axes = _reader(view, patterns)
+    pattern, reader, axes = _reader(view, patterns)
     result = reader.main_input
     assert result is not None
-    sizes = {size for met in patterns if met.returned is not None for size in met.returned.shape}
+    sizes = set() if pattern.returned is None else set(pattern.returned.shape)
     leaves = [leaf for leaf in view.probe.feeding(result) if leaf.call is not None]
     for heads in sorted(sizes, reverse=True):
         if heads > 1 and result.shape[-1] % heads == 0:
             made = _parts(view, result, axes, heads, leaves)
             if made is not None:
                 columns = HeadColumns(heads, result.shape[-1] // heads)
-                attention = _attention(view, patterns[0], result, heads)
+                attention = _attention(view, pattern, result, heads)
                 return Banded(attention, made, Projection(reader, columns))
     raise RefusedError(
         f"{BANDED}, and no linear maps of which each makes queries, keys or values for heads that are apart in"
@@ -86,21 +86,37 @@ def _weighs(view: BlockView, met: Met) -> bool:
     )
 
 
-def _reader(view: BlockView, patterns: Sequence[Met]) -> tuple[Call, dict[str, object]]:
-    """The linear map that reads the pattern times the values, and how it has examples and positions."""
-    pattern = patterns[0].returned
-    assert pattern is not None  # as it weighs something
+def _reader(view: BlockView, patterns: Sequence[Met]) -> tuple[Met, Call, dict[str, object]]:
+    """A pattern, the linear map that reads it times the values, and how that has the stream's examples and positions.
+
+    There may be other patterns, of queries that are no positions of the stream.
+    """
     assert view.positions is not None
-    for call in view.block.inside():
-        given = call.main_input
-        if not is_linear(call.module) or given is None or call.entered < patterns[0].at:
-            continue
-        if made_of(given, pattern):
-            axes = layout(given, view.rows, view.positions)
-            if axes is None or len(patterns) > 1 or view.name(call) is None:
-                break
-            return call, axes
-    raise RefusedError(f"{BANDED}, and no one linear module reads what comes of them by positions")
+    found, others = [], []
+    for pattern in patterns:
+        reader = next((call for call in view.block.inside() if _reads(call, pattern)), None)
+        axes = None if reader is None else layout(reader.main_input, view.rows, view.positions)
+        if reader is not None and axes is not None and view.name(reader) is not None:
+            found.append((pattern, reader, axes))
+        elif reader is not None and reader.main_input is not None and reader.main_input.dim() == 3:
+            others.append((view.name(reader), reader.main_input.shape[1]))
+    if len(found) != 1:
+        why = "no one linear module reads what comes of them by positions"
+        if others and not found:
+            name, length = others[-1]
+            why = (
+                f"{name} reads what comes of them at {length} positions where the stream has {view.positions}"
+            )
+        raise RefusedError(f"{BANDED}, and {why}")
+    return found[0]
+
+
+def _reads(call: Call, pattern: Met) -> bool:
+    """Whether a call of a linear map is given what was made of a pattern."""
+    given = call.main_input
+    if not is_linear(call.module) or given is None or call.entered < pattern.at:
+        return False
+    return pattern.returned is not None and made_of(given, pattern.returned)
 
 
 def _parts(
@@ -114,10 +130,17 @@ def _parts(
     sums = head_sums(by_heads, heads, generator)
     here = by_heads[:, :, by_heads.shape[2] // 2].sum()
     gradients = [view.probe.gradients(one, tensors) for one in (*sums[:4], here)]
+    at_positions = {
+        leaf.call.module
+        for leaf in leaves
+        if leaf.call is not None and layout(leaf.tensor, view.rows, by_heads.shape[2]) is not None
+    }
     for leaf, *parts in zip(leaves, *gradients, strict=True):
         known = [torch.zeros_like(leaf.tensor) if part is None else part for part in parts]
         assert leaf.call is not None
         place = layout(leaf.tensor, view.rows, by_heads.shape[2])
+        if place is None and leaf.call.module in at_positions:
+            continue  # of what is attended to beside them
         if not known[0].any() or place is None or view.name(leaf.call) is None:
             return None
         columns = column_heads(Moments(*known), None)

@@ -144,6 +144,9 @@ def output_site(view: BlockView, module: Call, attention: Attention, output: Pro
     in_examples = made
     if turned and made is not None:
         in_examples = made.reshape(attention.queries, attention.rows, -1).transpose(0, 1)
+    if _begins_with(module.main_output, made, view) and view.name(module):  # other positions follow
+        slot = next(iter(module.outputs))
+        return Site(slot=None if slot in (None, 0) else slot, **place(view, module))
     if output is not None and not any(same_values(module.main_output, one) for one in (made, in_examples)):
         module = output.call
     elif output is None and (module is view.block or _adds_its_input(module, attention)):
@@ -158,6 +161,15 @@ def output_site(view: BlockView, module: Call, attention: Attention, output: Pro
         axes["axes"] = (1, 0)
     slot = next(iter(module.outputs))
     return Site(slot=None if slot in (None, 0) else slot, **axes, **place(view, module))
+
+
+def _begins_with(whole: Tensor | None, part: Tensor | None, view: BlockView) -> bool:
+    """Whether what a module returns has all positions of the stream, and at the first of them another tensor."""
+    if whole is None or part is None or whole.dim() != 3 or whole.shape[:2] != (view.rows, view.positions):
+        return False
+    positions = part[0].numel() // part.shape[-1]
+    first = whole[:, :positions]
+    return positions < whole.shape[1] and first.shape[-1] == part.shape[-1] and same_values(first, part)
 
 
 def _adds_its_input(module: Call, attention: Attention) -> bool:

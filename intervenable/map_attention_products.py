@@ -99,29 +99,6 @@ def products(calls: list[Call], stops: Mapping[int, Tensor]) -> Iterator[tuple[P
             yield made, leaf
 
 
-def of_several(call: Call, block: Call) -> Product | None:
-    """A call of a linear module that a block runs several times, as a product inside the module around it.
-
-    Args:
-        call: The call.
-        block: The call of the block.
-
-    Returns:
-        None if the module runs once there, or does something else than to multiply with its weight.
-    """
-    around = call.parent
-    times = sum(one.module is call.module for one in block.inside())
-    met = next((met for met in call.met if met.name == "linear"), None)
-    if around is None or times < 2 or met is None or call.main_output is None:
-        return None
-    matrix = _matrix_in(met.given)
-    weight = next((name for name, one in around.module.named_parameters() if one is matrix), None)
-    if weight is None:
-        return None
-    nth = sum(one.module is call.module and one.entered < call.entered for one in around.inside())
-    return _product(around, met, call.main_output, weight, nth)
-
-
 def _product(call: Call, met: Met, leaf: Tensor, weight: str, nth: int) -> Product:
     with torch.enable_grad():
         matrix = _matrix_in(met.given)

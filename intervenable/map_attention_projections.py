@@ -52,6 +52,9 @@ class Operands:
     moments: dict[Role, dict[int, Moments]] = field(default_factory=dict)
     """By the `id` of a leaf's tensor the gradients that tell its columns apart."""
 
+    read: dict[tuple[Role, int], ColumnHeads] = field(default_factory=dict)
+    """By the operand and the `id` of a leaf's tensor what its gradients say, once they have been read."""
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -127,13 +130,14 @@ def operand_projection(view: BlockView, found: Sequence[Operands], role: Role) -
         raise RefusedError(f"its {PLURAL[role]} are not made by linear modules alone")
     candidates: list[tuple[Call, ColumnHeads, int]] = []
     for leaf, call in linear:
-        heads = _column_heads(view, first, leaf, role)
+        heads = _column_heads(first, leaf, role)
         if heads.mixed:
             raise RefusedError(f"{heads.mixed} columns of {view.name(call)} count for several heads at once")
         if heads.moved:
             raise MovedError(f"positions are mixed between {view.name(call)} and its {PLURAL[role]}", call)
         candidates += [(call, heads, count) for count in sorted({*heads.count[heads.fed].tolist()})]
     total: int = getattr(first.attention, role).shape[1]
+    candidates = _of_own_positions(view, candidates)
     if len(candidates) > 1:  # latent attention: a part of each key is the same for all heads
         candidates = [one for one in candidates if one[2] < total] or candidates
     if len(candidates) > len({call.module for call, *_ in candidates}) == 1:
@@ -145,6 +149,27 @@ def operand_projection(view: BlockView, found: Sequence[Operands], role: Role) -
         raise RefusedError(f"its {PLURAL[role]} are made by several linear maps: {names}")
     call, heads, count = candidates[0]
     return Projection(call, _columns(heads, count, total, role))
+
+
+def _of_own_positions(
+    view: BlockView, candidates: list[tuple[Call, ColumnHeads, int]]
+) -> list[tuple[Call, ColumnHeads, int]]:
+    """Of several calls of one module those that are given the positions of the block's stream.
+
+    Those of another stack, which is attended to in the same matrix, are left out.
+    """
+    if len({call.module for call, *_ in candidates}) != 1 or view.positions is None:
+        return candidates
+    own = [one for one in candidates if _is_made_of_stream(view, one[0])]
+    return own or candidates
+
+
+def _is_made_of_stream(view: BlockView, call: Call) -> bool:
+    """Whether what a call is given is made of the block's stream and of nothing else that the block is given."""
+    if call.main_input is None or layout(call.main_input, view.rows, view.positions or 0) is None:
+        return False
+    origins = view.origins(view.probe.feeding(call.main_input))
+    return bool(origins) and all(leaf.slot == view.block.main_input_slot for leaf in origins)
 
 
 def convolutions(view: BlockView, found: Sequence[Operands]) -> list[nn.Module]:
@@ -171,15 +196,21 @@ def convolutions(view: BlockView, found: Sequence[Operands]) -> list[nn.Module]:
 
 def is_rotated(operands: Operands, role: Role) -> bool | None:
     """Whether channels are mixed between the projections and an operand; None if that cannot be told."""
-    moments = operands.moments.get(role, {})
     linear = [leaf for leaf in operands.feeding.get(role, []) if leaf.call is not None]
     if not linear:
         return None
-    read = [column_heads(moments[id(leaf.tensor)], None) for leaf in linear]
+    read = [_column_heads(operands, leaf, role) for leaf in linear]
     return any(bool((one.channel[one.fed] < 0).any()) for one in read)
 
 
-def _column_heads(view: BlockView, operands: Operands, leaf: Leaf, role: Role) -> ColumnHeads:
+def _column_heads(operands: Operands, leaf: Leaf, role: Role) -> ColumnHeads:
+    key = (role, id(leaf.tensor))
+    if key not in operands.read:
+        operands.read[key] = _read_moments(operands, leaf, role)
+    return operands.read[key]
+
+
+def _read_moments(operands: Operands, leaf: Leaf, role: Role) -> ColumnHeads:
     attention, moments = operands.attention, operands.moments[role][id(leaf.tensor)]
     rows, length = attention.rows, attention.queries if role == "query" else attention.keys
     known = layout(leaf.tensor, rows, length)
@@ -193,16 +224,17 @@ def _column_heads(view: BlockView, operands: Operands, leaf: Leaf, role: Role) -
 def _columns(heads: ColumnHeads, count: int, total: int, role: Role) -> HeadColumns:
     if role == "query" and count != 1:
         raise RefusedError(f"{count} heads share each query")
-    chosen = heads.fed & (heads.count == count)
+    chosen = (heads.fed & (heads.count == count)).nonzero()[:, 0]
     by_head: dict[int, list[int]] = {}
-    for column in chosen.nonzero()[:, 0].tolist():
-        by_head.setdefault(int(heads.first[column]), []).append(column)
+    for column, head in zip(chosen.tolist(), heads.first[chosen].tolist(), strict=True):
+        by_head.setdefault(head, []).append(column)
     if sorted(by_head) != list(range(0, total, count)):
         raise RefusedError(
             f"its {PLURAL[role]} are made of columns for {len(by_head)} of {total // count} heads"
         )
     if role == "value":
-        rising = [[int(heads.channel[column]) for column in by_head[head]] for head in sorted(by_head)]
+        channel = heads.channel.tolist()
+        rising = [[channel[column] for column in by_head[head]] for head in sorted(by_head)]
         if any(row != list(range(row[0], row[0] + len(row))) for row in rising):
             raise RefusedError(
                 "the columns of its values are mixed before they are multiplied with the pattern"

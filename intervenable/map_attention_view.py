@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from intervenable.map_attention_events import attentions
 from intervenable.map_attention_probe import Leaf, Probe
-from intervenable.map_attention_products import Product, of_several
+from intervenable.map_attention_products import Product
 from intervenable.map_trace import Call, paths_of
 
 
@@ -87,19 +87,18 @@ def layout(tensor: Tensor | None, rows: int, positions: int) -> dict[str, Any] |
     return None
 
 
-def place(view: BlockView, call: Call, *, repeated: bool = False) -> dict[str, Any]:
-    """The fields of a site at a call that say where it is: its path, and which product of that module it is.
+def place(view: BlockView, call: Call) -> dict[str, Any]:
+    """The fields of a site at a call that say where it is: its path, and which call or which product of it.
 
     Args:
         view: The block.
         call: The call.
-        repeated: Whether one of several calls of a linear module may be meant.
     """
-    product = call if isinstance(call, Product) else of_several(call, view.block) if repeated else None
-    if product is None:
-        return {"path": view.name(call)}
-    fields = {"function": product.function, "weight": product.weight, "nth": product.nth}
-    return {"path": view.name(product), **fields}
+    if isinstance(call, Product):
+        fields = {"function": call.function, "weight": call.weight, "nth": call.nth}
+        return {"path": view.name(call), **fields}
+    same = [other for other in view.block.inside() if other.module is call.module]
+    return {"path": view.name(call), **({"call": same.index(call)} if len(same) > 1 else {})}
 
 
 def ancestors(call: Call, last: Call) -> Iterator[Call]:

@@ -122,10 +122,13 @@ def why_none(trace: Trace, model: nn.Module) -> str:
     for path, entries in _lists(model):
         called = [calls[entry] for entry in entries if entry in calls and any(entry.children())]
         slots = _slots(called) if called else None
-        if slots is None or slots[2] < (len(called) - 1) / 2 or len(called) <= max(1, len(longest)):
+        if slots is None or len(called) <= max(1, len(longest)):
             continue
-        given, returned, _ = slots
+        given, returned, linked = slots
         shapes = [(call.inputs[given].shape, call.outputs[returned].shape) for call in called]
+        fitting = all(one[1] == other[0] for one, other in itertools.pairwise(shapes))
+        if linked < (len(called) - 1) / 2 and not fitting:  # what is added in between may break all links
+            continue
         if any(one != other for one, other in shapes):
             longest = [(f"{path}.{entries.index(call.module)}", call) for call in called]
     for path, call in longest:
@@ -256,6 +259,15 @@ def with_roles(stacks: Sequence[BlockStack], trace: Trace) -> list[BlockStack]:
         return []
     large = [stack for stack in whole if len(stack.blocks) > 1 or _attends(stack)] or whole
     main = _main(large, trace)
+    broken = [
+        replace(stack, refused=_why_broken(stack, trace))
+        for stack in stacks
+        if stack not in whole and _attends(stack) and tower_of(main, trace, stack)
+        if not tower_of(stack, trace, main)
+    ]
+    if broken:  # what runs without a break is its tower
+        large += broken
+        main = _main(large, trace)
     encoder = next(
         (stack for stack in reversed(large) if stack is not main and reads_end_of(main, stack, trace)), None
     )
@@ -270,6 +282,25 @@ def with_roles(stacks: Sequence[BlockStack], trace: Trace) -> list[BlockStack]:
         if stack not in (main, encoder) and role and role not in {known.role for known in found}:
             found.append(replace(stack, role=role))
     return sorted(found, key=lambda stack: stack.first.call.entered)
+
+
+def _why_broken(stack: BlockStack, trace: Trace) -> str:
+    """Why the blocks of a stack, of which some are not given what the one before returned, cannot be offered."""
+    for one, other in itertools.pairwise(stack.blocks):
+        if key_of(one.leaving) == key_of(other.entering):
+            continue
+        between = (
+            call.path
+            for call in trace.calls
+            if one.call.left <= call.entered and call.left <= other.call.entered
+            if any(key_of(tensor) == key_of(other.entering) for tensor in call.outputs.values())
+        )
+        changed = f"{path!r} changes it" if (path := next(between, "")) else "the model changes it"
+        return (
+            f"block {other.layer} of {stack.path!r} is not given the stream that block {one.layer} returned:"
+            f" {changed} in between"
+        )
+    return stack.refused
 
 
 def _attends(stack: BlockStack) -> bool:

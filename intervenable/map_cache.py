@@ -91,7 +91,7 @@ def look_up(model: nn.Module) -> Lookup:
         return Lookup(KeptMap(from_record(record["map"]), dict(record["refused"])))
     except FileNotFoundError:
         return Lookup(None)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         note = f"the map kept in {file} could not be read and is made again: {error}"
         _LOG.info("%s", note)
         return Lookup(None, note)
@@ -121,8 +121,8 @@ def keep(model: nn.Module, kept: KeptMap) -> bool:
 def fingerprint(model: nn.Module) -> str | None:
     """What tells models apart that may have other maps: the same for all that differ in their weights alone.
 
-    It follows from the class and its source, the config, the modules and the shapes of their weights, and the
-    versions of torch, transformers and this library. None if the source of a class cannot be read.
+    It follows from the classes, their forwards and the source of both, the config, the modules and the shapes of
+    their weights, and the versions of torch, transformers and this library. None if a source cannot be read.
     """
     digest = hashlib.sha256()
     digest.update(f"{torch.__version__} {_version_of_transformers()} {__version__} {_own_source()}".encode())
@@ -132,6 +132,10 @@ def fingerprint(model: nn.Module) -> str | None:
         cls = type(module)
         sources.add(cls.__module__)
         digest.update(f"{path} {cls.__module__}.{cls.__qualname__}".encode())
+        forward = getattr(module, "forward", None)  # perhaps a function of another's, put in its place
+        where = getattr(forward, "__module__", None) or cls.__module__
+        sources.add(where)
+        digest.update(f" {where}.{getattr(forward, '__qualname__', '')}".encode())
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 digest.update(f" {name} {tuple(parameter.shape)}".encode())

@@ -13,7 +13,8 @@ ROLES: Mapping[str, str] = {
         encoder_hidden_size hidden_channels text_embed_dim projection_dim hidden_size_global vision_hidden_size
         vq_embed_dim ple_embed_dim out_hidden_size vision_output_dim projector_input_dim projector_output_dim
         cross_attention_hidden_size conv_dim_out decoder_input_dim pooler_hidden_size text_hidden_size
-        image_feature_size d_embed feature_size output_dim""",
+        image_feature_size d_embed feature_size output_dim
+        coordinate_size shape_size""",
     "mlp": """intermediate_size ffn_dim ffn_hidden_size d_ff dff dim_ff decoder_ffn_dim encoder_ffn_dim d_inner
         feed_forward_size mlp_dim n_inner moe_intermediate_size shared_expert_intermediate_size
         expert_ffn_hidden_size intermediate_size_mlp shared_intermediate_size dense_intermediate_size
@@ -33,14 +34,16 @@ ROLES: Mapping[str, str] = {
         max_target_positions max_source_positions original_max_position_embeddings max_sequence_length
         num_position_embeddings max_2d_position_embeddings""",
     "window": """sliding_window attention_window_size window_size local_attention sliding_window_size
-        keep_window_size attention_chunk_size local_attention_window_len attention_window""",
+        keep_window_size attention_chunk_size local_attention_window_len attention_window local_radius
+        global_block_size""",
     "latent": "q_lora_rank kv_lora_rank o_lora_rank swa_q_lora_rank swa_kv_lora_rank",
 }
 LATENT_WIDTHS = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 ROLE_OF = {
     **{name: role for role, names in ROLES.items() for name in names.split()},
     **dict.fromkeys(HIDDEN, "hidden"),
-    **dict.fromkeys((*HEAD_DIM, *LATENT_WIDTHS, "qk_head_dim", "global_head_dim"), "head_width"),
+    **dict.fromkeys((*HEAD_DIM, *LATENT_WIDTHS), "head_width"),
+    **dict.fromkeys(("qk_head_dim", "global_head_dim", "swa_head_dim", "dim_head"), "head_width"),
     "hidden_dim": "hidden",
 }
 HEADS = (
@@ -114,4 +117,21 @@ def number_stated(parts: Iterable[Any], *names: str) -> int | None:
             value = value[0] if isinstance(value, (list, tuple)) and value else value
             if is_number(value):
                 return int(value)
+    return None
+
+
+def sides_stated(parts: Iterable[Any], *names: str) -> tuple[int, int] | None:
+    """Height and width of the pictures that parts of a config state, as `number_stated` finds them.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> sides_stated([SimpleNamespace(size=(32, 128))], "size"), sides_stated([SimpleNamespace(size=8)], "size")
+        ((32, 128), (8, 8))
+    """
+    for part in parts:
+        for name in names:
+            value = field_of(part, name)
+            both = value if isinstance(value, (list, tuple)) and len(value) == 2 else (value, value)
+            if all(map(is_number, both)):
+                return int(both[0]), int(both[1])
     return None

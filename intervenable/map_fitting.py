@@ -176,7 +176,10 @@ def _fitted_layer(layer: _Layer, widths: _Widths) -> _Layer:
 
 
 def _uneven(small: Mapping[str, Site], large: Mapping[str, Site]) -> dict[str, str]:
-    """Keys, and values, whose heads are as wide as those of queries in the twin and not in the model."""
+    """What has heads, where those of keys are as wide as those of queries in the twin and not in the model.
+
+    One of the two numbers of heads is wrong then, and which of them the widths do not tell.
+    """
     found: dict[str, str] = {}
     for name, site in large.items():
         query = name.replace("key_output", "query_output")
@@ -186,10 +189,11 @@ def _uneven(small: Mapping[str, Site], large: Mapping[str, Site]) -> dict[str, s
         widths = [known.columns.width for known in sites if known.columns]
         if len(widths) == 4 and widths[0] == widths[1] and widths[2] != widths[3]:
             why = (
-                f"its heads would be {widths[3]} wide where those of queries are {widths[2]}: the config says another"
-                " number of key-value heads than the weights have"
+                f"heads of keys would be {widths[3]} wide where those of queries are {widths[2]}: the config says"
+                " another number of heads, or of key-value heads, than the weights have"
             )
-            found |= {name: why, name.replace("key_output", "value_output"): why}
+            words = ("query_output", "key_output", "value_output", "attention_value_output")
+            found |= {name.replace("key_output", word): why for word in words}
     return found
 
 
@@ -199,7 +203,7 @@ def _heads(heads: AttentionHeads, small: Site | None, large: Site | None) -> Att
     if heads.width and small and large and small.columns and large.columns:
         wider = Fraction(heads.width * large.columns.width, small.columns.width)
         width = int(wider) if wider.denominator == 1 else None
-    return AttentionHeads(heads.query, heads.key_value, width)
+    return replace(heads, width=width)
 
 
 def _kinds(

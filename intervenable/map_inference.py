@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from intervenable.hooks import Hook, hooked
 from intervenable.map_attention import BlockAttention, attention_sites
 from intervenable.map_attention_module import GIVEN_TWICE, given_twice
+from intervenable.map_attention_view import within
 from intervenable.map_block_sites import BlockSites, block_sites
 from intervenable.map_blocks import BlockStack, find_stacks, why_none, with_roles
 from intervenable.map_ends import NO_LOGITS, end_sites, head_sites
@@ -113,7 +114,8 @@ def _place_stack(
     if stack.refused:
         layers: list[BlockSites] = []
         refused = {name: stack.refused for name, known in COMPONENTS.items() if known.scope == "block"}
-        found.absent |= {name: why for name, why in refused.items() if name.startswith(prefix)}
+        own = ("decoder", "cross") if stack.role == "decoder" else (stack.role or "",)
+        found.absent |= {name: why for name, why in refused.items() if COMPONENTS[name].prefix in own}
     else:
         layers = _layers(stack, model, inputs, run, attention)
     for name, site in ends.sites.items():
@@ -227,13 +229,17 @@ def _attention(
 def _called_once(
     placed: BlockSites, stack: BlockStack, layer: int, model: nn.Module, run: Trace
 ) -> BlockSites:
-    """The sites whose modules run once in a forward pass; a run could not tell the others' values apart."""
+    """The sites whose modules run once in a forward pass, or of which it is said which of their calls in the block
+    is meant; a run could not tell the others' values apart.
+    """
     sites: dict[str, Site] = {}
     absent = dict(placed.absent)
+    block = next(one.call for one in stack.blocks if one.layer == layer)
     for word, site in placed.sites.items():
         module = module_at(model, _path_in(stack, layer, site.path), word)
-        times = sum(call.module is module for call in run.calls)
-        if times == 1:
+        calls = [call for call in run.calls if call.module is module]
+        times = len(calls)
+        if times == 1 or (site.call is not None and all(within(call, block) for call in calls)):
             sites[word] = site
         else:
             absent[word] = f"its module {site.path!r} runs {times} times in a forward pass"
@@ -289,12 +295,10 @@ def _with_width(
     if known.scope == "block" and stack is not None:
         blocks = [block for block in stack.blocks if layer is None or block.layer == layer]
         path = _path_in(stack, blocks[0].layer, site.path) if blocks else ""
-    calls = run.of(path)
+    calls = run.of(path)[site.call or 0 :]
     if not calls:
         return site
-    tensor = calls[0].main_input if site.side == "input" else calls[0].main_output
-    if site.slot is not None:
-        tensor = (calls[0].inputs if site.side == "input" else calls[0].outputs).get(site.slot)
+    tensor = calls[0].tensor_at(site.side, site.slot)
     if tensor is None or tensor.dim() > 3:  # several streams side by side
         return site
     sizes = _sizes(model, stack)

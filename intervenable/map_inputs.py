@@ -11,12 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from intervenable.errors import InputError
-from intervenable.map_config_fields import field_of, number_stated, parts_of
+from intervenable.map_config_fields import field_of, number_stated, parts_of, sides_stated
+from intervenable.map_input_forms import other_forms
 from intervenable.unwrapping import unwrapped
 
 _SPECIAL = re.compile(r"(token_id|token_ids|token_index|_index)$")
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "audio_token_id")
 """Fields of models that read pictures or sounds where a text has tokens of theirs, and texts without them as well."""
+
+_TOKENS = {"input_ids", "decoder_input_ids"}
+_BESIDE_TOKENS = ("bbox", "visual_feats", "pixel_values_videos")
+"""What some models do not run without, though their signature has a default for it."""
 
 _PLAIN_TOKENS = range(10, 90)
 """Where ids are drawn from if the vocabulary has them: few models have special ones there."""
@@ -45,14 +50,20 @@ def example_inputs(model: nn.Module, *, batch: int = 2, length: int = 7, seed: i
     drawn = _Drawn(inner, batch, length, seed)
     wanted = _wanted(inner, takes)
     unknown = [name for name in wanted if name not in _MAKERS]
+    device = _device_of(inner)
+    inputs = {name: _MAKERS[name](drawn).to(device) for name in wanted if name in _MAKERS}
+    tellable = not any(parameter.is_meta for parameter in inner.parameters())
+    if tellable and (unknown or not wanted or (_reads_media(takes) and not _runs(inner, inputs))):
+        for form in other_forms(inner, inputs, batch, seed):
+            moved = {name: value.to(device) for name, value in form.items()}
+            if _runs(inner, moved):
+                return moved
     if unknown or not wanted:
         needs = ", ".join(map(repr, unknown)) or "inputs that its signature does not name"
         raise InputError(
             f"What {type(inner).__name__} runs on cannot be guessed: it needs {needs}."
             "\nPass example_inputs=, a mapping of its keyword inputs with at least two examples."
         )
-    device = _device_of(inner)
-    inputs = {name: _MAKERS[name](drawn).to(device) for name in wanted}
     made_by_itself = not hasattr(inner, "prepare_decoder_input_ids_from_labels")
     if "decoder_input_ids" in inputs and made_by_itself and not _runs(inner, inputs):
         # One that looks for the end of its input in what the decoder gives.
@@ -61,6 +72,11 @@ def example_inputs(model: nn.Module, *, batch: int = 2, length: int = 7, seed: i
         if _runs(inner, {"input_ids": ended}):
             return {"input_ids": ended}
     return inputs
+
+
+def _reads_media(takes: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether a model reads something beside tokens, of which there are several forms."""
+    return any(name in takes for name in (*_MAKERS.keys() - _TOKENS, *_BESIDE_TOKENS))
 
 
 def _runs(model: nn.Module, inputs: Mapping[str, Tensor]) -> bool:
@@ -117,6 +133,7 @@ class _Drawn:
         vocabulary = (
             self.number("vocab_size") or self.number("text_vocab_size") or min(embeddings, default=100)
         )
+        vocabulary = min(vocabulary, _rows_of_tokens(self.model) or vocabulary)
         special = {item for part in self._parts() for item in _special_tokens(part)}
         plain = [token for token in _PLAIN_TOKENS if token < vocabulary and token not in special]
         allowed = torch.tensor(plain or [token for token in range(vocabulary) if token not in special] or [0])
@@ -129,19 +146,33 @@ class _Drawn:
 
     def number(self, name: str, otherwise: int | None = None, *, within: str = "") -> int | None:
         """A number that the config or a part of it gives; `within` says which part is asked first."""
-        first = field_of(self.config, within) if within else None
-        stated = number_stated([*([] if first is None else [first]), *self._parts()], name)
+        stated = number_stated(self._parts(within), name)
         return otherwise if stated is None else stated
 
-    def _parts(self) -> list[Any]:
+    def sides(self, name: str, *, within: str = "") -> tuple[int, int] | None:
+        """Height and width that the config or a part of it gives."""
+        return sides_stated(self._parts(within), name)
+
+    def _parts(self, within: str = "") -> list[Any]:
+        """The config and the parts of it; in front the part of the name `within`, and the one about text."""
         if self.config is None:
             return []
+        first = field_of(self.config, within) if within else None
         texts = getattr(self.config, "get_text_config", None)
         try:
             text = [texts()] if callable(texts) else []
         except ValueError:  # more than one tower reads text
             text = []
-        return [*text, *parts_of(self.config)]
+        return [*([] if first is None else [first]), *text, *parts_of(self.config)]
+
+
+def _rows_of_tokens(model: nn.Module) -> int | None:
+    """How many tokens the embedding of a model has, whatever its config says; None if it cannot be told."""
+    try:
+        found = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return found.num_embeddings if isinstance(found, nn.Embedding) else None
 
 
 def _special_tokens(config: Any) -> list[int]:
@@ -157,9 +188,9 @@ def _special_tokens(config: Any) -> list[int]:
 
 
 def _pictures(drawn: _Drawn) -> Tensor:
-    size = drawn.number("image_size", within="vision_config") or drawn.number("img_size", 64) or 64
+    height, width = drawn.sides("image_size", within="vision_config") or drawn.sides("img_size") or (64, 64)
     channels = drawn.number("num_channels", within="vision_config") or drawn.number("in_channels", 3) or 3
-    return drawn.normal(channels, size, size)
+    return drawn.normal(channels, height, width)
 
 
 def _sounds(drawn: _Drawn) -> Tensor:

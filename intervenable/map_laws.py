@@ -42,6 +42,8 @@ LAWS: Mapping[str, str] = {
     "roles": "queries act at their own position, keys and values at others too, values column by column",
     "mixes": "what is given to a mixer at some positions reaches what it returns at others",
     "about": "a stack of tokens is entered by others if its tokens are in another order, a stack beside it is not",
+    "attends": "attention to the encoder changes with the encoder alone, attention of a decoder to itself does not",
+    "follows": "what is behind a stack's blocks changes with that stack, and not with one that comes later",
     "chosen": "an expert is chosen with a logit far above the others', not with one far below them",
     "weighs": "with twice the weights the experts return twice as much",
     "moves": "a write changes what the block, or the model, returns",
@@ -160,6 +162,8 @@ def deviation(found: Tensor, expected: Tensor) -> float:
     """
     if found.shape != expected.shape:
         return float("inf")
+    if found.dtype == expected.dtype and torch.equal(found, expected):  # as most are that are compared
+        return 0.0
     dtype = expected.dtype if expected.is_floating_point() else torch.float32
     wide = torch.promote_types(expected.dtype, torch.float32)
     found, expected = found.to(wide), expected.to(wide)

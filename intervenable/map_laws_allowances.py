@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from intervenable.map_laws import deviation, limit_of, named, told
-from intervenable.map_laws_runs import Bench, Group, Key, all_have
+from intervenable.map_laws_groups import Group, Key, all_have
+from intervenable.map_laws_runs import Bench
 from model_maps import COMPONENTS
 
 WEIGHTED = ("head_attention_value_output", "attention_pattern", "expanded_head_value")
@@ -30,6 +31,15 @@ def gated(bench: Bench, prefix: str, layer: int | None, group: Group, source: Gr
         return float("inf")
     # The gate is what the base has for each weighted value: nothing is divided, as some are near zero.
     return deviation(new * before, old * after)
+
+
+def beside_the_band(bench: Bench, prefix: str, layer: int | None) -> bool:
+    """Whether queries that read the keys around them also read what is no position, so that no pattern has it."""
+    key = (named("attention_pattern", prefix), layer)
+    pattern, site = bench.plainly.get(key), bench.sites.get(key)
+    if pattern is None or site is None or site.bands is None:
+        return False
+    return bool((pattern.sum(-1) < 1 - limit_of(pattern.dtype)).any())
 
 
 def turned(new: Tensor, old: Tensor) -> float:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from intervenable.map_laws import Finding, limit_of, named
-from intervenable.map_laws_runs import Bench, Group
+from intervenable.map_laws_allowances import beside_the_band
+from intervenable.map_laws_groups import Group
+from intervenable.map_laws_runs import Bench
 from intervenable.map_laws_swaps import STILL, Judge, Swaps
 from model_maps import COMPONENTS
 
@@ -68,8 +70,9 @@ def roles(bench: Bench, swaps: Swaps) -> Judge:
 
 
 def _is_told_here(bench: Bench, prefix: str, layer: int | None) -> bool:
-    """Whether a layer has heads of which something is read, and no matrix of scores."""
-    return bench.has(named(READ, prefix), layer) and not bench.has(named("attention_scores", prefix), layer)
+    """Whether a layer has heads of which something is read, and no matrix of all that they read."""
+    whole = bench.has(named("attention_scores", prefix), layer) and not beside_the_band(bench, prefix, layer)
+    return bench.has(named(READ, prefix), layer) and not whole
 
 
 def _chosen(heads: int, bit: int) -> list[int]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from intervenable.map_laws_groups import Key
 from intervenable.map_trace import Slot, Trace
 from intervenable.sites import BoundSite
 from model_maps import COMPONENTS
@@ -32,6 +33,34 @@ def carrying(sites: Mapping[tuple[str, int | None], BoundSite], traced: Trace) -
             if before.shape != value.shape or not torch.equal(before, value):
                 result.add(known.prefix)
     return frozenset(result)
+
+
+def pinned(sites: Mapping[tuple[str, int | None], BoundSite], traced: Trace) -> dict[Key, tuple[Slot, ...]]:
+    """What blocks are given of other positions than their stream's, and each block other vectors: by `block_input`.
+
+    A few tokens beside those of the input, say. In experiments they are those of the base in all groups, so that what
+    the stream does can be told.
+
+    Args:
+        sites: The places of a map, by component and layer.
+        traced: A plain pass.
+    """
+    prefixes = carrying(sites, traced)
+    found: dict[Key, tuple[Slot, ...]] = {}
+    for (name, layer), site in sites.items():
+        known = COMPONENTS[name]
+        call = traced.call_at(site.path)
+        stream = None if call is None else call.tensor_at("input", site.slot)
+        if known.word != "block_input" or known.prefix not in prefixes or stream is None or stream.dim() != 3:
+            continue
+        slots = [
+            slot
+            for slot, value in _beside_the_stream(traced, site)
+            if value.shape[:1] == stream.shape[:1] and value.shape[1] != stream.shape[1]
+        ]
+        if slots and layer:  # the first block is given what comes of no block
+            found[name, layer] = tuple(slots)
+    return found
 
 
 def _beside_the_stream(traced: Trace, site: BoundSite) -> Iterator[tuple[Slot, Tensor]]:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from intervenable.map_laws import ENDS, Finding, deviation, limit_of, named
-from intervenable.map_laws_runs import Bench, Change, Group, Key, all_have, taken_from
+from intervenable.map_laws_groups import Change, Group, Key, all_have, taken_from
+from intervenable.map_laws_runs import Bench
 from intervenable.map_laws_swaps import MOVED, Judge, Swaps, moved, near
 from model_maps import COMPONENTS
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from intervenable.map_laws import Finding, deviation, limit_of, named
-from intervenable.map_laws_runs import Bench, Change, Group, Key, all_have
+from intervenable.map_laws_groups import Change, Group, Key, all_have
+from intervenable.map_laws_runs import Bench
 from intervenable.map_laws_swaps import Judge, writable
 from model_maps import COMPONENTS
 

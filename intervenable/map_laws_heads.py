@@ -1,23 +1,27 @@
 """Laws about heads: the columns of each move what that head computes, and nothing of another's.
 
 Heads are told apart by number: in experiment `b` the heads whose number has the bit `b` are changed, so that few
-experiments tell all of them. What is changed at one position is seen there alone, in a row or a column of scores: so
-one experiment can change other heads at each of several positions. Columns are turned round within a head, which
-leaves its size, and so what a norm over all heads makes of it, as it was.
+experiments tell all of them. What is changed at one position is seen there alone, in a row or a column of scores, and
+a column of values in that column of the result: so one experiment can change other heads at each of several positions
+or columns. Columns are turned round within a head, which leaves its size, and so what a norm over all heads makes of
+it, as it was.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from intervenable.attention_mode import SCORES, floor_of
+from intervenable.attention_mode import SCORES
 from intervenable.map_laws import Finding, deviation, limit_of, named, told
-from intervenable.map_laws_runs import Bench, Change, Group, Key
+from intervenable.map_laws_groups import Change, Group, Key
+from intervenable.map_laws_runs import Bench
 from intervenable.map_laws_swaps import MOVED, STILL, Judge
+from intervenable.masked_scores import floor_of
 from model_maps import COMPONENTS
 
 
@@ -27,8 +31,8 @@ class Coded:
 
     written: str
     read: str
-    at: str = ""
-    """Where the change of a position may be seen: "row", "column"; "" if all positions are changed at once."""
+    at: Literal["row", "column", "channels"]
+    """Where a change is seen: that of a position in its row or column, that of columns of a head in these."""
 
 
 CODED = (
@@ -39,12 +43,15 @@ CODED = (
     Coded("rotary_query", "attention_scores", "row"),
     Coded("rotary_key", "attention_scores", "column"),
     Coded("expanded_head_key", "attention_scores", "column"),
-    Coded("head_value_output", "head_attention_value_output"),
-    Coded("expanded_head_value", "head_attention_value_output"),
+    Coded("head_value_output", "head_attention_value_output", "channels"),
+    Coded("expanded_head_value", "head_attention_value_output", "channels"),
     Coded("attention_scores", "attention_pattern", "row"),
     Coded("attention_pattern", "head_attention_value_output", "row"),
 )
 
+
+Place = int | slice
+"""A position, or columns of a head."""
 
 SHARED = ("head_key_output", "head_value_output", "rotary_key")
 """Views of which one head may be for several heads of queries."""
@@ -52,7 +59,7 @@ SHARED = ("head_key_output", "head_value_output", "rotary_key")
 
 def heads(bench: Bench) -> Judge:
     """Which heads a change of some heads reaches."""
-    made: list[tuple[str, str, Coded, range, dict[int | None, list[int]], Group]] = []
+    made: list[tuple[str, str, Coded, range, dict[int | None, list[Place]], Group]] = []
     for prefix in (*bench.prefixes, "cross"):
         for coded in CODED:
             written, read = named(coded.written, prefix), named(coded.read, prefix)
@@ -62,20 +69,20 @@ def heads(bench: Bench) -> Judge:
             if not layers:
                 continue
             count = max(bench.sites[written, layer].heads or 1 for layer in layers)
-            positions = {layer: _told_at(bench, coded, written, read, layer) for layer in layers}
-            for bits in _bits(count, positions.values() if coded.at else [[0]]):
+            places = {layer: _told_at(bench, coded, written, read, layer) for layer in layers}
+            for bits in _bits(count, places.values()):
                 stack = "decoder" if prefix == "cross" else prefix
                 changes = {
-                    (written, layer): _changed(bench, coded, bits, positions[layer]) for layer in layers
+                    (written, layer): _changed(bench, coded, bits, places[layer], layer) for layer in layers
                 }
                 writes = {**bench.held(stack), **changes}
                 group = bench.experiment(
                     f"heads of {written}, {_numbers(bits)}", writes, [(read, layer) for layer in layers]
                 )
-                made.append((written, read, coded, bits, positions, group))
+                made.append((written, read, coded, bits, places, group))
 
     def judge() -> Iterator[Finding]:
-        for written, read, coded, bits, positions, group in made:
+        for written, read, coded, bits, places, group in made:
             for layer in bench.layers(written):
                 key = (read, layer)
                 if not bench.has(*key) or key not in group.seen or key not in bench.base.seen:
@@ -83,8 +90,8 @@ def heads(bench: Bench) -> Judge:
                 count = bench.sites[written, layer].heads or 1
                 why = f"{read} of heads with {_numbers(bits)} alone"
                 limit = limit_of(group.seen[key].dtype)
-                places = list(zip(bits, positions[layer], strict=False)) if coded.at else []
-                off, right = _told(group.seen[key], bench.base.seen[key], coded, bits, places, count, limit)
+                changed = list(zip(bits, places[layer], strict=False))
+                off, right = _told(group.seen[key], bench.base.seen[key], coded, changed, count, limit)
                 shared = COMPONENTS[written].word in SHARED
                 if not shared and bench.sites[written, layer].heads not in (None, group.seen[key].shape[1]):
                     right, why = False, f"{count} heads, and {read} has {group.seen[key].shape[1]}"
@@ -104,13 +111,21 @@ WHOLE = {
 }
 """Views by heads, and what the model makes of one head of theirs."""
 
+BESIDE = {
+    "head_key_output": "head_query_output",
+    "head_value_output": "head_attention_value_output",
+}
+"""Views by heads, and that of which a head is as wide: a key is multiplied with a query, values are summed."""
+
 
 def _as_wide(bench: Bench) -> Iterator[Finding]:
     """A head is not wider than what the model multiplies for one head."""
     for (name, layer), site in bench.sites.items():
         known = COMPONENTS[name]
-        other = bench.plainly.get((named(WHOLE.get(known.word, known.word), known.prefix), layer))
-        if known.word not in WHOLE or site.columns is None or other is None:
+        words = [word for of in (WHOLE, BESIDE) if (word := of.get(known.word)) is not None]
+        keys = [(named(word, known.prefix), layer) for word in words]
+        other = next((bench.plainly[key] for key in keys if key in bench.plainly), None)
+        if site.columns is None or other is None:
             continue
         width, limit = site.columns.width, other.shape[-1]
         why = f"{width} columns of the {limit} that one head has"
@@ -131,35 +146,58 @@ def _has_bit(head: int, bit: int) -> bool:
     return bool((head + 1) >> bit & 1)
 
 
-def _bits(count: int, positions: Iterable[Sequence[int]]) -> list[range]:
-    """The bits of the numbers of heads that each experiment tells, a position for each of those told together."""
-    room, total = min(map(len, positions)), count.bit_length()
+def _bits(count: int, places: Iterable[Sequence[Place]]) -> list[range]:
+    """The bits of the numbers of heads that each experiment tells, a place for each of those told together."""
+    room, total = min(map(len, places)), count.bit_length()
     return [range(first, min(first + room, total)) for first in range(0, total, room)]
 
 
-def _told_at(bench: Bench, coded: Coded, written: str, read: str, layer: int | None) -> list[int]:
-    """Positions at which a change of heads can be seen in a layer: no query reads some keys of a sparse pattern."""
-    value, matrix = bench.plainly.get((written, layer)), bench.plainly.get((read, layer))
+def _told_at(bench: Bench, coded: Coded, written: str, read: str, layer: int | None) -> list[Place]:
+    """Where a change of heads can be seen in a layer: no query reads some keys of a sparse pattern, or one alone."""
+    value, found = bench.plainly.get((written, layer)), bench.plainly.get((read, layer))
     if value is None or value.dim() != 4:
         return [0 if value is None else value.shape[1] // 2]
+    if coded.at == "channels":
+        width = value.shape[-1]
+        pairs = [slice(first, first + 2) for first in range(0, width - 1, 2)]
+        pattern = bench.plainly.get((named("attention_pattern", COMPONENTS[written].prefix), layer))
+        apart = len(pairs) > 1 and _summed_by_columns(pattern, value, found)
+        return [*pairs] if apart else [slice(None)]
     positions = _positions(value.shape[2])
-    if coded.at != "column" or matrix is None or matrix.dim() != 4 or matrix.shape[-1] != value.shape[2]:
-        return positions
-    seen = told(matrix[: bench.rows // bench.rows_of_example]).any(-2).any(0).all(0)
-    return [position for position in positions if seen[position]] or positions
+    examples = bench.rows // bench.rows_of_example
+    seen = None
+    if coded.written in SCORES:
+        seen = (told(value[:examples]).sum(-1) > 1).all(0).all(0)
+    elif (
+        coded.at == "column" and found is not None and found.dim() == 4 and found.shape[-1] == value.shape[2]
+    ):
+        seen = told(found[:examples]).any(-2).any(0).all(0)
+    return [position for position in positions if seen is None or seen[position]] or [*positions]
+
+
+def _summed_by_columns(pattern: Tensor | None, values: Tensor, found: Tensor | None) -> bool:
+    """Whether views by heads are patterns times values and no more, so that no column of a head enters another."""
+    if pattern is None or found is None or pattern.dim() != 4 or pattern.shape[-1] != values.shape[-2]:
+        return False
+    if pattern.shape[1] % values.shape[1]:
+        return False
+    each = pattern.shape[1] // values.shape[1]
+    limit = limit_of(found.dtype)
+    orders = (values.repeat_interleave(each, 1), values.repeat(1, each, 1, 1))
+    return any(deviation(found, pattern @ order) <= limit for order in orders)
 
 
 def _positions(length: int) -> list[int]:
-    """Positions at which heads are changed, from the middle outwards: every other one, so that most stay.
+    """Positions at which heads are changed, from the middle outwards: each fourth stays, to compare others with.
 
-    The first is not among them, as a causal pattern has nothing but ones there.
+    The first is among those, as a causal pattern has nothing but ones there.
 
     Example:
         >>> _positions(7), _positions(1)
-        ([3, 1, 5], [0])
+        ([3, 2, 1, 5, 6], [0])
     """
-    middle = length // 2
-    return sorted(range(middle % 2 or min(2, middle), length, 2), key=lambda index: abs(index - middle))
+    changed = [index for index in range(length) if index % 4] or [0]
+    return sorted(changed, key=lambda index: abs(index - length // 2))
 
 
 def _numbers(bits: range) -> str:
@@ -171,23 +209,29 @@ def _coded(bits: range, length: int) -> list[tuple[int, int]]:
     return list(zip(bits, _positions(length), strict=False))
 
 
-def _changed(bench: Bench, coded: Coded, bits: range, positions: Sequence[int]) -> Change:
+def _changed(bench: Bench, coded: Coded, bits: range, places: Sequence[Place], layer: int | None) -> Change:
+    banded = any(
+        site.bands for (name, at), site in bench.sites.items() if at == layer and site.word == coded.written
+    )
+
     def change(groups: Tensor) -> Tensor:
         value = groups[bench.base.index].clone()
         if value.dim() == 3:  # all heads at once
-            value[:, positions[0]] = value[:, positions[0]].flip(-1)
+            value[:, places[0]] = value[:, places[0]].flip(-1)
             return value
-        places = zip(bits, positions, strict=False) if coded.at else [(bits[0], slice(None))]
-        for bit, position in places:
+        for bit, place in zip(bits, places, strict=False):
             chosen = [head for head in range(value.shape[1]) if _has_bit(head, bit)]
-            old = value[:, chosen, position]
-            if coded.written == "attention_pattern":
+            where = (slice(None), chosen, *((slice(None), place) if coded.at == "channels" else (place,)))
+            old = value[where]
+            if coded.written == "attention_pattern" and banded:  # nothing can be where there is no band
+                new = old * torch.linspace(0.2, 0.8, old.shape[-1]).to(old)
+            elif coded.written == "attention_pattern":
                 new = 0.5 * old.flip(-1)  # half alone is the same where a norm of each head follows
             elif coded.written == "attention_scores":  # half of large ones would give the same pattern
                 new = torch.where(old.abs() < -floor_of(old.dtype), -old, old)
             else:
                 new = old.flip(-1)
-            value[:, chosen, position] = new
+            value[where] = new
         return value
 
     return change
@@ -197,8 +241,7 @@ def _told(
     new: Tensor,
     old: Tensor,
     coded: Coded,
-    bits: range,
-    places: Sequence[tuple[int, int]],
+    places: Sequence[tuple[int, Place]],
     count: int,
     limit: float,
 ) -> tuple[float, bool]:
@@ -206,25 +249,25 @@ def _told(
     total = old.shape[1]
     if count == 0 or total % count or new.shape != old.shape:
         return float("inf"), False
+    length = new.shape[-2 if coded.at == "row" else -1]
+    if any(isinstance(place, int) and place >= length for _, place in places):
+        return float("inf"), False  # what was changed has other positions, such as those of another stack
     visible = told(new) & told(old) if coded.read in SCORES else new.isfinite() & old.isfinite()
     new, old = (torch.where(visible, t, torch.zeros_like(t)).float() for t in (new, old))
     size = float(old.abs().max()) or 1.0
     difference = (new - old) / size
-    axis = -1 if coded.at == "column" else -2
     if coded.at == "column":
         # Where a sink beside the keys is the largest of a row, the model takes it from all of the row.
         shift = torch.where(visible, difference, torch.nan)
         shift[..., [position for _, position in places]] = torch.nan
         shift = shift.nanmedian(-1, keepdim=True).values.nan_to_num(0.0)
         difference = torch.where(visible, difference - shift, difference)
-    # The largest of each head at each position; of each head if all positions were changed.
-    apart = difference.abs().amax((0, -2 if axis == -1 else -1))
-    if not coded.at:
-        apart = apart.amax(-1, keepdim=True)
+    # The largest of each head at each position, or in each column.
+    apart = difference.abs().amax((0, -1 if coded.at == "row" else -2))
     heads_of = torch.arange(total, device=old.device) // (total // count) + 1
     due = torch.zeros_like(apart, dtype=torch.bool)
-    for bit, position in places or [(bits[0], 0)]:
-        due[:, position] = (heads_of >> bit & 1).bool()
+    for bit, place in places:
+        due[:, place] = (heads_of >> bit & 1).bool().view(-1, *[1] * (due[:, place].dim() - 1))
     off = float(apart.masked_fill(due, 0.0).max())
     # One position of a head may be small beside the largest of all; what is not changed is the same in one pass.
     return off, off <= limit and bool((apart[due] > STILL * limit).all())

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from intervenable.map_attention_probe import keeps_columns
 from intervenable.map_laws import Finding, deviation, limit_of, named
-from intervenable.map_laws_runs import Bench, Change, Group, Key
+from intervenable.map_laws_groups import Change, Group, Key
+from intervenable.map_laws_runs import Bench
 from intervenable.map_laws_swaps import MOVED, STILL, Judge
 from intervenable.map_trace import Trace
 from model_maps import COMPONENTS

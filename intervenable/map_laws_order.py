@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from intervenable.map_laws import Finding, named
-from intervenable.map_laws_runs import Bench, Group, Key, all_have, taken_from
+from intervenable.map_laws_groups import Group, Key, all_have, taken_from
+from intervenable.map_laws_runs import Bench
 from intervenable.map_laws_swaps import Judge, Swaps, near
-from intervenable.map_trace import Trace
+from intervenable.map_trace import Call, Trace
 from model_maps import COMPONENTS
 
 APART: tuple[tuple[str, str], ...] = (
@@ -66,8 +67,13 @@ def _does_something(bench: Bench, name: str, layer: int | None) -> bool:
     return layer is None or not added or any(bool(one.any()) for one in added)
 
 
-def given_to_experts(bench: Bench, _: Trace) -> Iterator[Finding]:
-    """What experts are given is what their router or the MLP is given, or goes into weights beside the router."""
+def given_to_experts(bench: Bench, traced: Trace) -> Iterator[Finding]:
+    """What experts are given is what their router or the MLP is given, or goes into weights beside the router.
+
+    Where a module is told which experts to take, it is that one: what is given to a matrix for all positions alike
+    before, or comes out of one behind, is not the experts'.
+    """
+    yield from _given_to_what_is_told(bench, traced)
     for (name, layer), site in bench.sites.items():
         known = COMPONENTS[name]
         router = bench.sites.get((named("router_input", known.prefix), layer))
@@ -79,6 +85,34 @@ def given_to_experts(bench: Bench, _: Trace) -> Iterator[Finding]:
         right = (beside and weighs) or any(_equal(bench, (name, layer), other) for other in others)
         why = "what the router is given, or what is given to weights beside it"
         yield Finding(name, "reads", layer, right, 0.0 if right else float("inf"), 0.0, why)
+
+
+def _given_to_what_is_told(bench: Bench, traced: Trace) -> Iterator[Finding]:
+    """Whether a module that is told which experts to take is given their input, and returns their output."""
+    for (name, layer), value in bench.plainly.items():
+        known = COMPONENTS[name]
+        if known.word not in ("expert_input", "expert_output"):
+            continue
+        weights = bench.plainly.get((named("expert_weight", known.prefix), layer))
+        told = [] if weights is None else [call for call in traced.calls if _is_given(call, weights)]
+        sides = [call.main_input if known.word == "expert_input" else call.main_output for call in told]
+        if not told:
+            continue
+        right = any(side is not None and _same(side, value) for side in sides)
+        off = 0.0 if right else float("inf")
+        why = "the module that is told which experts to take is given it, or returns it"
+        yield Finding(
+            name, "reads" if known.word == "expert_input" else "projects", layer, right, off, 0.0, why
+        )
+
+
+def _is_given(call: Call, weights: Tensor) -> bool:
+    main = call.main_input
+    return any(value is not main and _same(value, weights) for value in call.inputs.values())
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.numel() == other.numel() and torch.equal(one.reshape(-1), other.reshape(-1))
 
 
 def order(bench: Bench, swaps: Swaps) -> Judge:
@@ -108,9 +142,4 @@ def order(bench: Bench, swaps: Swaps) -> Judge:
 def _equal(bench: Bench, one: Key, other: Key) -> bool:
     a: Tensor | None = bench.plainly.get(one)
     b: Tensor | None = bench.plainly.get(other)
-    return (
-        a is not None
-        and b is not None
-        and a.numel() == b.numel()
-        and torch.equal(a.reshape(-1), b.reshape(-1))
-    )
+    return a is not None and b is not None and _same(a, b)

@@ -10,6 +10,7 @@ from torch import Tensor
 from intervenable.map_laws import Finding, named
 from intervenable.map_laws_runs import Bench
 from intervenable.map_trace import Trace
+from intervenable.sites import columns_of_heads
 from model_maps import COMPONENTS
 
 
@@ -18,13 +19,21 @@ def bound(bench: Bench, _: Trace) -> Iterator[Finding]:
     for (name, layer), why in bench.faults.items():
         yield Finding(name, "bound", layer, False, math.inf, 0.0, why)
     for (name, layer), value in bench.plainly.items():
-        why = _of_other_size(bench, name, layer, value)
+        why = _of_other_size(bench, name, layer, value) or _with_a_stream(bench, name, layer)
         if why and (name, layer) not in bench.faults:
             yield Finding(name, "bound", layer, False, math.inf, 0.0, why)
 
 
 KEYS = ("key_output", "value_output", "head_key_output", "head_value_output", "rotary_key")
 """What may have other positions than the stream: of another stack, or made of a few positions each."""
+
+
+def _with_a_stream(bench: Bench, name: str, layer: int | None) -> str:
+    """Which stream is added to what lies at a place, though the component is none itself; "" if none is."""
+    plus = bench.sites[name, layer].plus
+    if plus is None or COMPONENTS[name].word.startswith("block_"):
+        return ""
+    return f"{plus.component} is added to it, and only streams are sums with a stream"
 
 
 def _of_other_size(bench: Bench, name: str, layer: int | None, value: Tensor) -> str:
@@ -60,16 +69,12 @@ def layout(bench: Bench, traced: Trace) -> Iterator[Finding]:
         columns = site.columns
         if columns is None or (name, layer) in bench.faults:
             continue
-        call = next(iter(traced.of(site.path)), None)
+        call = traced.call_at(site.path, site.call)
         side = "input" if site.kind == "per_head" else site.side
         tensor = None if call is None or site.function else call.tensor_at(side, site.slot)
         if tensor is None:
             continue
-        taken = [
-            columns.first_column(head) + offset
-            for head in range(columns.heads)
-            for offset in range(columns.width)
-        ]
+        taken = columns_of_heads(columns)
         total = tensor.shape[-1]
         right = len(set(taken)) == len(taken) and min(taken) >= 0 and max(taken) < total
         why = f"{columns.heads} heads of {columns.width} columns in {total}"

@@ -9,12 +9,20 @@ from torch import Tensor
 
 from intervenable.map_laws import Finding, deviation, limit_of, named
 from intervenable.map_laws_ends import turned_round
-from intervenable.map_laws_runs import Bench, Change, Group, Key, all_have
+from intervenable.map_laws_groups import Change, Group, Key, all_have
+from intervenable.map_laws_runs import Bench
 from intervenable.map_laws_swaps import STILL, Judge, writable
 from model_maps import COMPONENTS
 
-MIXED = (("mixer_input", "mixer_output"), ("attention_input", "attention_output"))
+MIXED = (
+    ("mixer_input", "mixer_output"),
+    ("mixer_input", "mixer_contribution"),
+    ("attention_input", "attention_output"),
+)
 """What is given to a module that mixes positions, and what it returns; of attention, where no pattern shows it."""
+
+UNMIXED = (("mlp_input", "mlp_output"), ("mlp_input", "mlp_contribution"))
+"""The same of what works at each position by itself; convolutions in an MLP aside, which lie beside attention."""
 
 
 def about(bench: Bench) -> Judge:
@@ -70,25 +78,30 @@ def _entrance(bench: Bench, prefix: str) -> Key | None:
 
 
 def mixes(bench: Bench) -> Judge:
-    """What is given to a module that mixes positions reaches what it returns at other positions."""
-    made: list[tuple[str, str, Group]] = []
+    """What is given to a module that mixes positions reaches what it returns at other positions.
+
+    What is given to an MLP does not, where nothing else in the layer mixes them but something in other layers does:
+    else the layer's only part would be a mixer that was taken for an MLP.
+    """
+    made: list[tuple[str, str, bool, Group]] = []
     for prefix in bench.prefixes:
-        for word, returned in MIXED:
+        for word, returned in (*MIXED, *UNMIXED):
             given, read = named(word, prefix), named(returned, prefix)
-            pattern = named("attention_pattern", prefix) if word == "attention_input" else ""
+            mixing = (word, returned) in MIXED
             layers = [
                 layer
                 for layer in bench.layers(given)
-                if bench.has(read, layer) and not bench.has(pattern, layer)
+                if bench.has(read, layer)
+                and (_without_pattern(bench, word, prefix, layer) if mixing else _alone(bench, prefix, layer))
             ]
             if not layers or not writable(bench, given):
                 continue
             writes = {**bench.held(prefix), **{(given, layer): _at_even_positions(bench) for layer in layers}}
             group = bench.experiment(f"{given} at even positions", writes, [(read, x) for x in layers])
-            made.append((given, read, group))
+            made.append((given, read, mixing, group))
 
     def judge() -> Iterator[Finding]:
-        for given, read, group in made:
+        for given, read, mixing, group in made:
             for layer in bench.layers(given):
                 key = (read, layer)
                 if not bench.has(*key) or not all_have(key, group, bench.base):
@@ -97,11 +110,23 @@ def mixes(bench: Bench) -> Judge:
                 if old.dim() != 3 or old.shape[1] < 2 or new.shape != old.shape:
                     continue
                 off, limit = deviation(new[:, 1::2], old[:, 1::2]), STILL * limit_of(old.dtype)
-                why = f"{read} changes at positions at which {given} does not"
+                how = "changes" if mixing else "stays"
+                why = f"{read} {how} at positions at which {given} does not change"
                 for name in (given, read):
-                    yield Finding(name, "mixes", layer, off > limit, off, limit, why)
+                    yield Finding(name, "mixes", layer, (off > limit) == mixing, off, limit, why)
 
     return judge
+
+
+def _without_pattern(bench: Bench, word: str, prefix: str, layer: int | None) -> bool:
+    return word != "attention_input" or not bench.has(named("attention_pattern", prefix), layer)
+
+
+def _alone(bench: Bench, prefix: str, layer: int | None) -> bool:
+    """Whether nothing is placed in a layer that mixes positions, in a stack where other layers have it."""
+    outputs = [named(word, prefix) for word in ("mixer_output", "attention_output")]
+    elsewhere = any(bench.layers(name) for name in outputs)
+    return elsewhere and not any(key in bench.sites for key in ((name, layer) for name in outputs))
 
 
 def _at_even_positions(bench: Bench) -> Change:

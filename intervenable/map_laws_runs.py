@@ -8,8 +8,7 @@ once. Whatever is compared so went through the same kernels in the same pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,27 +17,18 @@ from torch import Tensor, nn
 from intervenable.binding import Places
 from intervenable.errors import IntervenableError
 from intervenable.hooks import Hook, hooked
-from intervenable.inputs import RunInputs
 from intervenable.map_laws import deviation, limit_of, named
-from intervenable.map_laws_carried import carrying
+from intervenable.map_laws_carried import carrying, pinned
+from intervenable.map_laws_examples import Examples
+from intervenable.map_laws_groups import Change, Group, Inputs, Key, by_group, taken_from
+from intervenable.map_laws_hooks import GroupHooks, first_line
 from intervenable.map_media import rows_of_picture
-from intervenable.map_trace import Trace, trace
-from intervenable.passage import Passage
-from intervenable.signatures import counts_time_first, takes
+from intervenable.map_trace import Slot, Trace, trace
+from intervenable.signatures import takes
 from intervenable.site_binding import live_width
-from intervenable.sites import BoundSite, hook_at
+from intervenable.sites import BoundSite, columns_of_heads
 from intervenable.stack_lengths import rows_of_example
-from intervenable.unit_index import UnitIndex
-from intervenable.units import Whole
 from model_maps import COMPONENTS, ModelMap
-
-Key = tuple[str, int | None]
-"""A component and a layer; None outside the blocks."""
-
-Change = Callable[[Tensor], Tensor]
-"""From the values of all groups, `[groups, b, ...]`, to those that one group is to have, `[b, ...]`."""
-
-Inputs = Mapping[str, Any]
 
 NOISE_SEED = 20
 MOST_LOGITS = 40_000_000
@@ -46,32 +36,6 @@ MOST_LOGITS = 40_000_000
 
 MOST_ENTRIES = 250_000
 """Entries that one place may have in a pass: with many heads, few experiments at few places are made at a time."""
-
-
-@dataclass(eq=False)
-class Group:
-    """One experiment: what is written where, and what was seen in it."""
-
-    name: str
-    writes: dict[Key, Change] = field(default_factory=dict)
-    reads: set[Key] = field(default_factory=set)
-    inputs: Inputs = field(default_factory=dict)
-    """Model inputs that are others than those of the base."""
-
-    seen: dict[Key, Tensor] = field(default_factory=dict)
-    """The values at the places that were to be read, of the last passage there."""
-
-    output: Tensor | None = None
-    """What the model returned: its logits if it has any, else its first tensor."""
-
-    beside: Mapping[Key, Tensor] = field(default_factory=dict)
-    """What the base had at the places that were read, in the same pass."""
-
-    output_beside: Tensor | None = None
-    """What the model returned for the base in the same pass."""
-
-    index: int = 0
-    """Its place in the batch of the pass that is on."""
 
 
 class GivenPlaces(Places):
@@ -103,7 +67,8 @@ class Bench:
             **({"use_cache": keeping} if takes(model, "use_cache") else {}),  # states are kept in caches
             **inputs,
         }
-        self.batch, self.time_first = _batch_of(model, inputs)
+        self.examples = Examples(model, inputs)
+        self.batch, self.time_first = self.examples.count, self.examples.time_first
         self.experimented: dict[str, Any] = self.inputs
         """The inputs of experiments: of the first example alone, if the model gives it the same by itself."""
         self.rows = self.batch
@@ -134,6 +99,8 @@ class Bench:
         self._trace: Trace | None = None
         self.carrying: frozenset[str] = frozenset()
         """Prefixes of the stacks whose blocks are given more of those before them than the stream."""
+        self.pinned: Mapping[Key, Sequence[Slot]] = {}
+        """Inputs of blocks beside the stream that all groups are given as the base is."""
 
     # -- what there is
 
@@ -164,7 +131,7 @@ class Bench:
             try:
                 layers: list[int | None] = [*range(self.places.layers_of(component))] if inside else [None]
             except IntervenableError as error:
-                self.faults[component, 0 if inside else None] = _first_line(error)
+                self.faults[component, 0 if inside else None] = first_line(error)
                 continue
             for layer in layers:
                 if self.map.site(component, layer) is None:
@@ -172,21 +139,20 @@ class Bench:
                 try:
                     self.sites[component, layer] = self.places.at(component, layer)
                 except (IntervenableError, ValueError) as error:
-                    self.faults[component, layer] = _first_line(error)
+                    self.faults[component, layer] = first_line(error)
 
     def covered(self, component: str, layer: int | None) -> bool:
         """Whether every column of the tensor in which a component lies belongs to a component."""
         at = self.sites[component, layer]
         width = live_width(at.module, at.side)
         if width is None and self._trace is not None:
-            call = next(iter(self._trace.of(at.path)), None)
+            call = self._trace.call_at(at.path, at.call)
             tensor = None if call is None else call.main_input if at.side == "input" else call.main_output
             width = None if tensor is None else tensor.shape[-1]
         taken: set[int] = set()
         for (_, other), site in self.sites.items():
             if other == layer and site.path == at.path and site.side == at.side and site.columns is not None:
-                firsts = (site.columns.first_column(head) for head in range(site.columns.heads))
-                taken |= {first + offset for first in firsts for offset in range(site.columns.width)}
+                taken.update(columns_of_heads(site.columns))
         return width is not None and taken >= set(range(width))
 
     # -- experiments
@@ -243,7 +209,7 @@ class Bench:
         """What the model returns without hooks."""
         with torch.no_grad():
             output = self.model(**(self.inputs if inputs is None else inputs))
-            return self._examples_first(main_tensor(output)).detach().clone()
+            return self.examples.in_output(output).detach().clone()
 
     def narrow(self, output: Tensor) -> bool:
         """Make experiments with the first example alone, if the model returns for it what it does beside others.
@@ -251,13 +217,8 @@ class Bench:
         Args:
             output: What the model returns for all examples.
         """
-        first: dict[str, Any] = {}
-        for name, value in self.inputs.items():
-            axis = self._axis_of(name, value)
-            if axis is not None and value.shape[axis] not in (1, self.batch):
-                return False
-            first[name] = value if axis is None else value.narrow(axis, 0, 1)
-        if self.batch == 1 or len(output) != self.batch:
+        first = self.examples.first_of(self.inputs)
+        if first is None or self.batch == 1 or len(output) != self.batch:
             return False
         try:
             alone = self.plain(first)
@@ -273,11 +234,12 @@ class Bench:
         group = Group("plain")
         group.reads = set(self.sites)
         group.index = 0
-        hooks = self._hooks([group], self.batch, count=True)
+        hooks = self._hooks([group], self.batch, self.passes)
         result = trace(self.model, self.inputs, extra=hooks)
         self.plainly = group.seen
         self._trace = result
         self.carrying = carrying(self.sites, result)
+        self.pinned = pinned(self.sites, result)
         return result
 
     def run(self) -> None:
@@ -316,187 +278,31 @@ class Bench:
         """What the model returns if at these places everything is written back as it was read."""
         group = Group("identity", dict.fromkeys(keys, _back))
         with torch.no_grad(), hooked(self._hooks([group], self.batch), self.model):
-            return self._examples_first(main_tensor(self.model(**self.inputs))).detach().clone()
+            return self.examples.in_output(self.model(**self.inputs)).detach().clone()
 
     def _room(self) -> int:
         ids = next((v for v in self.inputs.values() if isinstance(v, Tensor) and v.dim() >= 2), None)
         tokens = self.rows if ids is None else self.rows * ids.shape[1]
         return max(8, MOST_LOGITS // max(1, tokens * (self.places.sizes.vocabulary or 1)))
 
-    def _pass(self, groups: Sequence[Group]) -> None:
+    def _pass(self, groups: list[Group]) -> None:
         for index, group in enumerate(groups):
             group.index = index
-        given = {name: self._stacked(name, value, groups) for name, value in self.experimented.items()}
+        given = self.examples.stacked(self.experimented, groups, self.rows)
         with torch.no_grad(), hooked(self._hooks(groups, self.rows), self.model):
-            output = main_tensor(self.model(**given))
-        by_group = _by_group(self._examples_first(output), len(groups))
+            output = self.examples.in_output(self.model(**given))
+        returned = by_group(output, len(groups))
         for group in groups:
-            group.output = by_group[group.index].detach().clone()
+            group.output = returned[group.index].detach().clone()
             group.beside, group.output_beside = dict(self.base.seen), self.base.output
 
-    def _examples_first(self, output: Tensor) -> Tensor:
-        return output.transpose(0, 1) if self.time_first and output.dim() == 3 else output
-
-    def _axis_of(self, name: str, value: Any) -> int | None:
-        """The axis of examples of an input; None if it has none."""
-        if not isinstance(value, Tensor) or value.dim() == 0 or name == "cache_position":
-            return None
-        second = (self.time_first and value.dim() == 3) or (name == "position_ids" and value.dim() == 3)
-        return 1 if second else 0
-
-    def _stacked(self, name: str, value: Any, groups: Sequence[Group]) -> Any:
-        axis = self._axis_of(name, value)
-        if axis is None or (name == "position_ids" and value.shape[axis] == 1 != self.rows):
-            return value
-        return torch.cat([group.inputs.get(name, value) for group in groups], axis)
-
-    def _hooks(self, groups: Sequence[Group], each: int, *, count: bool = False) -> list[Hook]:
-        """Hooks for a pass of these groups: first all that write, then all that read what was made of it."""
-        written = [key for key in self.sites if any(key in group.writes for group in groups)]
-        read = [key for key in self.sites if any(key in group.reads for group in groups)]
-        streams: dict[Key, Tensor] = {}
-        run = self._run_inputs(each * len(groups) // self.rows_of_example)
-        whole = {
-            (site.plus.component, site.plus.layer) for site in self.sites.values() if site.plus is not None
-        }
-        hooks: list[Hook] = []
-
-        def reading(key: Key, passage: Passage, site: BoundSite) -> Tensor:
-            added = streams.get((site.plus.component, site.plus.layer)) if site.plus is not None else None
-            return site.read(passage, index_at(passage, site), run, added)
-
-        def index_at(passage: Passage, site: BoundSite) -> UnitIndex:
-            tensor = passage.take("input" if site.kind in DERIVED else site.side, site.slot)
-            if not site.by_heads or site.kind == "inside":
-                return site.index(Whole(), run, tensor.device)
-            # How many positions there are is read off what passes: a tower's are those of no input.
-            batch = run.batch
-            if tensor.dim() == 3 and not (site.flat or site.axes or self.time_first):
-                batch = tensor.shape[0]  # blocks may have parts of a picture beside each other
-            length = tensor.numel() // (batch * tensor.shape[-1])
-            if site.axes is not None and tensor.dim() > 3:  # its heads are an axis as well
-                length = tensor.shape[site.axes.positions]
-            return site.index(Whole(), self._run_inputs(batch, length), tensor.device)
-
-        def keeping(key: Key) -> Callable[[Passage], None]:
-            site = self.sites[key]
-
-            def act(passage: Passage) -> None:
-                stream = site.stream(passage, run)
-                stream = stream if site.scale == 1.0 else stream * site.scale
-                plus = site.plus
-                below = None if plus is None else streams.get((plus.component, plus.layer))
-                streams[key] = stream if below is None else stream + below
-
-            return act
-
-        def writing(key: Key, like: Key | None = None) -> Callable[[Passage], None]:
-            site, like = self.sites[key], like or key
-            changes = [(group, group.writes[like]) for group in groups if like in group.writes]
-
-            def act(passage: Passage) -> None:
-                if key in self.faults:
-                    return
-                try:
-                    old = reading(key, passage, site)
-                    new = _by_group(old.clone(), len(groups))
-                    for (
-                        group,
-                        change,
-                    ) in changes:  # those of sources come first, and others take what they made
-                        new[group.index] = change(new)
-                    site.write(passage, index_at(passage, site), run, old, new.flatten(0, 1))
-                except Exception as error:  # a place that is wrong fails in any way
-                    self.faults[key] = f"writing there fails ({_first_line(error)})"
-
-            return act
-
-        def noting(key: Key) -> Callable[[Passage], None]:
-            site = self.sites[key]
-            wanting = [group for group in groups if key in group.reads]
-
-            def act(passage: Passage) -> None:
-                if count:
-                    self.passes[key] = self.passes.get(key, 0) + 1
-                if key in self.faults:
-                    return
-                try:
-                    by_group = _by_group(reading(key, passage, site), len(groups))
-                    for group in wanting:
-                        group.seen[key] = by_group[group.index].detach().clone()
-                except Exception as error:
-                    self.faults[key] = f"reading there fails ({_first_line(error)})"
-
-            return act
-
-        for key in written:
-            hooks.append(hook_at(self.sites[key], writing(key), writes=True))
-            if key in whole:
-                hooks.append(hook_at(self.sites[key], keeping(key)))
-        for key in self.sites:
-            if key in whole and key not in written:
-                hooks.append(hook_at(self.sites[key], keeping(key)))
-        hooks += [hook_at(self.sites[key], noting(key)) for key in read]
-        for name, layer in written:
-            # What a block is given by hand counts as what the one before returned, once that has been read.
-            known = COMPONENTS[name]
-            left = (named("block_output", known.prefix), (layer or 0) - 1)
-            if known.word == "block_input" and known.prefix in self.carrying and self.has(*left):
-                hooks.append(hook_at(self.sites[left], writing(left, (name, layer)), writes=True))
-        return hooks
-
-    def _run_inputs(self, batch: int, length: int = 0) -> RunInputs:
-        run = RunInputs((), {}, None, batch, length, None, None, self.time_first)
-        return replace(run, decoder=run)
-
-
-DERIVED = ("per_head", "norm_scale")
-"""Kinds of sites that are computed from what goes into a module."""
-
-
-def _by_group(tensor: Tensor, groups: int) -> Tensor:
-    return tensor.reshape(groups, -1, *tensor.shape[1:])
-
-
-def taken_from(group: Group) -> Change:
-    """A change that puts there what another group has."""
-    return lambda groups: groups[group.index]
-
-
-def all_have(key: Key, *groups: Group) -> bool:
-    """Whether something was seen at a place in each of these groups."""
-    return all(key in group.seen for group in groups)
+    def _hooks(self, groups: Sequence[Group], each: int, passes: dict[Key, int] | None = None) -> list[Hook]:
+        """Hooks for a pass of these groups, of `each` examples."""
+        examples = each * len(groups) // self.rows_of_example
+        return GroupHooks(
+            self.sites, groups, examples, self.time_first, self.carrying, self.faults, self.pinned, passes
+        ).in_order()
 
 
 def _back(groups: Tensor) -> Tensor:
     return groups[0].clone()
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"[:200]
-
-
-def _batch_of(model: nn.Module, inputs: Inputs) -> tuple[int, bool]:
-    """How many examples inputs have, and whether the axis of positions comes first."""
-    names = ("input_ids", "inputs_embeds", getattr(model, "main_input_name", ""), *inputs)
-    main = next(v for name in names if isinstance(v := inputs.get(name), Tensor) and v.dim() > 0)
-    time_first = counts_time_first(model) and main.dim() == 3
-    return main.shape[1 if time_first else 0], time_first
-
-
-def main_tensor(output: Any) -> Tensor:
-    """The logits, else what towers make of each example, else the first floating-point tensor of an output."""
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping):
-        # That of one tower is compared with those of all examples of the other.
-        ends = [value for name, value in output.items() if str(name).endswith("_embeds")]
-        if len(ends) > 1 and all(isinstance(end, Tensor) and end.dim() == 2 for end in ends):
-            return torch.cat(ends, -1)
-    items: Any = output.values() if isinstance(output, Mapping) else output
-    found: Tensor = next(item for item in items if isinstance(item, Tensor) and item.is_floating_point())
-    return found

@@ -12,6 +12,7 @@ from intervenable.attention_mode import SCORES
 from intervenable.map_laws import ADDED, ONLY, TRANSFERS, Finding, deviation, limit_of, named
 from intervenable.map_laws_allowances import (
     SEEN_WITH,
+    beside_the_band,
     gated,
     in_product,
     in_sum,
@@ -20,7 +21,8 @@ from intervenable.map_laws_allowances import (
     turned,
     where_both,
 )
-from intervenable.map_laws_runs import Bench, Change, Group, Key, all_have, taken_from
+from intervenable.map_laws_groups import Change, Group, Key, all_have, taken_from
+from intervenable.map_laws_runs import Bench
 from model_maps import COMPONENTS
 
 Judge = Callable[[], Iterator[Finding]]
@@ -155,6 +157,8 @@ def determines(bench: Bench, swaps: Swaps) -> Judge:
                     key, group, source, bench.base
                 ):
                     continue
+                if "attention_pattern" in written and beside_the_band(bench, prefix, layer):
+                    continue
                 limit = limit_of(source.seen[key].dtype)
                 if deviation(source.seen[key], bench.base.seen[key]) < MOVED * limit:
                     continue  # nothing is told by what does not differ
@@ -209,6 +213,9 @@ def stays(bench: Bench, swaps: Swaps) -> Judge:
             for layer in bench.layers(word):
                 key = (name, layer)
                 if not bench.has(*key) or not all_have(key, group, bench.base):
+                    continue
+                known = COMPONENTS[name]
+                if known.word == "attention_value_output" and beside_the_band(bench, known.prefix, layer):
                     continue
                 found = near(word, "only", layer, group.seen[key], bench.base.seen[key], f"{name} as before")
                 view = (f"{name.removesuffix('attention_value_output')}head_attention_value_output", layer)

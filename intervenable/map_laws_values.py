@@ -9,15 +9,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from intervenable.attention_bands import BandedMatrix
 from intervenable.map_laws import ADDED, Finding, deviation, limit_of, named
+from intervenable.map_laws_allowances import beside_the_band
 from intervenable.map_laws_runs import Bench
 from intervenable.map_trace import Call, Trace
 from intervenable.norms import centred
-from model_maps import COMPONENTS
+from model_maps import COMPONENTS, Bands
 
 
-def chain(bench: Bench, _: Trace) -> Iterator[Finding]:
-    """Each block is given what the one before it returned, bit for bit."""
+def chain(bench: Bench, traced: Trace) -> Iterator[Finding]:
+    """Each block is given what the one before it returned, bit for bit; the first one before its parts are."""
     for prefix in bench.prefixes:
         before, after = named("block_output", prefix), named("block_input", prefix)
         for layer in bench.layers(after):
@@ -32,6 +34,23 @@ def chain(bench: Bench, _: Trace) -> Iterator[Finding]:
             off = 0.0 if same else deviation(one, other)
             yield Finding(before, "chain", layer - 1, same, off, 0.0, why)
             yield Finding(after, "chain", layer, same, off, 0.0, why)
+        yield from _first_of_all(bench, traced, prefix)
+
+
+def _first_of_all(bench: Bench, traced: Trace, prefix: str) -> Iterator[Finding]:
+    """No part of the first block is given anything before the block is: there is none before to compare it with."""
+    name = named("block_input", prefix)
+    parts = [(named(word, prefix), 0) for word in ("attention_input", "mixer_input", "mlp_input")]
+    passed: dict[str, int] = {}
+    for key in ((name, 0), *parts):
+        site = bench.sites[key] if bench.has(*key) else None
+        call = None if site is None else traced.call_at(site.path, site.call)
+        if site is not None and call is not None:
+            passed[key[0]] = call.entered if site.side == "input" else call.left
+    if name in passed and len(passed) > 1:
+        late = [other for other, time in passed.items() if time < passed[name]]
+        why = f"{late[0]} is passed before it" if late else "it is passed before what is computed of it"
+        yield Finding(name, "chain", 0, not late, math.inf if late else 0.0, 0.0, why)
 
 
 def _power_of_two(before: Tensor, after: Tensor) -> float | None:
@@ -50,18 +69,31 @@ def reads(bench: Bench, traced: Trace) -> Iterator[Finding]:
         known = COMPONENTS[name]
         if known.word not in words or (name, layer) in bench.faults:
             continue
-        calls = traced.of(site.path)
-        given = calls[0].tensor_at(site.side, site.slot) if calls else None
-        if given is None:
+        call = traced.call_at(site.path, site.call)
+        given = None if call is None else call.tensor_at(site.side, site.slot)
+        if call is None or given is None:
             continue
-        right = site.side == "input" and _multiplied(calls[0], given)
+        right = site.side == "input" and _multiplied(call, given)
         why = "a matrix of weights is multiplied with it"
         yield Finding(name, "reads", layer, right, 0.0 if right else math.inf, 0.0, why)
-        if known.word == "attention_input" and bench.has(named("attention_pattern", known.prefix), layer):
-            met = {one.name for one in calls[0].met_inside()}
-            right = bool(met & {"softmax", "fused"})
-            why = "attention is computed in the module that is given it"
-            yield Finding(name, "reads", layer, right, 0.0 if right else math.inf, 0.0, why)
+        yield from _attends(bench, call, name, layer)
+
+
+def _attends(bench: Bench, call: Call, name: str, layer: int | None) -> Iterator[Finding]:
+    """Attention is computed in the module of attention's components, and in none that is said to mix otherwise."""
+    known = COMPONENTS[name]
+    kind = known.word.removesuffix("_input")
+    elsewhere = kind == "mixer" and bench.layers(named("attention_input", known.prefix))
+    if kind != "attention" and not elsewhere:  # where all layers mix alike, names are a matter of taste
+        return
+    right = any(one.name in ("softmax", "fused") for one in call.met_inside()) == (kind == "attention")
+    what = "attention" if kind == "attention" else "no attention"
+    for part, why in (("input", "is given it"), ("output", "returns it"), ("contribution", "returns it")):
+        other = (named(f"{kind}_{part}", known.prefix), layer)
+        if bench.has(*other) and bench.sites[other].path == bench.sites[name, layer].path:
+            off = 0.0 if right else math.inf
+            why = f"{what} is computed in the module that {why}"
+            yield Finding(other[0], "reads", layer, right, off, 0.0, why)
 
 
 def projects(bench: Bench, traced: Trace) -> Iterator[Finding]:
@@ -113,7 +145,7 @@ def rows(bench: Bench, traced: Trace) -> Iterator[Finding]:
         keys = pattern.shape[-1]
         calls = traced.of(site.path)
         met = [one for call in calls[:1] for one in call.met_inside() if one.name == "softmax"]
-        sink = any(one.returned is not None and one.returned.shape[-1] == keys + 1 for one in met)
+        sink = any(_has_a_sink(one.returned, keys, site.bands) for one in met if one.returned is not None)
         off = (sums - 1).clamp(min=0) if sink else torch.where(sums == 0, sums, (sums - 1).abs())
         worst = float(off.max())
         negative = bool((pattern < 0).any())
@@ -122,6 +154,14 @@ def rows(bench: Bench, traced: Trace) -> Iterator[Finding]:
         if site.causal and pattern.shape[-2] == keys:
             behind = float(pattern.float().triu(1).abs().max())
             yield Finding(name, "causal", layer, behind == 0.0, behind, 0.0, "nothing behind the query")
+
+
+def _has_a_sink(pattern: Tensor, keys: int, bands: Bands | None) -> bool:
+    """Whether a softmax has columns that stand for no key."""
+    if bands is None:
+        return pattern.shape[-1] == keys + 1
+    fits = len(bands.axes) == pattern.dim()
+    return fits and BandedMatrix(pattern.shape, bands, keys).beside > 0
 
 
 def weighted(bench: Bench, _: Trace) -> Iterator[Finding]:
@@ -139,6 +179,28 @@ def weighted(bench: Bench, _: Trace) -> Iterator[Finding]:
         off, limit = deviation(found, expected), limit_of(found.dtype)
         if off <= limit or found.shape != expected.shape:
             yield Finding(name, "sum", layer, off <= limit, off, limit, "pattern times values")
+    yield from _weighted_in_bands(bench)
+
+
+def _weighted_in_bands(bench: Bench) -> Iterator[Finding]:
+    """Of attention in bands the values are known as the projection gives them, and the sum tells where keys are."""
+    for (name, layer), site in bench.sites.items():
+        known = COMPONENTS[name]
+        if known.word != "attention_pattern" or site.bands is None:
+            continue
+        names = [
+            named(word, known.prefix)
+            for word in ("attention_pattern", "head_value_output", "head_attention_value_output")
+        ]
+        pattern, values, found = (bench.plainly.get((word, layer)) for word in names)
+        if pattern is None or values is None or found is None or beside_the_band(bench, known.prefix, layer):
+            continue  # what is read besides is of values of what is no position
+        off, limit = math.inf, limit_of(found.dtype)
+        if found.shape == values.shape == (*pattern.shape[:3], values.shape[-1]):
+            there = found.abs().amax(-1, keepdim=True) > 0  # some take away what queries at padding have read
+            off = deviation(found, (pattern @ values) * there)
+        for one in names:
+            yield Finding(one, "sum", layer, off <= limit, off, limit, "pattern times values of the band")
 
 
 def projection(bench: Bench, _: Trace) -> Iterator[Finding]:

@@ -141,8 +141,10 @@ def _chosen(kinds: Sequence[int], listed: bool, once_will_do: bool = False) -> t
     if once_will_do and not listed and max(firsts) <= MOST:
         return tuple(range(min(len(kinds), max(FEWEST - 1, *firsts))))
     places = [[at for at, other in enumerate(kinds) if other == kind] for kind in dict.fromkeys(kinds)]
-    twice = max(at for group in places for at in group[:2]) + 1
-    once = max(group[0] for group in places) + 1
+    # No beginning shows kinds that come later: if it is the last layer's alone, that of the twin may be of it.
+    shown = places if listed else [group for group in places if group[0] < MOST]
+    twice = max(at for group in shown for at in group[:2]) + 1
+    once = max(group[0] for group in shown) + 1
     enough = max(FEWEST, twice if twice <= COMFORTABLE else min(once, MOST))
     if listed:
         times = 2 if len(places) <= COMFORTABLE // 2 else 1

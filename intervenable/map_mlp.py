@@ -66,7 +66,8 @@ def main(call: Call, side: Side) -> Seen:
 
 def site_at(values: BlockValues, seen: Seen, *, scale: float = 1.0, plus: str | None = None) -> Site:
     """The site of a tensor, from the block; its width is told later."""
-    site = Site(values.path(seen.call), seen.side, seen.slot, scale=scale, plus=plus, width="any")
+    nth = values.nth(seen.call)
+    site = Site(values.path(seen.call), seen.side, seen.slot, scale=scale, plus=plus, width="any", call=nth)
     return values.layout.placed(site, seen.tensor)
 
 

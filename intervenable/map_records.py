@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from intervenable.errors import StorageError
-from model_maps import AttentionHeads, HeadColumns, LayerKind, ModelMap, Site
+from model_maps import AttentionHeads, Bands, HeadColumns, LayerKind, ModelMap, Site
 
 _INNER = {"columns": HeadColumns, "attention": AttentionHeads}
 
@@ -81,6 +81,8 @@ def _sites(record: Mapping[str, Any]) -> dict[str, Site]:
 
 def _site(record: Mapping[str, Any]) -> Site:
     given: dict[str, Any] = dict(record)
+    if "bands" in given.get("attention", ()):
+        given["attention"] = {**given["attention"], "bands": _bands(given["attention"]["bands"])}
     for name, cls in _INNER.items():
         if name in given:
             given[name] = cls(**given[name])
@@ -88,3 +90,7 @@ def _site(record: Mapping[str, Any]) -> Site:
         first, second = given["axes"]
         given["axes"] = (first, second)
     return Site(**given)
+
+
+def _bands(record: Mapping[str, Any]) -> Bands:
+    return Bands(**{**record, "axes": tuple(record["axes"])})

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from intervenable.errors import IntervenableError
 from intervenable.hooks import Hook, hooked, stubbed
 from intervenable.map_laws import deviation, limit_of
-from intervenable.map_laws_runs import main_tensor
+from intervenable.map_laws_examples import main_tensor
 from intervenable.map_layers import blocks_at
 from intervenable.passage import Passage
 from intervenable.signatures import takes

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from intervenable.attention_mode import FUSED, OPENED, PRODUCTS, PRODUCTS_ADDED, SOFTMAX, WHOLE
-from intervenable.hooks import Hook, hooked
+from intervenable.hooks import Hook, NthCall, hooked
 from intervenable.passage import Passage
 from model_maps import Side
 
@@ -149,6 +149,12 @@ class Trace:
     def of(self, path: str) -> list[Call]:
         """The calls of the module at a path, in order."""
         return self._by_path.get(path, [])
+
+    def call_at(self, path: str, call: NthCall | None = None) -> Call | None:
+        """The first call of the module at a path, or that which is meant; None if it is not called so often."""
+        calls = self.of(path)
+        nth = 0 if call is None else call.nth
+        return calls[nth] if nth < len(calls) else None
 
     def insert(self, call: Call, before: Call) -> None:
         """Note a call that no module made, in front of another one."""

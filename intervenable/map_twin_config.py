@@ -56,6 +56,11 @@ _MOST: Mapping[str, int] = {
     "index_topk_blocks": 2,
     "mamba_chunk_size": 4,
     "chunk_size": 4,
+    "mamba_d_state": 8,
+    "ssm_state_size": 8,
+    "state_size": 8,
+    "mamba_dt_rank": 8,
+    "time_step_rank": 8,
     "local_attn_chunk_length": 8,
     "lsh_attn_chunk_length": 8,
     "hidden_size_per_layer_input": 16,
@@ -65,6 +70,13 @@ _MOST: Mapping[str, int] = {
     "block_size": 4,
     "summary_hidden_size": 32,
     "num_codebooks": 2,
+    "context_size": 8,
+    "max_length": 32,
+    "num_frames": 4,
+    "frames_per_clip": 4,
+    "prompt_length": 4,
+    "rel_extent": 16,
+    "downsample_hidden_size": 16,
 }
 """Roles and single fields -> the largest number that is left."""
 

@@ -60,6 +60,11 @@ class BlockValues:
         path: str = self._paths[call.module]
         return path
 
+    def nth(self, call: Call) -> int | None:
+        """Which call of its module in the block it is; None if there is but one."""
+        same = [other for other in self.calls if other.module is call.module]
+        return same.index(call) if len(same) > 1 else None
+
     def given_like(self, key: Key) -> list[Seen]:
         """Where a value was given, in the order in which the modules were entered."""
         return self._givens.get(key, [])

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from intervenable.errors import MapError, UnknownNameError, UnsupportedModelError, unknown_name
+from intervenable.errors import (
+    ConfigError,
+    MapError,
+    UnknownNameError,
+    UnsupportedModelError,
+    unknown_component,
+)
+from intervenable.map_arguments import check_runs, inputs_in, model_in
 from intervenable.map_inputs import example_inputs as made_inputs
-from intervenable.map_laws import LAWS, TELLS_NOTHING, Finding, deviation, limit_of
+from intervenable.map_laws import ADDED, LAWS, TELLS_NOTHING, Finding, deviation, limit_of
 from intervenable.map_laws_banded import roles
 from intervenable.map_laws_ends import ends, entered, lookup, single_layers
 from intervenable.map_laws_experts import chosen, numbered, weighs
+from intervenable.map_laws_focus import groups_about, with_what_they_are_made_from
+from intervenable.map_laws_groups import Key
 from intervenable.map_laws_heads import heads, shares
 from intervenable.map_laws_linear import affine, straight
 from intervenable.map_laws_order import apart, given_to_experts, order
 from intervenable.map_laws_places import bound, layout, once
 from intervenable.map_laws_reach import about, mixes
-from intervenable.map_laws_runs import Bench, Key
+from intervenable.map_laws_runs import Bench
+from intervenable.map_laws_stacks import attends, followed
 from intervenable.map_laws_swaps import Swaps, adds, determines, elementwise, moves, stays
 from intervenable.map_laws_values import (
     chain,
@@ -35,74 +45,10 @@ from intervenable.map_laws_values import (
 )
 from intervenable.map_shortcuts import shortcuts_of
 from intervenable.map_trace import Trace
+from intervenable.map_verification_result import WAY_OUT, Verification
 from intervenable.maps import map_of
-from intervenable.model import IntervenableModel
 from intervenable.sites import BoundSite
 from model_maps import COMPONENTS, LayerKind, ModelMap, Site, UnmappedModelError
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-WAY_OUT = "register a map that places it with iv.register_map(...), or name its module path"
-
-
-@dataclasses.dataclass(frozen=True)
-class Verification:
-    """What the laws came to for each component of a map, in one model."""
-
-    model: str
-    """The class of the model."""
-
-    findings: tuple[Finding, ...]
-    """Every law that was looked at, for every component and layer."""
-
-    refused: Mapping[str, str]
-    """Component -> which law it broke, where, by how much; also what depends on such a one."""
-
-    absent: Mapping[str, str]
-    """Component -> why the map has none."""
-
-    map: ModelMap
-    """The map without what was refused: there it says why."""
-
-    components: tuple[str, ...]
-    """The components that keep all laws, in every layer that the map gives them."""
-
-    shortcuts: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """What a run of the model can leave out -> how exactly, or why not; what `verify` looks at besides."""
-
-    @property
-    def passed(self) -> bool:
-        """Whether nothing was refused."""
-        return not self.refused
-
-    def check(self) -> Verification:
-        """The same verification, if every component kept every law.
-
-        Raises:
-            MapError: one did not; every law that was broken is listed.
-        """
-        if self.refused:
-            lines = [f"- {name}: {why}" for name, why in self.refused.items()]
-            count = len(lines)
-            raise MapError(
-                f"The map of {self.model} is wrong about {count} component{'s' if count > 1 else ''}:\n"
-                + "\n".join(lines)
-                + f"\nCorrect the sites, or {WAY_OUT}."
-            )
-        return self
-
-    def __str__(self) -> str:
-        return _table(self)
-
-    def __repr__(self) -> str:
-        return _table(self)  # at a prompt it is there to be read
-
-    def to_pandas(self) -> pd.DataFrame:
-        """The findings as a table, one a row."""
-        import pandas as pd
-
-        return pd.DataFrame([dataclasses.asdict(finding) for finding in self.findings])
 
 
 def check_map(
@@ -125,14 +71,13 @@ def check_map(
         UnknownNameError: no component is called so.
     """
     described = model_map.for_config(getattr(model, "config", None))
-    wanted = None if components is None else _known(components)
+    wanted = None if components is None else _known(components, model, described)
+    asked = None if wanted is None else with_what_they_are_made_from(wanted)
     bench = Bench(model, described, inputs)
     output = _steady_output(bench)
     with torch.no_grad():
-        findings = _findings(bench, output)
-    if wanted is not None:
-        findings = [finding for finding in findings if finding.component in wanted]
-    return _verification(bench, findings, wanted)
+        findings = _findings(bench, output, asked)
+    return _verification(bench, findings, wanted, asked)
 
 
 def verify(
@@ -151,26 +96,35 @@ def verify(
         components: Which components to look at; all by default.
 
     Raises:
+        ConfigError: no model, no map, or no mapping of inputs is given where one is due.
+        InputError: the model does not run on the inputs given.
         MapError: the model is in training mode and gives other numbers each time it is run.
         UnsupportedModelError: there is no map.
         UnknownNameError: no component is called so.
     """
-    inside = model.model if isinstance(model, IntervenableModel) else model
+    inside = model_in(model)
+    if model_map is not None and not isinstance(model_map, ModelMap):
+        raise ConfigError(
+            f"model_map is a {type(model_map).__name__}, not an iv.ModelMap. That of a model is"
+            " iv.model_map(model).map."
+        )
     try:
         described = map_of(inside) if model_map is None else model_map
     except UnmappedModelError as error:
         raise UnsupportedModelError(str(error)) from error
-    given = made_inputs(inside) if example_inputs is None else example_inputs
+    given = made_inputs(inside) if example_inputs is None else inputs_in(example_inputs)
+    if example_inputs is not None:
+        check_runs(inside, given)
     found = check_map(inside, described, given, components=components)
     if components is not None:
         return found
     return dataclasses.replace(found, shortcuts=shortcuts_of(inside, found.map, given))
 
 
-def _known(components: Iterable[str]) -> frozenset[str]:
+def _known(components: Iterable[str], model: nn.Module, described: ModelMap) -> frozenset[str]:
     names = frozenset([components] if isinstance(components, str) else components)
     for name in sorted(names - COMPONENTS.keys()):
-        raise UnknownNameError(unknown_name("component", name, COMPONENTS))
+        raise UnknownNameError(unknown_component(name, described.components(), type(model).__name__))
     return names
 
 
@@ -188,7 +142,7 @@ def _steady_output(bench: Bench) -> Tensor:
     return one
 
 
-def _findings(bench: Bench, output: Tensor) -> list[Finding]:
+def _findings(bench: Bench, output: Tensor, asked: frozenset[str] | None) -> list[Finding]:
     traced = bench.traced()
     swaps = Swaps(bench)
     judges = [
@@ -196,28 +150,35 @@ def _findings(bench: Bench, output: Tensor) -> list[Finding]:
         for law in (determines, stays, adds, elementwise, moves, ends, entered, order, single_layers, lookup)
     ]
     judges += [roles(bench, swaps), heads(bench), shares(bench), affine(bench), straight(bench, traced)]
-    judges += [mixes(bench), about(bench), chosen(bench), weighs(bench)]
+    judges += [mixes(bench), about(bench), attends(bench), followed(bench), chosen(bench), weighs(bench)]
+    if asked is not None:
+        bench.groups = groups_about(bench.groups, asked)
     bench.run()
     found = [finding for judge in judges for finding in judge()]
-    found += _identity(bench, output)
-    return plain_findings(bench, traced, output) + found
+    found += _identity(bench, output, asked)
+    return plain_findings(bench, traced, output, asked) + found
 
 
-def plain_findings(bench: Bench, traced: Trace, output: Tensor) -> list[Finding]:
+def plain_findings(
+    bench: Bench, traced: Trace, output: Tensor, asked: frozenset[str] | None = None
+) -> list[Finding]:
     """What the laws come to that look at a plain pass and make no experiments.
 
     Args:
         bench: The model and the map.
         traced: The pass written down.
         output: What the model returned.
+        asked: The components that are looked at; None for all.
     """
     found = [*bound(bench, traced), *numbered(bench)]
-    for law in (once, layout, chain, apart, reads, projects, rows, weighted, projection, residual, norm):
+    for law in (once, layout, chain, apart, reads, projects, rows, weighted, projection, norm):
         found += law(bench, traced)
+    if asked is None or any(COMPONENTS[name].word in (*ADDED, "block_mid") for name in asked):
+        found += residual(bench, traced)
     return [*found, *given_to_experts(bench, traced), *logits(bench, traced, output)]
 
 
-def _identity(bench: Bench, output: Tensor) -> list[Finding]:
+def _identity(bench: Bench, output: Tensor, asked: frozenset[str] | None) -> list[Finding]:
     """Writing everything back changes nothing: of what modules hand over bit for bit."""
     found: list[Finding] = []
     eager = all(_is_eager(bench.model, site.module) for site in bench.sites.values() if _under_a_mode(site))
@@ -226,6 +187,7 @@ def _identity(bench: Bench, output: Tensor) -> list[Finding]:
             key
             for key, site in bench.sites.items()
             if _under_a_mode(site) == inside and key not in bench.faults and not site.read_only
+            if asked is None or key[0] in asked
         ]
         exact = not inside or eager
         limit = 0.0 if exact else _rounding(output.dtype)
@@ -264,12 +226,17 @@ def _off_by(bench: Bench, keys: Sequence[Key], output: Tensor) -> float:
 # --- what is refused --------------------------------------------------------------------------------------
 
 
-def _verification(bench: Bench, findings: Sequence[Finding], wanted: frozenset[str] | None) -> Verification:
+def _verification(
+    bench: Bench,
+    findings: Sequence[Finding],
+    wanted: frozenset[str] | None,
+    asked: frozenset[str] | None,
+) -> Verification:
     described = bench.map
     names = [
         name
         for name in dict.fromkeys(name for name, _ in (*bench.sites, *bench.faults))
-        if wanted is None or name in wanted
+        if asked is None or name in asked
     ]
     names = [name for name in COMPONENTS if name in names]
     refused: dict[str, str] = {}
@@ -295,6 +262,11 @@ def _verification(bench: Bench, findings: Sequence[Finding], wanted: frozenset[s
             if above in refused and above not in partly:
                 refused[name] = f"it is made from {above!r}, of which this holds: {refused[above]}"
             above = COMPONENTS[above].heads_of or COMPONENTS[above].derived_from
+    if wanted is not None:
+        names = [name for name in names if name in wanted]
+        refused = {name: why for name, why in refused.items() if name in wanted}
+        partly = {name: why for name, why in partly.items() if name in wanted}
+        findings = [finding for finding in findings if finding.component in wanted]
     absent = {
         name: described.reason(name)
         for name in COMPONENTS
@@ -383,33 +355,3 @@ def _without(
                 for site, layers in by_site.items()
             ]
     return dataclasses.replace(result, sites={**result.sites, **own}, kinds=(*result.kinds, *more))
-
-
-# --- the table --------------------------------------------------------------------------------------------
-
-
-def _table(verification: Verification) -> str:
-    laws = [law for law in LAWS if any(finding.law == law for finding in verification.findings)]
-    names = [*verification.components, *(name for name in verification.refused)]
-    names = [name for name in COMPONENTS if name in names]
-    results: dict[tuple[str, str], bool] = {}
-    for finding in verification.findings:
-        key = (finding.component, finding.law)
-        results[key] = results.get(key, True) and finding.passed
-    marks = {None: "·", True: "✓", False: "✗"}
-    width = max(map(len, names), default=0)
-    height = max(map(len, laws), default=0)
-    lines = [f"{verification.model}: {len(verification.components)} components keep every law"]
-    if verification.refused:
-        lines[0] += f", {len(verification.refused)} are refused"
-    lines += [" " * width + "  " + " ".join(law.rjust(height)[row] for law in laws) for row in range(height)]
-    for name in names:
-        lines.append(f"{name.ljust(width)}  " + " ".join(marks[results.get((name, law))] for law in laws))
-    lines += [f"refused {name}: {why}." for name, why in verification.refused.items()]
-    reasons = dict.fromkeys(verification.absent.values())
-    for why in reasons:
-        lines.append(
-            f"absent {', '.join(name for name, own in verification.absent.items() if own == why)}: {why}."
-        )
-    lines += [f"a run can {name}: {how}." for name, how in verification.shortcuts.items()]
-    return "\n".join(line.rstrip() for line in lines)

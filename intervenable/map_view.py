@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from intervenable.errors import InputError, IntervenableError, UnsupportedModelError
+from intervenable.errors import IntervenableError, UnsupportedModelError
+from intervenable.map_arguments import inputs_in, model_in, not_run
 from intervenable.map_cache import note, notes_of
 from intervenable.map_layers import blocks_at, layer_kinds
 from intervenable.map_making import make_map
 from intervenable.maps import map_of, registered_map, remember
-from intervenable.model import IntervenableModel
 from intervenable.unwrapping import config_of, unwrapped
 from model_maps import COMPONENTS, ModelMap, Site, UnmappedModelError, are_beside, path_in_layer
 from model_maps.sizes import columns_of, sizes_of
@@ -31,6 +31,7 @@ def model_map(model: nn.Module, *, example_inputs: Mapping[str, Any] | None = No
             runs of the model itself, also if there was one, and describes it from now on.
 
     Raises:
+        ConfigError: no model is given, or no mapping of inputs.
         InputError: the model does not run on the inputs given.
         UnsupportedModelError: there is none and none could be found out; the message says why and the ways out.
 
@@ -42,9 +43,9 @@ def model_map(model: nn.Module, *, example_inputs: Mapping[str, Any] | None = No
         >>> view.refused["router_output"]
         'its MLP is dense: it has no router and no experts'
     """
-    inside = model.model if isinstance(model, IntervenableModel) else model
+    inside = model_in(model)
     if example_inputs is not None:
-        remember(inside, _found_out(inside, example_inputs))
+        remember(inside, _found_out(inside, inputs_in(example_inputs)))
         note(inside, "found out by runs of the model on the inputs given")
     try:
         return ModelView(inside, map_of(inside), _notes(inside))
@@ -58,12 +59,8 @@ def _found_out(model: nn.Module, inputs: Mapping[str, Any]) -> ModelMap:
         return make_map(model, inputs)
     except IntervenableError:
         raise
-    except Exception as error:  # in the model's own words
-        said = str(error).splitlines()[0] if str(error) else ""
-        raise InputError(
-            f"{type(model).__name__} does not run on the example_inputs given ({', '.join(inputs)}):"
-            f" {type(error).__name__}: {said}"
-        ) from error
+    except Exception as error:
+        raise not_run(model, inputs, error) from error
 
 
 @dataclass(frozen=True)
@@ -143,6 +140,8 @@ class ModelView:
         words = f"{path or 'the model'} {site.side}{slot}" if function is None else f"{function} in {path}"
         if site.weight:
             words = f"{words} with {site.weight}, {site.side}"
+        if site.call is not None:
+            words += f", call {site.call} in the block"
         columns = columns_of(site, sizes_of(config_of(self.model))) if known.word in _CUT else None
         if columns is not None:
             words += f", {columns.heads} heads of {columns.width} columns from {columns.start} on"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from intervenable.compiled import uncompiled
-from intervenable.errors import EditError, NotFiredError
+from intervenable.errors import EditError, ModelMismatchError, NotFiredError
 from intervenable.hooks import EarlyStop, Hook, hooked
 from intervenable.input_caches import with_own_caches
 from intervenable.inputs import RunInputs
@@ -139,7 +139,7 @@ def gather_added(sites: Sequence[BoundSite], inputs: RunInputs) -> tuple[dict[in
     for site in chained:
         if site.plus is not None:
             chained.append(site.plus)
-    hooks = [Hook(site.plus.module, site.plus.side, keep(site, site.plus)) for site in chained if site.plus]
+    hooks = [hook_at(site.plus, keep(site, site.plus)) for site in chained if site.plus]
     return streams, hooks
 
 
@@ -241,8 +241,14 @@ def applied(edit: Edit, units: Tensor, source: Tensor | None) -> Tensor:
 
     Raises:
         EditError: the result does not fit where it belongs.
+        ModelMismatchError: the units are not as wide as the config says.
     """
-    intervention = edit.bound.intervention
+    intervention, site = edit.bound.intervention, edit.bound.site
+    if intervention.embed_dim is not None and site.width not in (None, units.shape[-1]):
+        raise ModelMismatchError(
+            f"{edit.bound.name!r}: {site.label} is {units.shape[-1]} wide, where the model's config says"
+            f" {site.width}. Give the model the config that its weights were made with."
+        )
     given = units.clone()  # a class of the user's may work in place; what was there must stay what it was
     if source is not None:
         source = source.to(units.device)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from intervenable.errors import UnsupportedModelError
+from intervenable.hooks import NthCall
 from intervenable.linear_maps import is_conv1d
 from intervenable.sites import BoundFunction, BoundSite, Kind, StreamAxes
 from intervenable.unwrapping import config_of, unwrapped
@@ -24,6 +25,7 @@ def bind_site(
     *,
     causal: bool = False,
     stack: Stack | None = None,
+    block: str = "",
 ) -> BoundSite:
     """A map's site in a model: the module found, widths taken from its live weight where it has one.
 
@@ -36,6 +38,7 @@ def bind_site(
         plus: The bound site of `site.plus`, if it has one.
         causal: Whether no position reads from one behind itself there.
         stack: The stack whose positions it has, in a model of two.
+        block: Path of the block: the calls of a module are counted from where it is entered.
     """
     path = site.path
     module = module_at(model, path, component)
@@ -78,6 +81,7 @@ def bind_site(
         axes=None if site.axes is None else StreamAxes(*site.axes),
         scale=site.scale,
         function=None if site.function is None else BoundFunction(site.function, site.nth, site.weight),
+        call=None if site.call is None else NthCall(site.call, module_at(model, block, component)),
     )
 
 
@@ -126,6 +130,7 @@ def _bind_inside(
         "inside",
         width,
         head_counts=heads,
+        bands=None if stated is None else stated.bands,
         causal=causal and matrix,
         by_heads=not matrix,
         stack=stack,

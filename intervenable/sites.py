@@ -15,18 +15,19 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from intervenable.attention_mode import InsideHook, floor_of
+from intervenable.attention_mode import InsideHook
 from intervenable.errors import EditError, LocationError, LocationRangeError, UnsupportedModelError
 from intervenable.function_mode import FunctionHook
-from intervenable.hooks import Hook
+from intervenable.hooks import Hook, NthCall
 from intervenable.inputs import RunInputs
 from intervenable.linear_maps import matrix_of, parameter_of
+from intervenable.masked_scores import floor_of
 from intervenable.mixer_state import state_after
 from intervenable.norms import norm_scale
 from intervenable.passage import Passage
 from intervenable.unit_index import UnitIndex
 from intervenable.units import Level, UnitRows, Units, Whole
-from model_maps import COMPONENTS, FunctionName, HeadColumns, Side, Stack
+from model_maps import COMPONENTS, Bands, FunctionName, HeadColumns, Side, Stack
 
 # --- a component in a model -------------------------------------------------------------------------------
 
@@ -116,6 +117,9 @@ class BoundSite:
     head_counts: tuple[int, int] = (0, 0)
     """For what is computed inside an attention module: its query heads and its key-value heads."""
 
+    bands: Bands | None = None
+    """How the softmax lies whose matrix it is, if not as one."""
+
     causal: bool = False
     """Whether it is a matrix in which no query reads a key behind itself."""
 
@@ -133,6 +137,9 @@ class BoundSite:
 
     function: BoundFunction | None = None
     """The function inside the module whose result it is, and which of its calls; None if the module's own."""
+
+    call: NthCall | None = None
+    """Which of the module's calls in its block it passes; None if there is but one."""
 
     @property
     def word(self) -> str:
@@ -271,14 +278,7 @@ class BoundSite:
             return slice(None)
         if columns.contiguous:
             return slice(columns.start, columns.start + columns.heads * columns.width)
-        return torch.tensor(
-            [
-                columns.first_column(head) + offset
-                for head in range(columns.heads)
-                for offset in range(columns.width)
-            ],
-            device=device,
-        )
+        return torch.tensor(columns_of_heads(columns), device=device)
 
     # -- reading and writing
 
@@ -472,6 +472,12 @@ def _first_columns(columns: HeadColumns) -> tuple[int, ...]:
     return tuple(columns.first_column(head) for head in range(columns.heads))
 
 
+@lru_cache(maxsize=1024)
+def columns_of_heads(columns: HeadColumns) -> tuple[int, ...]:
+    """Every column that a head has, head after head."""
+    return tuple(first + offset for first in _first_columns(columns) for offset in range(columns.width))
+
+
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
@@ -501,8 +507,11 @@ def hook_at(site: BoundSite, act: Callable[[Passage], None], *, writes: bool = F
         name, nth, weight = site.function
         return Hook(site.module, site.side, act, FunctionHook(name, act, nth, slot, weight, site.side))
     if site.kind != "inside":
-        return Hook(site.module, site.side, act)
+        return Hook(site.module, site.side, act, call=site.call)
     time_first = site.axes is not None and site.axes.rows > site.axes.positions
     return Hook(
-        site.module, site.side, act, InsideHook(site.word, act, writes, *site.head_counts, time_first)
+        site.module,
+        site.side,
+        act,
+        InsideHook(site.word, act, writes, *site.head_counts, time_first, site.bands),
     )

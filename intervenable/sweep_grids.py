@@ -15,7 +15,7 @@ from intervenable.errors import (
     IntervenableError,
     UnknownNameError,
     UnsupportedModelError,
-    unknown_name,
+    unknown_component,
 )
 from intervenable.inputs import RunInputs
 from intervenable.site_binding import module_at
@@ -49,8 +49,12 @@ def is_path(component: str) -> bool:
     return is_module_path(component.replace(LAYER, "0"))
 
 
-def read_components(component: Any) -> tuple[str, ...]:
+def read_components(component: Any, model: nn.Module) -> tuple[str, ...]:
     """Names of components and module paths, as users write them.
+
+    Args:
+        component: One name, or several.
+        model: The model that is patched.
 
     Raises:
         UnknownNameError: no such component; the message has the nearest name.
@@ -63,7 +67,8 @@ def read_components(component: Any) -> tuple[str, ...]:
     names = [ALIASES.get(name, name) for name in listed]
     for name in names:
         if name not in COMPONENTS and not (isinstance(name, str) and is_path(name)):
-            known = unknown_name("component", name, (*COMPONENTS, *ALIASES))
+            places = Places(model)
+            known = unknown_component(name, places.components, places.owner)
             raise UnknownNameError(f"{known}{_in_transformer_lens(name)}")
     if not names:
         raise ConfigError("component is empty. Name at least one, such as 'block_input'.")

@@ -120,12 +120,13 @@ def sweep(
         >>> result.values.shape, bool((result.values[0, 3] - result.baseline_clean).abs() < 1e-4)
         (torch.Size([6, 5]), True)
     """
-    asked, components = read_axes(axes), read_components(component)
+    asked = read_axes(axes)
     given: dict[Axis, Any] = {"layer": layers, "pos": positions, "head": heads, "query": queries, "key": keys}
     subsets = Subsets.of(given, window, asked)
     checked = read_check(exact_check)
     budget, metrics, kind = bytes_of(memory), as_metrics(metric), read_value(value)
     pair = Pair.of(model, clean, corrupted, direction, swaps(kind))
+    components = read_components(component, pair.model)
     source = Source.of(kind, pair, reference, seed)
     places = Places(pair.model)
     grids = make_grids(places, components, asked, subsets, pair, source.paired, align, tokenizer)

@@ -1,5 +1,6 @@
 """Where the parts of a model are: data about architectures, without any framework."""
 
+from model_maps.bands import BandAxis, Bands
 from model_maps.families import Head, family, lacking, prefixed
 from model_maps.layer_paths import are_beside, layer_lists, path_in_layer
 from model_maps.lookup import (
@@ -11,40 +12,34 @@ from model_maps.lookup import (
     known_classes,
     register_map,
 )
-from model_maps.schema import (
-    AttentionHeads,
-    FunctionName,
-    HeadColumns,
-    LayerKind,
-    Layout,
-    ModelMap,
-    Part,
-    Side,
-    Site,
-    Variant,
-    Width,
-)
+from model_maps.schema import LayerKind, ModelMap, Variant
+from model_maps.sites import AttentionHeads, FunctionName, HeadColumns, Layout, Part, Side, Site, Width
 from model_maps.sizes import Sizes, columns_of, sizes_of
 from model_maps.vocabulary import (
     ALIASES,
     COMPONENTS,
+    PREFIXED,
     UNITS,
     WORDS,
     Axes,
     Component,
     Prefix,
     Stack,
+    in_short,
     is_head_component,
 )
 
 __all__ = [
     "ALIASES",
     "COMPONENTS",
+    "PREFIXED",
     "UNITS",
     "WORDS",
     "AbsentComponentError",
     "AttentionHeads",
     "Axes",
+    "BandAxis",
+    "Bands",
     "Component",
     "FunctionName",
     "Head",
@@ -67,6 +62,7 @@ __all__ = [
     "component_site",
     "family",
     "find_map",
+    "in_short",
     "is_head_component",
     "known_classes",
     "lacking",

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from model_maps.schema import ModelMap, Site, Variant, Width
+from model_maps.schema import ModelMap, Variant
+from model_maps.sites import Site, Width
 from model_maps.vocabulary import COMPONENTS, Prefix, Stack
 
 

@@ -7,18 +7,13 @@ from difflib import get_close_matches
 
 from model_maps.perceptrons import PERCEPTRONS
 from model_maps.recurrent import RECURRENT
-from model_maps.schema import ModelMap, Site
-from model_maps.vocabulary import COMPONENTS
+from model_maps.schema import ModelMap
+from model_maps.sites import Site
+from model_maps.vocabulary import COMPONENTS, in_short
 
 
 class UnknownNameError(LookupError):
-    """A name that no table has; the message lists the names it does have."""
-
-    def __init__(self, kind: str, name: str, allowed: Iterable[str], where: str) -> None:
-        names = sorted(allowed)
-        near = get_close_matches(name, names, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        super().__init__(f"Unknown {kind} {name!r} {where}.{hint}\nAllowed: {', '.join(names)}.")
+    """A component that no table has; the message has the nearest name and those of the map at hand."""
 
 
 class AbsentComponentError(LookupError):
@@ -65,8 +60,14 @@ def register_map(model_map: ModelMap, *, replace: bool = False) -> None:
         replace: Whether it may take the place of the map that a class already has.
 
     Raises:
+        TypeError: it is no map.
         ValueError: a class already has another map and `replace` is False.
     """
+    if not isinstance(model_map, ModelMap):
+        raise TypeError(
+            f"register_map takes a ModelMap, not a {type(model_map).__name__}. That of a model is"
+            " iv.model_map(model).map."
+        )
     taken = [name for name in model_map.classes if _MAPS.get(name, model_map) != model_map]
     if taken and not replace:
         raise ValueError(
@@ -99,18 +100,22 @@ def component_site(model_map: ModelMap, component: str, layer: int | None = None
         >>> component_site(tiny, "head_query_output").path
         'attn.q'
     """
-    where = f"in the map of {model_map.classes[0]}"
+    name = model_map.classes[0]
     if component not in COMPONENTS:
-        raise UnknownNameError("component", component, model_map.components(), where)
+        there = model_map.components()
+        near = get_close_matches(component, there, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise UnknownNameError(
+            f"Unknown component {component!r} in the map of {name}.{hint}\nAllowed: {in_short(there)}."
+        )
     site = model_map.site(component, layer)
     if site is not None:
         return site
-    name = model_map.classes[0]
     if layer is not None and model_map.site(component) is not None:
         name = f"Layer {layer} of {name}"
     raise AbsentComponentError(
         f"{name} has no {component!r}: {model_map.reason(component, layer)}."
-        f"\nIt has: {', '.join(sorted(model_map.components()))}."
+        f"\nIt has: {in_short(model_map.components())}."
     )
 
 

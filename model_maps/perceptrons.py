@@ -7,7 +7,8 @@ and not tokens, no signature tells.
 from __future__ import annotations
 
 from model_maps.families import lacking
-from model_maps.schema import ModelMap, Site
+from model_maps.schema import ModelMap
+from model_maps.sites import Site
 from model_maps.vocabulary import COMPONENTS
 
 _PLACED = {

@@ -6,7 +6,8 @@ Inference looks for a list of blocks, which they do not have: that the layer its
 from __future__ import annotations
 
 from model_maps.families import lacking
-from model_maps.schema import ModelMap, Site
+from model_maps.schema import ModelMap
+from model_maps.sites import Site
 from model_maps.vocabulary import COMPONENTS
 
 _PLACED = {

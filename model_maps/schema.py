@@ -4,131 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Literal
 
-from model_maps.vocabulary import COMPONENTS, OF_KEYS, Component, Stack
-
-Side = Literal["input", "output"]
-Part = Literal["query", "key", "value"]
-Layout = Literal["concatenated", "grouped"]
-FunctionName = Literal["linear", "einsum", "softmax", "top"]
-"""Functions of torch's whose result a site can be: a product with a weight, a softmax, the largest entries."""
-
-Width = Literal["hidden", "query", "key_value", "mlp", "vocabulary", "experts", "embedding", "any"]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class AttentionHeads:
-    """The heads of what one attention module computes, where they are not those of the stack's config."""
-
-    query: int
-    """Query heads: rows of matrices that its pattern has."""
-
-    key_value: int
-    """Key-value heads."""
-
-    width: int | None = None
-    """Columns of a query or key of one head; None if not known."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class HeadColumns:
-    """Where the heads lie in the last axis of a tensor.
-
-    Head `i` has the `width` columns from
-    `start + (i // per_group) * group_stride + (i % per_group) * stride` on.
-    """
-
-    heads: int
-    """How many heads there are."""
-
-    width: int
-    """Columns of one head."""
-
-    start: int = 0
-    """First column of head 0."""
-
-    stride: int = 0
-    """Columns from one head to the next of its group; 0 means `width`."""
-
-    per_group: int = 1
-    """Heads in one group."""
-
-    group_stride: int = 0
-    """Columns from one group to the next; 0 means `per_group` heads side by side."""
-
-    def first_column(self, head: int) -> int:
-        """The first column of one head."""
-        stride = self.stride or self.width
-        group_stride = self.group_stride or self.per_group * stride
-        return self.start + head // self.per_group * group_stride + head % self.per_group * stride
-
-    @property
-    def contiguous(self) -> bool:
-        """Whether all heads lie side by side in order, so that one slice holds them all."""
-        return all(self.first_column(head) == self.start + head * self.width for head in range(self.heads))
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Site:
-    """The place of one component: a side of a module, and how to read what is there."""
-
-    path: str
-    """Module path, from the block for components of a block, from the model for the others; "" is itself."""
-
-    side: Side = "output"
-    """Whether the tensor goes into the module or comes out of it."""
-
-    slot: str | int | None = None
-    """Keyword or index of the tensor among the inputs or outputs. None is the usual place: the first positional
-    input, else `hidden_states`, else what is given by keyword first; the output itself, else its first item."""
-
-    width: Width = "hidden"
-    """Which size the component's last axis has."""
-
-    heads: Literal["query", "key_value"] | None = None
-    """Which heads lie side by side in the last axis, if any do."""
-
-    part: Part | None = None
-    """Which part of a fused query-key-value projection this is."""
-
-    layout: Layout = "concatenated"
-    """How a fused projection lies: all queries, all keys, all values; or for each key-value head its queries,
-    its key, its value."""
-
-    columns: HeadColumns | None = None
-    """Explicit columns, which win over `heads`, `part` and `layout`."""
-
-    flat: bool = False
-    """Whether batch and positions are one axis here: `[b*s, ...]`; with `axes=(1, 0)` `[s*b, ...]`."""
-
-    plus: str | None = None
-    """A component of the same block to be added to read this one; a write then goes to this site alone, as
-    the change. (`block_mid` is the attention's contribution plus the block's input.)"""
-
-    read_only: str = ""
-    """Why a value written here would not reach the rest of the model, if it would not."""
-
-    scale: float = 1.0
-    """What the model multiplies the tensor here with to get the component (a scaled contribution)."""
-
-    axes: tuple[int, int] | None = None
-    """Which axes of the tensor count examples and positions, where those are not the first two (nor `flat`)."""
-
-    attention: AttentionHeads | None = None
-    """Of an attention module's input: the heads of what is computed inside, if they differ from the sizes."""
-
-    function: FunctionName | None = None
-    """The function whose result it is, called inside the module; None: the module takes it or hands it over. Then
-    `slot` is the item of a result of several, and `side` says nothing unless there is a `weight`."""
-
-    nth: int = 0
-    """Which of that function's calls inside the module, those in its children included, counted from 0."""
-
-    weight: str | None = None
-    """The parameter that the function multiplies with, by its name in the module. Then `nth` counts its products with
-    that parameter alone, and `side` says whether the site is what is multiplied or the product."""
+from model_maps.sites import Side, Site
+from model_maps.vocabulary import COMPONENTS, OF_KEYS, PREFIXED, WORDS, Component, Stack, in_short
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -228,12 +109,22 @@ class ModelMap:
     """The map as it is where these of the `kinds` are, once it was asked for."""
 
     def __post_init__(self) -> None:
+        classes: object = self.classes
+        blocks: object = self.blocks
+        if blocks is not None and not isinstance(blocks, str):
+            raise ValueError(f"blocks is {blocks!r}; it must be the path of the list of blocks, '' or None.")
+        if isinstance(classes, str) or not classes:
+            raise ValueError(
+                f"classes is {classes!r}; it must name the classes that the map describes, as ('TinyGPT',)."
+            )
         named = (name for kind in self.kinds for name in (*kind.sites, *kind.absent))
         for name in (*self.sites, *self.absent, *named):
             if name not in COMPONENTS:
+                near = get_close_matches(name, COMPONENTS, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise ValueError(
-                    f"The map of {', '.join(self.classes)} names {name!r}, which is no component."
-                    f"\nAllowed: {', '.join(sorted(COMPONENTS))}."
+                    f"The map of {', '.join(self.classes)} names {name!r}, which is no component.{hint}"
+                    f"\nAllowed: {in_short(WORDS)}. {PREFIXED}"
                 )
         object.__setattr__(self, "sites", MappingProxyType(dict(self.sites)))
         object.__setattr__(self, "absent", MappingProxyType(dict(self.absent)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from model_maps.schema import HeadColumns, Site, Width
+from model_maps.sites import HeadColumns, Site, Width
 
 
 @dataclass(frozen=True, slots=True)

@@ -271,6 +271,37 @@ ALIASES: Mapping[str, str] = {
 """Other names of components."""
 
 
+PREFIXED = "In a model of several stacks with encoder_, decoder_, cross_, vision_, audio_ or text_ before it."
+"""What a list of `WORDS` leaves out, as a sentence."""
+
+
+def in_short(names: Iterable[str]) -> str:
+    """Names of components as a list in which each word stands once, with the prefixes that it has.
+
+    Example:
+        >>> in_short(["logits", "encoder_mlp_input", "decoder_mlp_input", "encoder_mlp_output", "decoder_mlp_output"])
+        'logits; with encoder_ or decoder_ before it: mlp_input, mlp_output'
+    """
+    prefixes: dict[str, list[str]] = {}
+    for name in names:
+        known = COMPONENTS.get(name)
+        prefixes.setdefault(known.word if known else name, []).append(known.prefix if known else "")
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for word in sorted(prefixes):
+        groups.setdefault(tuple(prefixes[word]), []).append(word)
+    return "; ".join(_before(groups[which], which) for which in sorted(groups, key=len))
+
+
+def _before(words: Iterable[str], prefixes: Iterable[str]) -> str:
+    """Words that have the same prefixes, after these; "" is none."""
+    said = [f"{prefix}_" for prefix in prefixes if prefix]
+    listed = ", ".join(words)
+    if not said:
+        return listed
+    alone = ", or nothing," if "" in prefixes else ""
+    return f"with {' or '.join([', '.join(said[:-1]), said[-1]] if said[1:] else said)}{alone} before it: {listed}"
+
+
 def is_head_component(name: str) -> bool:
     """Whether `name` has a vector for each head and position, so that its units are `h` and `h.pos`."""
     return COMPONENTS[name].axes == "heads"

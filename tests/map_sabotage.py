@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from map_sabotage_block import PREFIXES, Block, Spoiled, named, one_of_each_kind, with_all_layers, with_sites
 from map_sabotage_inferred import inferred_wrongly, of_the_whole_inferred_wrongly
+from map_sabotage_layouts import laid_out_wrongly, stacks_taken_for_the_blocks
 from torch import nn
 
 from intervenable.map_trace import Trace
@@ -32,6 +33,7 @@ def spoilt(model: nn.Module, model_map: ModelMap, traced: Trace) -> Iterator[Spo
     if "decoder" in model_map.stacks:
         yield from _of_two_stacks(model_map)
     yield from of_the_whole_inferred_wrongly(model, model_map, traced)
+    yield from stacks_taken_for_the_blocks(model_map)
 
 
 class _Mistakes(Block):
@@ -51,6 +53,7 @@ class _Mistakes(Block):
         yield from self.of_matrices()
         yield from self.of_places()
         yield from inferred_wrongly(self)
+        yield from laid_out_wrongly(self)
 
     # -- heads
 
@@ -68,7 +71,7 @@ class _Mistakes(Block):
         ):
             site = self.site(word)
             tensor = None if site is None else self.tensor(site)
-            if site is None or tensor is None:
+            if site is None or tensor is None or self.site(view) is None:
                 continue
             columns = columns_of(site, self.sizes, width=tensor.shape[-1])
             if columns is None:

@@ -71,11 +71,7 @@ def numbers_of(traced: Trace, block: str, site: Site) -> Tensor | None:
     """What a site of a block had in a pass; None of what no module is given or hands over."""
     path = path_from(block, site.path)
     call = next(iter(traced.of(path)), None)
-    if call is None or site.function is not None:
-        return None
-    if site.side == "input":
-        return call.main_input if site.slot is None else call.inputs.get(site.slot)
-    return call.main_output if site.slot is None else call.outputs.get(site.slot)
+    return None if call is None or site.function is not None else call.tensor_at(site.side, site.slot)
 
 
 class Block:
@@ -101,7 +97,8 @@ class Block:
     def call_at(self, site: Site) -> Call | None:
         path = path_from(self.path, site.path)
         calls = () if self.call is None else (self.call, *self.call.inside())
-        return next((one for one in calls if one.path == path), None)
+        same = [one for one in calls if one.path == path]
+        return next(iter(same[site.call or 0 :]), None)
 
     def tensor(self, site: Site) -> Tensor | None:
         return None if self.call is None else numbers_of(self.traced, self.path, site)

@@ -40,6 +40,7 @@ def inferred_wrongly(block: Block) -> Iterator[Spoiled]:
     yield from _of_another_slot(block)
     yield from _unscaled(block)
     yield from _of_other_matrices(block)
+    yield from _at_other_calls(block)
     yield from _of_experts(block)
 
 
@@ -75,7 +76,7 @@ def _in_the_order_of_other_groups(block: Block) -> Iterator[Spoiled]:
         ("attention_value_output", "head_attention_value_output"),
     ):
         placed = _columns(block, word)
-        if placed is None:
+        if placed is None or block.site(view) is None:
             continue
         site, columns = placed
         if columns.heads < 4 or columns.heads % 2 or not columns.contiguous:
@@ -171,6 +172,13 @@ def _of_other_matrices(block: Block) -> Iterator[Spoiled]:
         for path in block.linears():
             if own is not None:
                 yield from block.moved(f"into {path}", word, replace(own, path=path, side="input", slot=None))
+
+
+def _at_other_calls(block: Block) -> Iterator[Spoiled]:
+    for word in COMPONENTS:
+        site = block.site(word)
+        if site is not None and site.call is not None:
+            yield from block.moved("at another call", word, replace(site, call=0 if site.call else 1))
 
 
 def _of_experts(block: Block) -> Iterator[Spoiled]:

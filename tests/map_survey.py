@@ -33,7 +33,8 @@ from intervenable.map_inference import infer_map
 from intervenable.map_layers import blocks_at
 from intervenable.map_making import proved_map
 from intervenable.map_towers import with_towers
-from intervenable.map_verification import Verification, check_map
+from intervenable.map_verification import check_map
+from intervenable.map_verification_result import Verification
 from model_maps import COMPONENTS, ModelMap
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"

@@ -84,7 +84,8 @@ DECLARED = [
         iv.UnknownNameError,
         LookupError,
         f"representation 0: Unknown component 'block_ouput'. Did you mean 'block_output'?\nAllowed:"
-        f" {ALL_COMPONENTS}. With encoder_, decoder_ or cross_ before it in a model of two stacks."
+        f" {ALL_COMPONENTS}. In a model of several stacks with encoder_, decoder_, cross_, vision_, audio_ or text_"
+        " before it."
         " A module path ending in .input or .output is a component too.",
     ),
     Case(

@@ -11,7 +11,8 @@ from tiny_registry import build
 
 from intervenable.map_inference import infer_map
 from intervenable.map_laws import deviation
-from intervenable.map_verification import Verification, check_map
+from intervenable.map_verification import check_map
+from intervenable.map_verification_result import Verification
 from model_maps import HeadColumns, LayerKind, ModelMap
 
 

@@ -14,7 +14,7 @@ from intervenable.map_attention import BOTH_STACKS
 from intervenable.map_attention_banded import BANDED
 from intervenable.map_inference import infer_map
 from intervenable.map_verification import check_map
-from model_maps import HeadColumns, ModelMap
+from model_maps import Bands, HeadColumns, ModelMap
 
 PATHS = {
     "longt5": ("layer.0.LocalSelfAttention", "q k v o"),
@@ -62,12 +62,41 @@ def test_what_makes_queries_keys_and_values_is_found_with_the_columns_of_heads(m
     assert all(site.columns.contiguous for site in found)
 
 
-def test_scores_in_bands_are_no_matrix_and_so_are_not_offered():
-    _, described = inferred("longt5")
+BANDS = {
+    "longt5": Bands(("examples", "blocks", "heads", "queries", "keys"), blocks=3),
+    "led": Bands(("examples", "queries", "heads", "keys")),
+}
 
-    for word in ("attention_scores", "attention_pattern", "expanded_head_key"):
+
+@pytest.mark.parametrize("model_type", PATHS)
+def test_how_scores_in_bands_lie_is_found_and_vectors_that_are_cut_in_pieces_are_not_offered(model_type):
+    _, described = inferred(model_type)
+
+    for word in ("attention_scores", "attention_pattern"):
+        assert described.site(f"encoder_{word}").attention.bands == BANDS[model_type]
+    for word in ("expanded_head_key", "expanded_head_value"):
         assert described.site(f"encoder_{word}") is None
         assert described.reason(f"encoder_{word}") == BANDED
+
+
+@pytest.mark.parametrize(
+    ("model_type", "wrong"),
+    [
+        ("longt5", Bands(("examples", "blocks", "heads", "queries", "keys"), blocks=1)),
+        ("longt5", Bands(("blocks", "examples", "heads", "queries", "keys"), blocks=3)),
+        ("led", Bands(("examples", "heads", "queries", "keys"))),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bands_that_lie_otherwise_break_a_law(model_type, wrong):
+    tiny, described = inferred(model_type)
+    site = described.sites["encoder_attention_input"]
+    heads = dataclasses.replace(site.attention, bands=wrong)
+    sites = {**described.sites, "encoder_attention_input": dataclasses.replace(site, attention=heads)}
+
+    found = check_map(tiny.model, dataclasses.replace(described, sites=sites), tiny.inputs).refused
+
+    assert {"encoder_attention_scores", "encoder_attention_pattern"} <= set(found)
 
 
 @pytest.mark.parametrize("model_type", PATHS)

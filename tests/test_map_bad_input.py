@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import threading
 
 import pytest
@@ -18,6 +19,7 @@ from intervenable.binding import Places
 from intervenable.map_cache import cache_folder, notes_of
 from intervenable.map_view import model_map
 from intervenable.maps import map_of
+from model_maps import Site
 
 SIZES = {
     "vocab_size": 72,
@@ -337,7 +339,67 @@ def test_live_weights_win_over_a_config_that_lies_about_the_width_of_heads(cls):
         assert Places(lying).at(name, 1).columns == columns
 
 
+@pytest.mark.parametrize("field", ["num_attention_heads", "num_key_value_heads"])
+def test_no_heads_are_offered_where_queries_and_keys_contradict_each_other(field):
+    """Which of the two numbers is wrong, the widths of the matrices do not tell."""
+    lying = starcoder()
+    setattr(lying.config, field, 2 if field == "num_attention_heads" else 4)
+    for component in (
+        "head_query_output",
+        "head_key_output",
+        "head_value_output",
+        "head_attention_value_output",
+    ):
+        with pytest.raises(iv.UnsupportedModelError, match=r"another number of heads, or of key-value heads"):
+            Places(lying).at(component, 1)
+    assert "mlp_output" in Places(lying).components
+
+
+@pytest.mark.parametrize("hidden", [16, 32])
+def test_a_swap_is_refused_where_the_stream_is_not_as_wide_as_the_config_says(hidden):
+    model = starcoder()
+    model.config.hidden_size = hidden
+    base, source = prompts()
+    for component in ("mlp_output", "block_output"):
+        with pytest.raises(
+            iv.ModelMismatchError, match=rf"is 24 wide, where the model's config says {hidden}"
+        ):
+            swap(model, component)(base, [source])
+    assert hooks_of(model) == {}
+
+
+@pytest.mark.parametrize("vocabulary", [10, 100])
+def test_a_config_that_lies_about_the_vocabulary_can_be_verified(vocabulary):
+    model = starcoder()
+    model.config.vocab_size = vocabulary
+    assert iv.verify(model, components=["block_output"]).passed
+
+
 # --- asking -----------------------------------------------------------------------------------------------
+
+
+def test_streams_that_are_added_without_end_are_refused():
+    model = starcoder()
+    described = model_map(model).map
+    sites = {**described.sites, "block_mid": Site("mlp", "input", plus="attention_output")}
+    sites["attention_output"] = Site("self_attn", plus="block_mid")
+    wrong = dataclasses.replace(described, sites=sites)
+
+    refused = iv.verify(model, model_map=wrong, example_inputs=prompts()[0]).refused
+    assert "block_mid + attention_output + block_mid" in refused["block_mid"]
+    assert "mlp_output" not in refused
+
+
+def test_a_stream_that_cannot_be_added_to_another_is_refused_and_stops_nothing_else():
+    model = starcoder()
+    described = model_map(model).map
+    sites = {**described.sites, "block_mid": Site("mlp", plus="attention_contribution", width="any")}
+    sites["attention_contribution"] = Site("mlp.c_fc", plus="block_input", width="any")
+    wrong = dataclasses.replace(described, sites=sites)
+
+    found = iv.verify(model, model_map=wrong, example_inputs=prompts()[0])
+    assert {"block_mid", "attention_contribution"} <= {*found.refused}
+    assert {"block_output", "mlp_output", "head_query_output"} <= {*found.components}
 
 
 def test_two_threads_that_ask_at_once_are_given_the_same_map():
@@ -368,7 +430,22 @@ def test_examples_that_the_model_does_not_run_on_are_refused_with_the_models_own
         model_map(spread(Mini()), example_inputs={"idy": ids(0)["idx"]})
 
 
-@pytest.mark.parametrize("damage", ["cut short", "another word", "no JSON", "a folder"])
+@pytest.mark.parametrize(
+    "given",
+    [{"ids": torch.ones(2, 5)}, {"input_ids": torch.full((2, 5), 72)}],
+    ids=["another name", "no such token"],
+)
+def test_inputs_on_which_a_model_cannot_be_verified_are_refused_with_its_own_words(given):
+    with pytest.raises(iv.InputError, match=r"does not run on the example_inputs given \(\w+\): \w+Error: "):
+        iv.verify(starcoder(), example_inputs=given)
+
+
+def test_inputs_that_are_no_tensors_are_refused():
+    with pytest.raises(iv.ConfigError, match=r"has no tensor \(input_ids: ndarray\)\. Give tensors"):
+        iv.verify(starcoder(), example_inputs={"input_ids": torch.ones(2, 5).numpy()})
+
+
+@pytest.mark.parametrize("damage", ["cut short", "another word", "no JSON", "very deep", "a folder"])
 def test_a_damaged_file_is_made_again_with_a_note(damage):
     expected = map_of(starcoder())
     (file,) = cache_folder().iterdir()
@@ -377,11 +454,13 @@ def test_a_damaged_file_is_made_again_with_a_note(damage):
         file.unlink()
         file.mkdir()
     else:
-        file.write_text(
-            {"cut short": text[:100], "no JSON": "no", "another word": text.replace("q_proj", "k_proj")}[
-                damage
-            ]
-        )
+        damaged = {
+            "cut short": text[:100],
+            "no JSON": "no",
+            "very deep": "[" * 100_000,
+            "another word": text.replace("q_proj", "k_proj"),
+        }
+        file.write_text(damaged[damage])
     model = starcoder()
     found = map_of(model)
     assert found == expected

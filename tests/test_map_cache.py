@@ -96,6 +96,20 @@ def test_the_attention_that_is_used_and_a_module_put_in_make_another_structure()
     assert len({plain, fingerprint(eager), fingerprint(changed)}) == 3
 
 
+def test_another_forward_put_into_a_class_makes_another_structure(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, model = fingerprint(tiny()), tiny()
+    cls = type(model.transformer.h[0].mlp)
+    plain = cls.forward
+
+    def negated(self: nn.Module, stream: Any) -> Any:
+        return -plain(self, stream)
+
+    monkeypatch.setattr(cls, "forward", negated)
+    assert fingerprint(model) not in (before, None)
+    monkeypatch.undo()
+    assert fingerprint(model) == before
+
+
 def test_names_of_labels_and_of_the_model_make_no_difference() -> None:
     named = tiny(id2label={0: "a", 1: "b"})
     named.config._name_or_path = "somewhere/else"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tiny_registry
 from torch import nn
 
 from intervenable.map_inference import infer_map
 from intervenable.map_verification import check_map
+from model_maps import Site
 
 
 class Around(nn.Module):
@@ -77,3 +80,34 @@ def test_a_choice_by_logits_is_looked_at_in_mixtures_of_several_kinds(name):
 
     assert {("router_output", "chosen"), ("expert_choice", "chosen"), ("expert_weight", "weighs")} <= laws
     assert not {"router_output", "expert_choice", "expert_weight", "expert_output"} & found.refused.keys()
+
+
+@pytest.fixture(scope="module")
+def projected():
+    """A mixture whose experts work on vectors of another width, between two matrices for all positions alike."""
+    made = tiny_registry.build("muse_spark", "image-text-to-text")
+    return made, infer_map(made.model, made.inputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("expert_input", Site("mlp.pre_expert_proj", "input", flat=True)),
+        ("expert_output", Site("mlp.post_expert_proj", flat=True)),
+    ],
+)
+def test_what_lies_beyond_a_matrix_for_all_positions_alike_is_not_the_experts(projected, name, place):
+    made, described = projected
+    assert check_map(made.model, described, made.inputs, components=[name]).refused == {}
+
+    wrong = with_site(described, name, place)
+    assert set(check_map(made.model, wrong, made.inputs, components=[name]).refused) == {name}
+
+
+def with_site(described, name, place):
+    kinds = tuple(
+        replace(kind, sites={**kind.sites, name: place}) if name in kind.sites else kind
+        for kind in described.kinds
+    )
+    sites = {**described.sites, name: place} if name in described.sites else described.sites
+    return replace(described, sites=sites, kinds=kinds)

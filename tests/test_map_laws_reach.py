@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import tiny_registry
 from map_sabotage import spoilt
 
 from intervenable.map_inference import infer_map
 from intervenable.map_trace import trace
 from intervenable.map_verification import check_map
-from model_maps import COMPONENTS
+from model_maps import COMPONENTS, LayerKind
 
 
 def found_out(name, task="causal-lm"):
@@ -39,7 +40,7 @@ def test_the_input_of_the_last_matrix_is_not_that_of_what_mixes_positions():
 
     wrong = replace(described.sites["mixer_input"], path="mamba.out_proj", side="input", slot=None)
     spoiled = replace(described, sites={**described.sites, "mixer_input": wrong})
-    assert failed(made, spoiled, "mixes") == {"mixer_input", "mixer_output"}
+    assert failed(made, spoiled, "mixes") == {"mixer_input", "mixer_output", "mixer_contribution"}
 
 
 def test_a_branch_of_a_mixer_that_mixes_nothing_is_not_its_output():
@@ -68,3 +69,17 @@ def test_an_output_that_does_not_follow_from_the_last_matrix_is_refused():
         wrong = replace(described.sites[word], path="self_attn.q_proj", slot=None)
         spoiled = replace(described, sites={**described.sites, word: wrong})
         assert word in failed(made, spoiled, "linear")
+
+
+@pytest.mark.parametrize("model_type", ["nemotron_h", "bamba"])
+def test_what_attends_is_no_mixer_and_a_mixer_is_no_attention(model_type):
+    made, described = found_out(model_type)
+    assert failed(made, described, "reads") == set()
+
+    of_attention = next(at for at in range(9) if described.site("attention_input", at) is not None)
+    of_mixer = next(at for at in range(9) if described.site("mixer_input", at) is not None)
+    for true, false, layer in (("mixer", "attention", of_mixer), ("attention", "mixer", of_attention)):
+        sites = {f"{false}_{part}": described.site(f"{true}_{part}", layer) for part in ("input", "output")}
+        spoiled = replace(described, kinds=(*described.kinds, LayerKind((layer,), sites=sites)))
+        assert failed(made, spoiled, "reads") >= {*sites}
+        assert {*sites} <= check_map(made.model, spoiled, made.inputs).refused.keys()

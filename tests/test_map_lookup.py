@@ -12,6 +12,7 @@ from written_maps import WRITTEN_MAPS
 import model_maps
 from model_maps import (
     COMPONENTS,
+    PREFIXED,
     WORDS,
     AbsentComponentError,
     ModelMap,
@@ -142,8 +143,50 @@ def test_a_class_cannot_be_described_twice_by_accident(registry):
 def test_a_map_refuses_names_that_are_no_components():
     with pytest.raises(ValueError, match="which is no component") as caught:
         ModelMap(classes=("A", "B"), blocks="h", sites={"mlp_ouput": Site("mlp")})
-    assert str(caught.value).splitlines()[0] == "The map of A, B names 'mlp_ouput', which is no component."
-    assert str(caught.value).splitlines()[1].startswith("Allowed: attention_contribution, attention_input, ")
+    first, second = str(caught.value).splitlines()
+    assert first == "The map of A, B names 'mlp_ouput', which is no component. Did you mean 'mlp_output'?"
+    assert second == f"Allowed: {', '.join(sorted(WORDS))}. {PREFIXED}"
+
+
+@pytest.mark.parametrize("classes", [(), "TinyGPT"])
+def test_a_map_says_which_classes_it_describes(classes):
+    with pytest.raises(ValueError, match=r"it must name the classes that the map describes"):
+        ModelMap(classes=classes, blocks="h", sites={"mlp_output": Site("mlp")})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"side": "inptu"}, "side of the Site at 'mlp' is 'inptu'.\nAllowed: 'input', 'output'."),
+        ({"heads": "keys"}, "heads of the Site at 'mlp' is 'keys'.\nAllowed: 'query', 'key_value', None."),
+        ({"path": 3}, "path of a Site is 3; it must be a module path, or '' for the module itself."),
+    ],
+    ids=["side", "heads", "path"],
+)
+def test_a_site_refuses_what_its_fields_cannot_say(fields, message):
+    with pytest.raises(ValueError, match="Site") as caught:
+        Site(**{"path": "mlp", **fields})
+    assert str(caught.value) == message
+
+
+def test_only_a_map_can_be_registered():
+    with pytest.raises(TypeError, match=r"takes a ModelMap, not a str\. That of a model is iv\.model_map"):
+        register_map("TinyGPT")
+
+
+def test_a_list_of_components_has_each_word_once_with_its_prefixes():
+    stacks = {"encoder": "encoder.layers", "decoder": "decoder.layers"}
+    sites = {f"{stack}_{word}": Site(word) for stack in stacks for word in ("mlp_output", "attention_output")}
+    two = ModelMap(("Two",), None, {**sites, "logits": Site("head")}, stacks=stacks)
+    with pytest.raises(UnknownNameError) as caught:
+        component_site(two, "decodr_mlp_output")
+    first, listed = str(caught.value).splitlines()
+    assert (
+        first == "Unknown component 'decodr_mlp_output' in the map of Two. Did you mean 'decoder_mlp_output'?"
+    )
+    assert listed.startswith("Allowed: logits; with encoder_ or decoder_ before it: ")
+    words = listed.removesuffix(".").split(": ")[-1].split(", ")
+    assert {f"{stack}_{word}" for stack in stacks for word in words} | {"logits"} == set(two.components())
 
 
 def test_variants_apply_in_order_and_only_where_the_config_calls_for_them():

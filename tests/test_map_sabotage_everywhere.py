@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import tiny_registry
-from map_sabotage_found import missed, proved_map
+from map_sabotage_found import missed, smallest
 from written_maps import find_map
 
 from tiny_models import CASES, ENCODER_DECODER_CASES, RECURRENT, tiny, tiny_inputs
@@ -54,5 +53,5 @@ def test_every_mistake_in_a_row_is_found(family, variant):
     ("model_type", "task"), [*((name, "causal-lm") for name in DECODERS.split()), *OTHERS]
 )
 def test_every_mistake_in_a_map_that_was_inferred_is_found(model_type, task):
-    made = tiny_registry.build(model_type, task)
-    assert missed(made.model, proved_map(made), made.inputs) == {}
+    made, described = smallest(model_type, task)
+    assert missed(made.model, described, made.inputs) == {}

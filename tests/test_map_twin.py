@@ -80,7 +80,19 @@ def test_a_far_kind_of_layer_is_only_shown_if_the_config_lists_the_kinds() -> No
             self.layers = nn.ModuleList([*(nn.Linear(2, 2) for _ in range(30)), nn.Linear(2, 3)])
 
     assert layers_shown(Odd())(31, listed=True) == (0, 1, 30)
-    assert layers_shown(Odd())(31) == tuple(range(16))
+    assert layers_shown(Odd())(31) == (0, 1, 2)
+
+
+def test_what_makes_a_twin_slow_and_is_in_no_component_becomes_small() -> None:
+    with torch.device("meta"):
+        jamba = transformers.JambaForCausalLM(transformers.JambaConfig())
+        cpmant = transformers.CpmAntForCausalLM(transformers.CpmAntConfig())
+
+    states, prompted = twin_of(jamba).config, twin_of(cpmant).config
+
+    assert (states.mamba_d_state, states.mamba_dt_rank) == (8, 8)  # type: ignore[union-attr]
+    assert prompted.dim_head * prompted.num_attention_heads == prompted.hidden_size  # type: ignore[operator,union-attr]
+    assert prompted.prompt_length == 4  # type: ignore[union-attr]
 
 
 def test_a_switch_makes_another_kind_of_layer() -> None:

@@ -14,7 +14,10 @@ from written_maps import find_map
 import intervenable as iv
 from intervenable.map_inference import infer_map
 from intervenable.map_laws import LAWS, deviation
-from intervenable.map_verification import Verification, check_map
+from intervenable.map_laws_heads import Coded
+from intervenable.map_laws_heads import _told as told_of_heads
+from intervenable.map_verification import check_map
+from intervenable.map_verification_result import Verification
 from model_maps import COMPONENTS, AttentionHeads, LayerKind, ModelMap, Site
 from tiny_models import CASES, ENCODER_DECODER_CASES, MULTIMODAL, tiny, tiny_inputs
 
@@ -105,6 +108,16 @@ def exchanged(llama) -> Verification:
     described = map_of(llama)
     key, value = described.sites["key_output"], described.sites["value_output"]
     return check_map(llama, with_sites(described, key_output=value, value_output=key), tiny_inputs(llama))
+
+
+@pytest.mark.parametrize("at", ["row", "column"])
+def test_a_head_changed_at_a_position_that_the_matrix_has_not_tells_that_the_place_is_wrong(at):
+    """What lies in another stack may have more positions than the scores have rows or columns."""
+    old = torch.randn(1, 4, 5, 5)
+    new = old.clone()
+    new[:, [0, 2], 3] += 1
+    changed = Coded("query_output", "attention_scores", at)
+    assert told_of_heads(new, old, changed, [(0, 3), (1, 6)], 4, 1e-4) == (float("inf"), False)
 
 
 def test_what_breaks_a_law_is_refused_with_its_views_and_nothing_else(exchanged, right):
@@ -308,6 +321,25 @@ def test_components_narrow_what_is_told(llama):
     found = check_map(llama, map_of(llama), tiny_inputs(llama), components=["mlp_hidden", "block_mid"])
     assert found.components == ("block_mid", "mlp_hidden")
     assert {finding.component for finding in found.findings} == {"block_mid", "mlp_hidden"}
+
+
+def test_of_one_component_is_found_what_is_found_of_it_among_all(llama, right, exchanged):
+    """Fewer experiments are made for it, and none is left out that says something of it."""
+    own = map_of(llama)
+    turned = with_sites(own, key_output=own.site("value_output"), value_output=own.site("key_output"))
+    for described, whole in ((own, right), (turned, exchanged)):
+        for name in (*whole.components, *whole.refused):
+            found = check_map(llama, described, tiny_inputs(llama), components=[name])
+            assert _told(found, name) == _told(whole, name)
+            assert (name in found.refused) == (name in whole.refused)
+
+
+def _told(verification, name):
+    return {
+        (finding.law, finding.layer, finding.passed, finding.why)
+        for finding in verification.findings
+        if finding.component == name
+    }
 
 
 def test_verify_looks_at_the_models_own_map_or_at_one_that_is_given(llama):

@@ -165,7 +165,7 @@ def test_the_command_needs_but_the_config_for_a_twin(
     printed = capsys.readouterr().out
     assert code == 0
     assert "0-47: GPT2Block" in printed
-    assert "1 components keep every law" in printed
+    assert "1 component keeps every law" in printed
 
 
 def test_the_command_fails_where_a_component_is_not_there(
@@ -197,6 +197,46 @@ def test_the_command_fails_where_a_law_is_broken(tmp_path: Path, capsys: pytest.
 
     assert code == 1
     assert "refused mlp_hidden: what the map places there breaks the law" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ask", [iv.model_map, iv.verify], ids=["model_map", "verify"])
+@pytest.mark.parametrize("given", ["gpt2", 3, None], ids=repr)
+def test_only_a_model_can_be_asked_about(ask: Any, given: Any) -> None:
+    with pytest.raises(iv.ConfigError, match=f"^model is a {type(given).__name__}, not a torch module"):
+        ask(given)
+
+
+@pytest.mark.parametrize("ask", [iv.model_map, iv.verify], ids=["model_map", "verify"])
+@pytest.mark.parametrize("given", [torch.ones(2, 5), [1, 2], {}, {0: torch.ones(2, 5)}], ids=str)
+def test_example_inputs_are_a_mapping_by_name(ask: Any, given: Any) -> None:
+    with pytest.raises(iv.ConfigError, match=r"^example_inputs is .*mapping of the model's keyword inputs"):
+        ask(gpt2(), example_inputs=given)
+
+
+def test_only_a_map_can_be_verified() -> None:
+    model = gpt2()
+    with pytest.raises(
+        iv.ConfigError, match=r"model_map is a ModelView, not an iv\.ModelMap\. That of a model is"
+    ):
+        iv.verify(model, model_map=iv.model_map(model))  # type: ignore[arg-type]
+
+
+def test_a_misspelt_component_gets_the_nearest_name_and_those_of_the_model() -> None:
+    model = gpt2()
+    listed = f"GPT2LMHeadModel has: {', '.join(sorted(map_of(model).components()))}."
+    prompt = {"input_ids": torch.tensor([[1, 2, 3]])}
+    calls = [
+        lambda: iv.verify(model, components=["mlp_ouput"]),
+        lambda: iv.patching.sweep(model, prompt, prompt, "mlp_ouput", metric=lambda logits: logits.sum()),
+    ]
+    for call in calls:
+        with pytest.raises(iv.UnknownNameError) as caught:
+            call()
+        assert str(caught.value) == f"Unknown component 'mlp_ouput'. Did you mean 'mlp_output'?\n{listed}"
+    with pytest.raises(
+        iv.UnknownNameError, match=r"^Unknown component 'mlp_ouput'.*\nGPT2LMHeadModel has: .*input_ids"
+    ):
+        iv.collect(model, prompt, "mlp_ouput")
 
 
 def test_the_command_tells_what_cannot_be_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

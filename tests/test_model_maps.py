@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from itertools import product
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from written_maps import find_map, known_classes
 
 import tiny_models
 from intervenable.toy_models import MLPClassifier
-from model_maps import COMPONENTS, columns_of, component_site, sizes_of
+from model_maps import COMPONENTS, HeadColumns, columns_of, component_site, sizes_of
 from tiny_models import CASES, DECODERS, FEATURES, HIDDEN, MULTIMODAL, RECURRENT, tiny, tiny_inputs
 
 LANGUAGE_CASES = [case for case in CASES if case[0] not in RECURRENT]
@@ -543,3 +544,15 @@ def test_all_decoders_have_the_common_components():
     common |= {"head_attention_output", "embedding_output", "logits"}
     for family in DECODERS:
         assert common <= set(map_of(tiny(family)).components()), family
+
+
+def test_heads_lie_side_by_side_where_each_begins_behind_the_one_before():
+    found = set()
+    for heads, stride, per_group, group_stride in product(
+        range(1, 7), (0, 1, 2, 3), (1, 2, 3, 8), (0, 2, 4, 6, 9)
+    ):
+        columns = HeadColumns(heads, 2, 1, stride, per_group, group_stride)
+        beside = [columns.first_column(head) for head in range(heads)] == [1 + 2 * h for h in range(heads)]
+        assert columns.contiguous == beside, columns
+        found.add(beside)
+    assert found == {True, False}

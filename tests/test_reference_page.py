@@ -38,7 +38,7 @@ def test_a_row_gives_the_shape_and_units_of_its_component(name: str) -> None:
 
 
 def test_the_page_says_which_words_take_which_prefix() -> None:
-    part = PAGE.split("## Models of two stacks")[1].split("\n## ")[0]
+    part = PAGE.split("## Models of several stacks")[1].split("\n## ")[0]
     crossing = {name.removeprefix("cross_") for name in COMPONENTS if name.startswith("cross_")}
     said = part.split("`cross_` goes before")[1].split(".\n")[0]
     assert set(re.findall(r"`(\w+)`", said)) == crossing

@@ -51,7 +51,7 @@ ROLES = {
         max_target_positions max_source_positions original_max_position_embeddings max_sequence_length
         num_position_embeddings""",
     "window": """sliding_window attention_window_size window_size local_attention sliding_window_size
-        keep_window_size attention_chunk_size local_attention_window_len""",
+        keep_window_size attention_chunk_size local_attention_window_len local_radius global_block_size""",
     "vocabulary": "decoder_vocab_size unpadded_vocab_size",
     "of_each_layer": """layer_types mlp_layer_types layers_block_type no_rope_layers attn_layers indexer_types
         num_attention_heads_per_layer layer_rope_theta mtp_layer_types block_types activation_sparsity_pattern""",

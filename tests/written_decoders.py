@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from model_maps import ModelMap, Site, Variant
 from model_maps.families import CHOICE_IS_READ, FUSED_EXPERTS, NO_EXPERTS, NO_ROTARY, Head, family, lacking
-from model_maps.schema import ModelMap, Site, Variant
 
 GPT2 = family(
     heads=[

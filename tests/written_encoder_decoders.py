@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from model_maps import ModelMap, Site
 from model_maps.families import NO_EXPERTS, NO_ROTARY, Head, family, prefixed
-from model_maps.schema import ModelMap, Site
 
 _T5_STREAM = {
     # The same table for both stacks, and a module for each.

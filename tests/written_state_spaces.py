@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from model_maps import ModelMap, Site
 from model_maps.families import STATE_IS_READ, Head, family, lacking
-from model_maps.schema import ModelMap, Site
 from model_maps.vocabulary import COMPONENTS
 
 _STREAM = {

@@ -1,0 +1,59 @@
+"""Which experiments tell something of some components, so that these are looked at without all the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from intervenable.map_laws import ADDED, named
+from intervenable.map_laws_groups import Group
+from model_maps import COMPONENTS
+
+COMPARED = {
+    "block_input": "block_output",
+    "head_attention_output": "head_attention_value_output",
+    "query_output": "head_query_output",
+    "key_output": "head_key_output",
+    "value_output": "head_value_output",
+    **{word: contribution for contribution, words in ADDED.items() for word in words},
+}
+"""Of what else an experiment writes something to tell this component."""
+
+
+def with_what_they_are_made_from(components: Iterable[str]) -> frozenset[str]:
+    """The components, and those without which they are not: of a view by heads, what has the columns.
+
+    Example:
+        >>> sorted(with_what_they_are_made_from(["head_query_output"]))
+        ['head_query_output', 'query_output']
+    """
+    result: set[str] = set()
+    for name in components:
+        above: str | None = name
+        while above:
+            result.add(above)
+            above = COMPONENTS[above].heads_of or COMPONENTS[above].derived_from
+    return frozenset(result)
+
+
+def groups_about(groups: Iterable[Group], components: Iterable[str]) -> list[Group]:
+    """The experiments of which a law says something about one of the components.
+
+    Args:
+        groups: All experiments that are to be made.
+        components: The components that are looked at.
+    """
+    asked = frozenset(components)
+    known = [COMPONENTS[name] for name in asked]
+    compared = {named(COMPARED[one.word], one.prefix) for one in known if one.word in COMPARED}
+    return [
+        group
+        for group in groups
+        if group.inputs or asked & {name for name, _ in group.reads} or (asked | compared) & _written(group)
+    ]
+
+
+def _written(group: Group) -> set[str]:
+    """What an experiment writes, but for the blocks' inputs, if it only holds these as they were."""
+    names = {name for name, _ in group.writes}
+    chosen = {name for name in names if COMPONENTS[name].word != "block_input"}
+    return chosen or names
