@@ -77,4 +77,9 @@ def test_the_tables_are_what_the_real_models_show(name: str) -> None:
         model = AutoModel.from_pretrained(minilm_folder(download=False))
     verified = iv.verify(model, model_map=make_map(model))
     assert verified.passed
-    assert str(verified) in PAGE
+    assert _without_rounding(str(verified)) in _without_rounding(PAGE)
+
+
+def _without_rounding(text: str) -> str:
+    """The text without how large a rounding error is: it differs with the processor and its threads."""
+    return re.sub(r"off by [\d.]+e-\d\d", "off by rounding", text)
