@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from functools import cache
 
 from torch import nn
 
@@ -23,7 +24,7 @@ MOST = 16
 """Up to so many are kept to show each kind at all."""
 
 MANY_HEADS = 96
-"""With more heads than these a layer costs so much to look at that each kind is shown once."""
+"""With more heads than these a layer costs so much to look at that each kind is shown once, as in several stacks."""
 
 
 def block_signature(block: nn.Module) -> Hashable:
@@ -93,7 +94,9 @@ def layer_kinds(blocks: Sequence[nn.Module]) -> tuple[int, ...]:
 
 
 def layers_shown(model: nn.Module, *, even: bool = False) -> Shown:
-    """Which layers of each stack show all kinds of its layers, twice where that takes few and none has many heads.
+    """Which layers of each stack show all kinds of its layers, twice where that takes few.
+
+    Once has to do where a layer has many heads, or where several stacks have kinds.
 
     They are the first ones, so that what a config says in periods holds for them; others only where a config has a
     list, or where the last layers share the keys and values of others.
@@ -106,12 +109,14 @@ def layers_shown(model: nn.Module, *, even: bool = False) -> Shown:
     known: dict[tuple[int, int, bool], tuple[int, ...]] = {}
     config = config_of(model)
     counts = (first_number(part, HEADS) for part in parts_of(config)) if is_config(config) else ()
-    once = max((count for count in counts if count), default=0) > MANY_HEADS
+    many_heads = max((count for count in counts if count), default=0) > MANY_HEADS
+    kinds_of = cache(lambda blocks: layer_kinds(list(blocks)))
+    once = many_heads or sum(len({*kinds_of(blocks)}) > 1 for blocks in _stacks(model)) > 1
 
     def usual(count: int, sharing: int, listed: bool) -> tuple[int, ...]:
         key = (count, sharing, listed)
         if key not in known:
-            stacks = [layer_kinds(list(blocks)) for blocks in lists if len(blocks) == count]
+            stacks = [kinds_of(blocks) for blocks in lists if len(blocks) == count]
             if not stacks:
                 known[key] = tuple(range(_times_a_stack(count)))
             elif 0 < sharing < count:
@@ -135,6 +140,15 @@ def layers_shown(model: nn.Module, *, even: bool = False) -> Shown:
     return shown
 
 
+def _stacks(model: nn.Module) -> Iterator[nn.ModuleList]:
+    """The lists of modules that are in no other."""
+    for module in model.children():
+        if isinstance(module, nn.ModuleList):
+            yield module
+        else:
+            yield from _stacks(module)
+
+
 def _chosen(kinds: Sequence[int], listed: bool, once_will_do: bool = False) -> tuple[int, ...]:
     """The shortest beginning in which every kind is, twice if that is not long; or some of each kind."""
     firsts = [kinds.index(kind) + 1 for kind in {*kinds}]
@@ -147,7 +161,7 @@ def _chosen(kinds: Sequence[int], listed: bool, once_will_do: bool = False) -> t
     once = max(group[0] for group in shown) + 1
     enough = max(FEWEST, twice if twice <= COMFORTABLE else min(once, MOST))
     if listed:
-        times = 2 if len(places) <= COMFORTABLE // 2 else 1
+        times = 2 if len(places) <= COMFORTABLE // 2 and not once_will_do else 1
         some = [at for group in places for at in group[:times]]
         rest = [at for at in range(len(kinds)) if at not in some]
         some = sorted([*some, *rest[: FEWEST - len(some)]]) if len(some) < FEWEST else sorted(some)
@@ -166,7 +180,7 @@ def layers_of_twin(small: Sequence[nn.Module], large: Sequence[nn.Module]) -> tu
     signatures = [block_signature(block) for block in small]
     wanted = [block_signature(block) for block in large]
     kinds = layer_kinds(large)
-    options = [tuple(range(len(small))), _chosen(kinds, True)]
+    options = [tuple(range(len(small))), _chosen(kinds, True), _chosen(kinds, True, True)]
     options += [_before_and_after([kinds], part) for part in range(1, len(large))]
     for option in options:
         if len(option) == len(small) and [wanted[at] for at in option if at < len(wanted)] == signatures:
@@ -189,9 +203,11 @@ def _signature(block: nn.Module, *, sizes: bool) -> Hashable:
             continue
         shapes = tuple(
             (entry, tuple(parameter.shape) if sizes else parameter.dim())
-            for entry, parameter in module.named_parameters(recurse=False)
+            for entry, parameter in module._parameters.items()
+            if parameter is not None
         )
-        parts.append((name, type(module).__name__, _switches(module), shapes))
+        count = len(module._modules) if sizes else None
+        parts.append((name, type(module).__name__, _switches(module), shapes, count))
     return tuple(parts)
 
 
@@ -202,21 +218,34 @@ def _without_adapters(block: nn.Module, prefix: str = "") -> list[tuple[str, nn.
     found = [(prefix, block)]
     if _is_linear(block):  # packed weights are a part of it in some
         return found
-    for name, child in block._modules.items():
-        if child is not None:
-            found += _without_adapters(child, f"{prefix}.{name}" if prefix else name)
+    children = ((name, child) for name, child in block._modules.items() if child is not None)
+    for name, child in _one_of_each(children) if isinstance(block, _OF_MANY) else children:
+        found += _without_adapters(child, f"{prefix}.{name}" if prefix else name)
     return found
+
+
+_OF_MANY = (nn.ModuleList, nn.ModuleDict)
+"""What holds experts and the like, of which a small model has fewer."""
+
+
+def _one_of_each(modules: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """The first module of each kind, with its name."""
+    kinds: dict[Hashable, tuple[str, nn.Module]] = {}
+    for name, module in modules:
+        kinds.setdefault(_signature(module, sizes=True), (name, module))
+    return list(kinds.values())
 
 
 def _switches(module: nn.Module) -> Hashable:
     """Settings of a module that choose what it does: words, truth values, and what is set at all."""
-    return tuple(
+    settings = [
         (name, value if isinstance(value, (bool, str)) else value is None)
-        for name, value in sorted(vars(module).items())
-        if not name.startswith("_")
+        for name, value in vars(module).items()
+        if name[0] != "_"
         and name != "training"
-        and isinstance(value, (bool, str, type(None), int, float))
-    )
+        and (value is None or isinstance(value, (bool, str, int, float)))
+    ]
+    return tuple(sorted(settings))
 
 
 def _is_linear(module: nn.Module) -> bool:

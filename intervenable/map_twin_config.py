@@ -153,8 +153,10 @@ class _Shrinking:
             given = {name: value for name, value in given.items() if _is_stated(fields.get(name), value)}
         small = cls(**given)
         for name, value in values.items():
-            # Some configs give linear attention the heads of the other, whatever they are told.
-            if (name not in given and not hasattr(small, name)) or ROLE_OF.get(name) in _LINEAR:
+            # Some configs give linear attention the heads of the other, whatever they are told, or work out anew
+            # how often a layer has experts.
+            worked_out = ROLE_OF.get(name) in _LINEAR or name.endswith("_sparse_step")
+            if (name not in given and not hasattr(small, name)) or worked_out:
                 setattr(small, name, value)
         own = {
             at: {name: self._small(name, value, part) for name, value in overrides[layer].items()}

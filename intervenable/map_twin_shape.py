@@ -32,7 +32,7 @@ class TwinShape:
     mlp: int = 48
     """Width of the widest MLP."""
 
-    most_columns: int = 2048
+    most_columns: int = 512
     """Columns of all heads together from which on they become narrow even where their width is stated apart."""
 
     heads_divide: bool = False
