@@ -23,7 +23,8 @@ ROLES: Mapping[str, str] = {
         block_ff_dim conv_mlp_size projector_hidden_size ff_dim""",
     "layers": """num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers num_blocks
         num_layers_per_stack encoder_layers num_encoder_layers depth conf_num_hidden_layers num_global_layers
-        vision_depth speech_encoder_layers audio_depth num_hidden_groups""",
+        vision_depth speech_encoder_layers audio_depth num_hidden_groups layers encoder_num_hidden_layers
+        decoder_num_hidden_layers l_layers x_layers r_layers""",
     "experts": "num_experts n_routed_experts num_local_experts moe_num_experts",
     "chosen_experts": """num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k top_k_experts
         n_activated_experts""",

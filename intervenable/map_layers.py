@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import cache
 
@@ -105,7 +106,11 @@ def layers_shown(model: nn.Module, *, even: bool = False) -> Shown:
         model: The model that has the stacks; of several stacks of one length the most demanding counts.
         even: Whether all stacks get as many layers.
     """
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    lists = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and any(len(block._modules) for block in module)
+    ]
     known: dict[tuple[int, int, bool], tuple[int, ...]] = {}
     config = config_of(model)
     counts = (first_number(part, HEADS) for part in parts_of(config)) if is_config(config) else ()
@@ -239,13 +244,18 @@ def _one_of_each(modules: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, nn
 def _switches(module: nn.Module) -> Hashable:
     """Settings of a module that choose what it does: words, truth values, and what is set at all."""
     settings = [
-        (name, value if isinstance(value, (bool, str)) else value is None)
+        (name, _without_layer(value) if isinstance(value, (bool, str)) else value is None)
         for name, value in vars(module).items()
         if name[0] != "_"
         and name != "training"
         and (value is None or isinstance(value, (bool, str, int, float)))
     ]
     return tuple(sorted(settings))
+
+
+def _without_layer(value: bool | str) -> bool | str:
+    """A setting without the number of a layer at its end, as in the key by which a cache is asked."""
+    return re.sub(r"[._]\d+$", "", value) if isinstance(value, str) else value
 
 
 def _is_linear(module: nn.Module) -> bool:
