@@ -285,6 +285,11 @@ def elementwise(bench: Bench, swaps: Swaps) -> Judge:
                 right = off <= limit < change
                 if right or word.endswith("mlp_pre_activation"):  # a norm may lie before the last matrix
                     yield Finding(word, "elementwise", layer, right, off, limit, why)
+                    if not right:  # either may be elsewhere
+                        yield Finding(name, "elementwise", layer, right, off, limit, why)
+                elif change <= limit:
+                    why = f"it follows from {word}"
+                    yield Finding(name, "elementwise", layer, False, change, limit, why)
 
     return judge
 

@@ -257,13 +257,15 @@ def _residual_of(bench: Bench, traced: Trace, prefix: str, layer: int | None) ->
         return
     limit = limit_of(end.dtype)
     streams = _normed([_Stream(start)], calls)
+    added_to: dict[str, list[_Stream]] = {}
     pending = list(added)
     # Any order: attention before the MLP in most, beside it in some.
     while pending:
         for position, (name, value) in enumerate(pending):
-            sums = [_Stream(stream.value + value, stream.added | {name}) for stream in streams]
-            known = [total for total in sums if _is_seen(total.value, calls, end, limit)]
+            before = [stream for stream in streams if _is_seen(stream.value + value, calls, end, limit)]
+            known = [_Stream(stream.value + value, stream.added | {name}) for stream in before]
             if known:
+                added_to[name] = before
                 yield Finding(name, "residual", layer, True, 0.0, limit, "the stream and this is a stream")
                 streams = _normed([*known, *streams], calls)
                 pending.pop(position)
@@ -289,6 +291,10 @@ def _residual_of(bench: Bench, traced: Trace, prefix: str, layer: int | None) ->
         middle = seen.get((name, layer))
         if middle is not None and COMPONENTS[name].prefix == one:
             possible = _between(streams, [added_name for added_name, _ in added], one)
+            after = (named("attention_contribution", "cross"), named("mlp_contribution", prefix))
+            follows = next((added_to[name] for name in after[one != "decoder" :] if name in added_to), [])
+            # Of a sum and what a norm makes of it, it is the one that the next part is added to.
+            possible = [x for x in possible if any(x is stream for stream in follows)] or possible
             off = min((deviation(middle, stream.value) for stream in possible), default=math.inf)
             why = "the stream and what attention adds"
             yield Finding(name, "residual", layer, off <= limit, off, limit, why)

@@ -20,6 +20,7 @@ from intervenable.map_arguments import check_runs, inputs_in, model_in
 from intervenable.map_inputs import example_inputs as made_inputs
 from intervenable.map_laws import ADDED, LAWS, TELLS_NOTHING, Finding, deviation, limit_of
 from intervenable.map_laws_banded import roles
+from intervenable.map_laws_branches import branches
 from intervenable.map_laws_ends import ends, entered, lookup, single_layers
 from intervenable.map_laws_experts import chosen, numbered, weighs
 from intervenable.map_laws_focus import groups_about, with_what_they_are_made_from
@@ -151,12 +152,13 @@ def _findings(bench: Bench, output: Tensor, asked: frozenset[str] | None) -> lis
     ]
     judges += [roles(bench, swaps), heads(bench), shares(bench), affine(bench), straight(bench, traced)]
     judges += [mixes(bench), about(bench), attends(bench), followed(bench), chosen(bench), weighs(bench)]
+    whole = branches(bench, swaps)
     if asked is not None:
         bench.groups = groups_about(bench.groups, asked)
     bench.run()
+    plain = plain_findings(bench, traced, output, asked)
     found = [finding for judge in judges for finding in judge()]
-    found += _identity(bench, output, asked)
-    return plain_findings(bench, traced, output, asked) + found
+    return [*plain, *found, *whole(plain), *_identity(bench, output, asked)]
 
 
 def plain_findings(

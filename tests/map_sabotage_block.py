@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from intervenable.map_layer_calls import call_of_parts, put_in
@@ -68,10 +69,18 @@ def path_from(block: str, path: str) -> str:
 
 
 def numbers_of(traced: Trace, block: str, site: Site) -> Tensor | None:
-    """What a site of a block had in a pass; None of what no module is given or hands over."""
+    """What a site of a block had in a pass; None of what a function is given."""
     path = path_from(block, site.path)
     call = next(iter(traced.of(path)), None)
-    return None if call is None or site.function is not None else call.tensor_at(site.side, site.slot)
+    if call is None or (site.weight is not None and site.side == "input"):
+        return None
+    if site.function is None:
+        return call.tensor_at(site.side, site.slot)
+    met = [one for one in call.met_inside() if one.name == site.function]
+    if site.weight is not None:
+        weight = dict(call.module.named_parameters()).get(site.weight)
+        met = [one for one in met if any(weight is not None and torch.equal(x, weight) for x in one.given)]
+    return met[site.nth].returned if site.nth < len(met) else None
 
 
 class Block:
