@@ -22,6 +22,7 @@ from intervenable.unwrapping import unwrapped
 SHAPES = (
     TwinShape(),
     TwinShape(first_layers=True),
+    TwinShape(stages=1),
     TwinShape(narrow=16),
     TwinShape(stated_fields_alone=True),
     TwinShape(window=64),

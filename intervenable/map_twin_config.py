@@ -271,6 +271,10 @@ class _Shrinking:
         numbers = bool(value) and all(map(is_number, value))
         if numbers and name == "image_size":
             return [min(side, _MOST[name]) for side in value]
+        if numbers and name == "conv_dim":
+            return [min(channels, _MOST["num_filters"]) for channels in value]
+        if numbers and name.endswith("hidden_sizes") and not any(size % self._shape.stages for size in value):
+            return [size // self._shape.stages for size in value]
         if part.layers and len(value) == part.layers:
             return [self._small(name, value[layer], part) for layer in part.shown]
         if name == "attention_types":  # pairs: kinds of layers in turn, and how often

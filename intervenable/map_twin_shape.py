@@ -35,6 +35,9 @@ class TwinShape:
     most_columns: int = 512
     """Columns of all heads together from which on they become narrow even where their width is stated apart."""
 
+    stages: int = 4
+    """By how much the widths of stages become narrower, where towers have several."""
+
     heads_divide: bool = False
     """Whether the hidden size stays a multiple of the number of heads where it need not be."""
 
