@@ -1,4 +1,4 @@
-"""The law of branches: what a branch of a block is given reaches the stream through what it returns, and not past it."""
+"""The law of branches: what a branch of a block is given reaches the stream through what it returns alone."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from intervenable.map_arguments import check_runs, inputs_in, model_in
 from intervenable.map_inputs import example_inputs as made_inputs
 from intervenable.map_laws import ADDED, LAWS, TELLS_NOTHING, Finding, deviation, limit_of
 from intervenable.map_laws_banded import roles
-from intervenable.map_laws_branches import branches
+from intervenable.map_laws_branches import BRANCHES, branches
 from intervenable.map_laws_ends import ends, entered, lookup, single_layers
 from intervenable.map_laws_experts import chosen, numbered, weighs
 from intervenable.map_laws_focus import groups_about, with_what_they_are_made_from
@@ -175,7 +175,8 @@ def plain_findings(
     found = [*bound(bench, traced), *numbered(bench)]
     for law in (once, layout, chain, apart, reads, projects, rows, weighted, projection, norm):
         found += law(bench, traced)
-    if asked is None or any(COMPONENTS[name].word in (*ADDED, "block_mid") for name in asked):
+    summed = (*ADDED, *BRANCHES.values(), "block_mid")
+    if asked is None or any(COMPONENTS[name].word in summed for name in asked):
         found += residual(bench, traced)
     return [*found, *given_to_experts(bench, traced), *logits(bench, traced, output)]
 

@@ -97,7 +97,9 @@ OF_KEYS = (
 _WORDS: Mapping[str, Component] = {
     "embedding_output": Component("[b, s, D]", "output of the token embedding", scope="model"),
     "block_input": Component("[b, s, D]", "residual stream entering the block"),
-    "block_mid": Component("[b, s, D]", "residual stream after attention is added (sequential blocks)"),
+    "block_mid": Component(
+        "[b, s, D]", "residual stream after attention, to which the MLP is added (sequential blocks)"
+    ),
     "block_output": Component("[b, s, D]", "residual stream leaving the block"),
     "attention_input": Component("[b, s, D]", "input of the attention module, after its norm"),
     "query_output": Component("[b, s, H*dh]", "query projection, before query norm and rotary"),

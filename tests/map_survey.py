@@ -189,7 +189,7 @@ def _answer(writer: Connection, function: Callable[..., Record], model_type: str
         writer.send(function(model_type, task))
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
-        places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[:-5:-1]]
+        places = [f"{Path(frame.filename).name}:{frame.name}" for frame in frames[:-5:-1]]
         text = f"{type(error).__name__}: {error}"[:500].replace("\n", " ")
         writer.send(f"{text} [{' < '.join(places)}]")
 

@@ -1,0 +1,82 @@
+"""What a branch of a block returns, and where the stream is between two branches: what tells them from others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import tiny_registry
+from map_sabotage_found import proved_map
+
+from intervenable.map_verification import check_map
+
+
+@cache
+def of_type(model_type, task="causal-lm"):
+    made = tiny_registry.build(model_type, task)
+    return made, proved_map(made)
+
+
+def refused(model_type, component, path, side="output", task="causal-lm"):
+    """Why a component is refused that is said to be at another place; nothing, if it is not."""
+    made, right = of_type(model_type, task)
+    site = replace(right.site(component, 1), path=path, side=side)
+    assert site != right.site(component, 1)
+    wrong = replace(right, sites={**right.sites, component: site}, kinds=_without(right.kinds, component))
+    return check_map(made.model, wrong, made.inputs).refused.get(component, "")
+
+
+def _without(kinds, component):
+    return tuple(
+        replace(kind, sites={name: site for name, site in kind.sites.items() if name != component})
+        for kind in kinds
+    )
+
+
+@pytest.mark.parametrize(
+    ("component", "path"),
+    [
+        ("mlp_output", "feed_forward.value"),
+        ("mlp_output", "feed_forward.receptance"),
+        ("mixer_output", "attention.key"),
+        ("mixer_output", "attention.value"),
+    ],
+)
+def test_a_factor_of_what_a_branch_returns_is_not_its_output(component, path):
+    assert refused("rwkv", component, path)
+
+
+def test_an_mlp_whose_stream_goes_through_it_keeps_its_output():
+    made, right = of_type("xlnet")
+    assert right.site("mlp_output").path == "ff.layer_2"
+    assert "mlp_input" in right.absent  # the same tensor is what it is added to
+    found = check_map(made.model, right, made.inputs)
+    assert found.refused == {}
+    # The law has nothing to say where the sum does.
+    assert not [one for one in found.findings if (one.component, one.law) == ("mlp_output", "only")]
+
+
+def test_the_hidden_vector_of_an_mlp_comes_after_its_nonlinearity():
+    reason = refused("xlnet", "mlp_hidden", "ff.layer_1", "input")
+    assert "'elementwise'" in reason
+    assert "it follows from mlp_activation" in reason
+
+
+@pytest.mark.parametrize(
+    ("model_type", "task", "path"),
+    [
+        ("xlnet", "causal-lm", "rel_attn.layer_norm"),
+        ("bert", "masked-lm", "attention.output.LayerNorm"),
+        ("distilbert", "masked-lm", "sa_layer_norm"),
+    ],
+)
+def test_the_stream_between_is_what_the_mlp_is_added_to_and_not_the_sum_before_its_norm(
+    model_type, task, path
+):
+    assert "'residual'" in refused(model_type, "block_mid", path, "input", task)
+
+
+@pytest.mark.parametrize("path", ["mlp.gate_proj", "mlp.down_proj"])
+def test_an_activation_is_what_the_nonlinearity_makes(path):
+    assert refused("llama", "mlp_activation", path)
