@@ -109,7 +109,7 @@ maps-page: $(VENV)/.dev
 # Only the files that need them: the others may need what is not in this environment. A peer that is missing
 # is a failure here, where elsewhere its tests are skipped.
 peers: $(PEERS_VENV)/.peers
-	PEERS=required $(ONE_THREAD) $(PEERS_VENV)/bin/python -m pytest -m peers \
+	PEERS=required $(ONE_THREAD) $(PEERS_VENV)/bin/python -m pytest -n 2 -m peers \
 		$$(grep --files-with-matches pytest.mark.peers tests/test_*.py)
 
 bench: $(PEERS_VENV)/.peers

@@ -109,7 +109,8 @@ def layers_shown(model: nn.Module, *, even: bool = False) -> Shown:
     lists = [
         module
         for module in model.modules()
-        if isinstance(module, nn.ModuleList) and all(any(True for _ in block.parameters()) for block in module)
+        if isinstance(module, nn.ModuleList)
+        and all(any(True for _ in block.parameters()) for block in module)
     ]
     known: dict[tuple[int, int, bool], tuple[int, ...]] = {}
     config = config_of(model)

@@ -74,11 +74,14 @@ def site_at(values: BlockValues, seen: Seen, *, scale: float = 1.0, plus: str | 
 def entry_of(values: BlockValues, core: Call, stream: set[Key]) -> Seen | None:
     """The module that is given what a branch reads, after its norm.
 
-    It is the core itself if that is more than one matrix. Else the way goes back from matrix to matrix, to where the
+    It is the core itself if that has more than one matrix. Else the way goes back from matrix to matrix, to where the
     stream or a norm's output is read, and out again to the largest module that reads it.
     """
     if not is_linear(core.module):
-        return main(core, "input") if core.main_input is not None else None
+        matrices = [call for call in core.inside() if is_linear(call.module)]
+        if len(matrices) != 1 or not _is_given(core, matrices[0]):
+            return main(core, "input") if core.main_input is not None else None
+        core = matrices[0]  # in a wrapper
     key = _start_of(values, core, stream)
     if key is None:
         return None
@@ -100,15 +103,23 @@ def entry_of(values: BlockValues, core: Call, stream: set[Key]) -> Seen | None:
     return found
 
 
+def _is_given(around: Call, inside: Call) -> bool:
+    """Whether a module hands what it is given to one inside it."""
+    outer, inner = around.main_input, inside.main_input
+    return outer is not None and inner is not None and key_of(outer) == key_of(inner)
+
+
 def _start_of(values: BlockValues, core: Call, stream: set[Key]) -> Key | None:
     """The value that the matrices before the last one read: back bit for bit, or by order where a gate is between."""
     assert core.main_input is not None
     key = key_of(core.main_input)
-    for _ in range(12):
+    for step in range(12):
         makers = [seen for seen in values.returned_like(key) if seen.call.left < core.left]
         if key in stream or any(is_norm(seen.call) for seen in makers):
             return key
         if not makers:
+            if step and any(is_linear(seen.call.module) for seen in values.given_like(key)):
+                return key  # a sum that the block makes by itself
             break
         before = makers[0].call.main_input
         if before is None:

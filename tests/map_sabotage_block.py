@@ -70,8 +70,7 @@ def path_from(block: str, path: str) -> str:
 
 def numbers_of(traced: Trace, block: str, site: Site) -> Tensor | None:
     """What a site of a block had in a pass; None of what a function is given."""
-    path = path_from(block, site.path)
-    call = next(iter(traced.of(path)), None)
+    call = next(iter(traced.of(path_from(block, site.path))[site.call or 0 :]), None)
     if call is None or (site.weight is not None and site.side == "input"):
         return None
     if site.function is None:
