@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from intervenable.map_laws import Finding, named
 from intervenable.map_laws_groups import Group, all_have
@@ -27,7 +28,7 @@ def branches(bench: Bench, swaps: Swaps) -> Callable[[Iterable[Finding]], Iterat
     Returns:
         From the findings of a plain pass to those of this law.
     """
-    made: list[tuple[str, str, Group]] = []
+    made: list[tuple[str, str, str, Group]] = []
     for prefix in (*bench.prefixes, "cross"):
         for given, returned in BRANCHES.items():
             name = named(returned, prefix)
@@ -37,11 +38,11 @@ def branches(bench: Bench, swaps: Swaps) -> Callable[[Iterable[Finding]], Iterat
                 continue
             for source in swaps.sources(prefix, [given])[-1:]:
                 group = swaps.swap(prefix, [given], source, ["block_output"], base_at=returned)
-                made.append((name, named("block_output", prefix), group))
+                made.append((named(given, prefix), name, named("block_output", prefix), group))
 
     def judge(plain: Iterable[Finding]) -> Iterator[Finding]:
         sums = {(one.component, one.layer): one.passed for one in plain if one.law == "residual"}
-        for name, block, group in made:
+        for given, name, block, group in made:
             added = name.replace("_output", "_contribution")
             for layer in bench.layers(name):
                 key = (block, layer)
@@ -49,6 +50,9 @@ def branches(bench: Bench, swaps: Swaps) -> Callable[[Iterable[Finding]], Iterat
                     continue
                 if bench.map.site(added, layer) in (None, bench.map.site(name, layer)):
                     why = f"{block} as before, with another input of the branch and this held"
-                    yield near(name, "only", layer, group.seen[key], bench.base.seen[key], why)
+                    found = near(name, "only", layer, group.seen[key], bench.base.seen[key], why)
+                    yield found
+                    if not found.passed:  # either may be elsewhere
+                        yield replace(found, component=given)
 
     return judge
