@@ -54,6 +54,14 @@ LAWS: Mapping[str, str] = {
 TELLS_NOTHING = ("bound", "once", "layout", "projects", "identity", "moves", "causal", "apart")
 """Laws that a place with another meaning keeps as well."""
 
+TELLS_NOTHING_OF: Mapping[str, tuple[str, ...]] = {
+    "value_output": ("only", "heads"),  # no matrix of scores depends on much else, and heads may be wider
+    "expanded_head_value": ("only", "heads"),
+    "mlp_input": ("reads",),  # so is whatever a matrix is multiplied with
+    "router_input": ("reads",),
+}
+"""Laws that other places keep as well as these components do."""
+
 
 class Transfer(NamedTuple):
     """What determines what: with the source's values at `written`, `read` has the source's."""

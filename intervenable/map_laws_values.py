@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from intervenable.attention_bands import BandedMatrix
-from intervenable.map_laws import ADDED, Finding, deviation, limit_of, named
+from intervenable.map_laws import Finding, deviation, limit_of, named
 from intervenable.map_laws_allowances import beside_the_band
+from intervenable.map_laws_residual import calls_between
 from intervenable.map_laws_runs import Bench
+from intervenable.map_modules import has_own_matrix
 from intervenable.map_trace import Call, Trace
 from intervenable.norms import centred
 from model_maps import COMPONENTS, Bands
@@ -65,6 +66,7 @@ def _power_of_two(before: Tensor, after: Tensor) -> float | None:
 def reads(bench: Bench, traced: Trace) -> Iterator[Finding]:
     """What goes into a module that computes is what the first weights in it are multiplied with."""
     words = ("attention_input", "mlp_input", "mixer_input", "router_input")
+    hybrid = _hybrid(bench, traced)
     for (name, layer), site in bench.sites.items():
         known = COMPONENTS[name]
         if known.word not in words or (name, layer) in bench.faults:
@@ -76,17 +78,31 @@ def reads(bench: Bench, traced: Trace) -> Iterator[Finding]:
         right = site.side == "input" and _multiplied(call, given)
         why = "a matrix of weights is multiplied with it"
         yield Finding(name, "reads", layer, right, 0.0 if right else math.inf, 0.0, why)
-        yield from _attends(bench, call, name, layer)
+        yield from _attends(bench, call, name, layer, known.prefix in hybrid)
 
 
-def _attends(bench: Bench, call: Call, name: str, layer: int | None) -> Iterator[Finding]:
+def _hybrid(bench: Bench, traced: Trace) -> set[str]:
+    """Prefixes of the stacks whose layers do not all mix alike; in others names of mixing are a matter of taste."""
+    found = {prefix for prefix in bench.prefixes if bench.layers(named("attention_input", prefix))}
+    ways: dict[str, set[bool]] = {}
+    for (name, _), site in bench.sites.items():
+        call = traced.call_at(site.path, site.call)
+        if COMPONENTS[name].word == "mixer_input" and call is not None:
+            ways.setdefault(COMPONENTS[name].prefix, set()).add(_computes_attention(call))
+    return found | {prefix for prefix, both in ways.items() if len(both) > 1}
+
+
+def _computes_attention(call: Call) -> bool:
+    return any(one.name in ("softmax", "fused") for one in call.met_inside())
+
+
+def _attends(bench: Bench, call: Call, name: str, layer: int | None, hybrid: bool) -> Iterator[Finding]:
     """Attention is computed in the module of attention's components, and in none that is said to mix otherwise."""
     known = COMPONENTS[name]
     kind = known.word.removesuffix("_input")
-    elsewhere = kind == "mixer" and bench.layers(named("attention_input", known.prefix))
-    if kind != "attention" and not elsewhere:  # where all layers mix alike, names are a matter of taste
+    if kind != "attention" and not (kind == "mixer" and hybrid):
         return
-    right = any(one.name in ("softmax", "fused") for one in call.met_inside()) == (kind == "attention")
+    right = _computes_attention(call) == (kind == "attention")
     what = "attention" if kind == "attention" else "no attention"
     for part, why in (("input", "is given it"), ("output", "returns it"), ("contribution", "returns it")):
         other = (named(f"{kind}_{part}", known.prefix), layer)
@@ -107,7 +123,7 @@ def projects(bench: Bench, traced: Trace) -> Iterator[Finding]:
             continue
         product = site.function is not None and (site.function.weight or site.function.name == "linear")
         inside = [*site.module.children()]  # one alone is a linear map in a wrapper
-        linear = _has_matrix(site.module) or (len(inside) == 1 and _has_matrix(inside[0]))
+        linear = has_own_matrix(site.module) or (len(inside) == 1 and has_own_matrix(inside[0]))
         if not linear and COMPONENTS[name].word == "attention_value_output":
             linear = _is_normed_for_a_matrix(traced, site.path)
         right = bool(product) or (site.side == side and linear)
@@ -118,6 +134,24 @@ def projects(bench: Bench, traced: Trace) -> Iterator[Finding]:
             right = not _holds(bench.plainly[name, layer], given)
             why = "another matrix than the one that is given the MLP's input"
             yield Finding(name, "projects", layer, right, 0.0 if right else math.inf, 0.0, why)
+    yield from _outputs_given_to_a_matrix(bench, traced)
+
+
+def _outputs_given_to_a_matrix(bench: Bench, traced: Trace) -> Iterator[Finding]:
+    """What a branch returns goes into no matrix of weights, unless it is what is added to the stream."""
+    for name, layer in bench.sites:
+        known = COMPONENTS[name]
+        if known.word not in ("attention_output", "mixer_output", "mlp_output"):
+            continue
+        added = bench.plainly.get((name.replace("_output", "_contribution"), layer))
+        value = bench.plainly.get((name, layer))
+        if value is None or added is None or (added.shape == value.shape and torch.equal(added, value)):
+            continue
+        calls = calls_between(bench, traced, "decoder" if known.prefix == "cross" else known.prefix, layer)
+        given = (call.main_input for call in calls if has_own_matrix(call.module))
+        if any(one is not None and one.numel() == value.numel() and _holds(one, value) for one in given):
+            why = "no matrix of weights is multiplied with it on its way to the stream"
+            yield Finding(name, "projects", layer, False, math.inf, 0.0, why)
 
 
 def _is_normed_for_a_matrix(traced: Trace, path: str) -> bool:
@@ -128,7 +162,7 @@ def _is_normed_for_a_matrix(traced: Trace, path: str) -> bool:
         made is not None
         and around is not None
         and any(
-            _has_matrix(call.module) and call.main_input is not None and _holds(call.main_input, made)
+            has_own_matrix(call.module) and call.main_input is not None and _holds(call.main_input, made)
             for call in around.inside()
         )
     )
@@ -218,137 +252,6 @@ def projection(bench: Bench, _: Trace) -> Iterator[Finding]:
         yield Finding(name, "projection", layer, off <= limit, off, limit, why)
 
 
-def residual(bench: Bench, traced: Trace) -> Iterator[Finding]:
-    """The stream and what is said to be added are a stream that the model has, in the end the block's output."""
-    for prefix in bench.prefixes:
-        for layer in bench.layers(named("block_output", prefix)):
-            yield from _residual_of(bench, traced, prefix, layer)
-
-
-def _calls_between(bench: Bench, traced: Trace, prefix: str, layer: int | None) -> list[Call]:
-    """All calls from where a block is entered to where it is left, but for that of a block that is both."""
-    sites = (bench.sites[named(word, prefix), layer] for word in ("block_input", "block_output"))
-    first, last = (next(iter(traced.of(site.path)), None) for site in sites)
-    if first is None or last is None:
-        return []
-    if first is last:
-        return list(first.inside())
-    return [call for call in traced.calls if first.entered <= call.entered and call.left <= last.left]
-
-
-def _residual_of(bench: Bench, traced: Trace, prefix: str, layer: int | None) -> Iterator[Finding]:
-    seen = bench.plainly
-    start, end = (
-        seen.get((named("block_input", prefix), layer)),
-        seen.get((named("block_output", prefix), layer)),
-    )
-    if start is None or end is None:
-        return
-    prefixes = (prefix, "cross") if prefix == "decoder" else (prefix,)
-    added: list[tuple[str, Tensor]] = []
-    for word in ADDED:
-        for one in prefixes:
-            name = named(word, one)
-            value = seen.get((name, layer)) if COMPONENTS[name].word == word else None
-            if value is not None and value.shape == start.shape:
-                added.append((name, value))
-    calls = _calls_between(bench, traced, prefix, layer)
-    if not calls:
-        return
-    limit = limit_of(end.dtype)
-    streams = _normed([_Stream(start)], calls)
-    added_to: dict[str, list[_Stream]] = {}
-    pending = list(added)
-    # Any order: attention before the MLP in most, beside it in some.
-    while pending:
-        for position, (name, value) in enumerate(pending):
-            before = [stream for stream in streams if _is_seen(stream.value + value, calls, end, limit)]
-            known = [_Stream(stream.value + value, stream.added | {name}) for stream in before]
-            if known:
-                added_to[name] = before
-                yield Finding(name, "residual", layer, True, 0.0, limit, "the stream and this is a stream")
-                streams = _normed([*known, *streams], calls)
-                pending.pop(position)
-                break
-        else:
-            break
-    if pending:
-        # Several are added at once, beside each other.
-        total = sum((value for _, value in pending), torch.zeros_like(start))
-        best = min(deviation(stream.value + total, end) for stream in streams)
-        for name, _ in pending:
-            yield Finding(
-                name,
-                "residual",
-                layer,
-                best <= limit,
-                best,
-                limit,
-                "the stream and this is the block's output",
-            )
-    for one in prefixes:
-        name = named("block_mid", one)
-        middle = seen.get((name, layer))
-        if middle is not None and COMPONENTS[name].prefix == one:
-            possible = _between(streams, [added_name for added_name, _ in added], one)
-            after = (named("attention_contribution", "cross"), named("mlp_contribution", prefix))
-            follows = next((added_to[name] for name in after[one != "decoder" :] if name in added_to), [])
-            # Of a sum and what a norm makes of it, it is the one that the next part is added to.
-            possible = [x for x in possible if any(x is stream for stream in follows)] or possible
-            off = min((deviation(middle, stream.value) for stream in possible), default=math.inf)
-            why = "the stream and what attention adds"
-            yield Finding(name, "residual", layer, off <= limit, off, limit, why)
-
-
-class _Stream(NamedTuple):
-    """A vector at each position that a block has or makes, and what was added to its input to get it."""
-
-    value: Tensor
-    added: frozenset[str] = frozenset()
-
-
-def _between(streams: Sequence[_Stream], added: Sequence[str], prefix: str) -> list[_Stream]:
-    """The streams to which attention, or what is in its place, has been added and nothing that comes later."""
-    mixing = {named(word, prefix) for word in ("attention_contribution", "mixer_contribution")} & {*added}
-    later = {named("mlp_contribution", prefix)}
-    if prefix != "cross":
-        later |= {named("attention_contribution", "cross")}
-    if not mixing:
-        return [*streams]
-    return [stream for stream in streams if stream.added & mixing and not stream.added & later]
-
-
-def _normed(streams: Sequence[_Stream], calls: Sequence[Call]) -> list[_Stream]:
-    """The streams, and what modules without matrices make of them (norms behind an addition)."""
-    result = list(streams)
-    shaped = streams[0].value
-    for call in calls:
-        if (
-            call.module._modules
-            or _has_matrix(call.module)
-            or call.main_output is None
-            or call.main_input is None
-        ):
-            continue
-        given = _like(call.main_input, shaped)
-        origin = None if given is None else next((x for x in result if _equal(given, x.value)), None)
-        out = _like(call.main_output, shaped)
-        if origin is not None and out is not None and not any(_equal(out, x.value) for x in result):
-            result.append(_Stream(out, origin.added))
-    return result
-
-
-def _is_seen(total: Tensor, calls: Iterable[Call], end: Tensor, limit: float) -> bool:
-    """Whether a sum is the block's output, or what some module in the block is given."""
-    if deviation(total, end) <= limit:
-        return True
-    for call in calls:
-        given = None if call.main_input is None else _like(call.main_input, total)
-        if given is not None and _equal(given, total, limit):
-            return True
-    return False
-
-
 def norm(bench: Bench, _: Trace) -> Iterator[Finding]:
     """The last norm divides what it is given by its scale, and multiplies it with weights."""
     for (name, layer), site in bench.sites.items():
@@ -401,15 +304,10 @@ def _labels(output: Tensor) -> int:
     return 2 if output.dim() == 2 else output.shape[-1]  # the beginning and the end of an answer
 
 
-def _has_matrix(module: nn.Module) -> bool:
-    own: Any = module._parameters.values()
-    return any(value is not None and value.dim() >= 2 for value in own) or hasattr(module, "in_features")
-
-
 def _multiplied(call: Call, given: Tensor) -> bool:
     """Whether a module in a call that has a matrix of weights, or a function of one, is given this very tensor."""
     for one in (call, *call.inside()):
-        if _has_matrix(one.module) and any(
+        if has_own_matrix(one.module) and any(
             _holds(tensor, given) or (tensor.dim() == 3 and _holds(tensor.transpose(0, 1), given))
             for tensor in one.inputs.values()
         ):
@@ -422,15 +320,3 @@ def _multiplied(call: Call, given: Tensor) -> bool:
 
 def _holds(tensor: Tensor, given: Tensor) -> bool:
     return tensor.numel() == given.numel() and bool((tensor.reshape(-1) == given.reshape(-1)).all())
-
-
-def _like(tensor: Tensor, stream: Tensor) -> Tensor | None:
-    if (tensor.dim() == 3 and tensor.shape != stream.shape) and tensor.transpose(0, 1).shape == stream.shape:
-        return tensor.transpose(0, 1)  # positions come first
-    if tensor.dim() == 3 and tensor.shape != stream.shape and tensor.mT.shape == stream.shape:
-        return tensor.mT  # positions come last
-    return tensor.reshape(stream.shape) if tensor.numel() == stream.numel() else None
-
-
-def _equal(found: Tensor, expected: Tensor, limit: float | None = None) -> bool:
-    return deviation(found, expected) <= (limit_of(expected.dtype) if limit is None else limit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,12 @@ def output_slot(outputs: Mapping[Slot, Tensor], slot: Slot) -> Slot:
 def has_matrix(module: nn.Module) -> bool:
     """Whether there is a weight matrix in a module or in its parts."""
     return any(parameter.dim() >= 2 for parameter in module.parameters())
+
+
+def has_own_matrix(module: nn.Module) -> bool:
+    """Whether there is a weight matrix in a module itself, packed ones included."""
+    own: Any = module._parameters.values()
+    return any(value is not None and value.dim() >= 2 for value in own) or hasattr(module, "in_features")
 
 
 def is_linear(module: nn.Module) -> bool:

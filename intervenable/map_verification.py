@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -18,7 +18,16 @@ from intervenable.errors import (
 )
 from intervenable.map_arguments import check_runs, inputs_in, model_in
 from intervenable.map_inputs import example_inputs as made_inputs
-from intervenable.map_laws import ADDED, LAWS, TELLS_NOTHING, Finding, deviation, limit_of
+from intervenable.map_laws import (
+    ADDED,
+    LAWS,
+    TELLS_NOTHING,
+    TELLS_NOTHING_OF,
+    Finding,
+    deviation,
+    limit_of,
+    named,
+)
 from intervenable.map_laws_banded import roles
 from intervenable.map_laws_branches import BRANCHES, branches
 from intervenable.map_laws_ends import ends, entered, lookup, single_layers
@@ -30,6 +39,7 @@ from intervenable.map_laws_linear import affine, straight
 from intervenable.map_laws_order import apart, given_to_experts, order
 from intervenable.map_laws_places import bound, layout, once
 from intervenable.map_laws_reach import about, mixes
+from intervenable.map_laws_residual import residual
 from intervenable.map_laws_runs import Bench
 from intervenable.map_laws_stacks import attends, followed
 from intervenable.map_laws_swaps import Swaps, adds, determines, elementwise, moves, stays
@@ -40,7 +50,6 @@ from intervenable.map_laws_values import (
     projection,
     projects,
     reads,
-    residual,
     rows,
     weighted,
 )
@@ -244,6 +253,7 @@ def _verification(
     names = [name for name in COMPONENTS if name in names]
     refused: dict[str, str] = {}
     partly: dict[str, tuple[tuple[int, ...], str]] = {}
+    broken = {finding.component for finding in findings if not finding.passed}
     for name in names:
         own = [finding for finding in findings if finding.component == name]
         failed = [finding for finding in own if not finding.passed]
@@ -254,7 +264,7 @@ def _verification(
             if placed - bad and None not in bad:
                 partly[name] = (tuple(sorted(layer for layer in bad if layer is not None)), reason)
             refused[name] = reason
-        elif not any(finding.law not in TELLS_NOTHING for finding in own):
+        elif not any(_tells(finding, broken) for finding in own):
             refused[name] = (
                 "none of the laws that tell it from other places could be looked at, as the components that they"
                 f" compare it with are missing; {WAY_OUT}"
@@ -278,6 +288,20 @@ def _verification(
     result = _without(described, bench, refused, partly)
     passed = tuple(name for name in names if name not in refused)
     return Verification(type(bench.model).__name__, tuple(findings), refused, absent, result, passed)
+
+
+def _tells(finding: Finding, broken: Set[str]) -> bool:
+    """Whether a place with another meaning would not have kept the law as well.
+
+    Args:
+        finding: A law that was kept.
+        broken: The components that have broken one: what follows from values is nothing to compare them with then.
+    """
+    known = COMPONENTS[finding.component]
+    if finding.law in TELLS_NOTHING or finding.law in TELLS_NOTHING_OF.get(known.word, ()):
+        return False
+    compared = known.word in ("value_output", "expanded_head_value") and finding.law == "determines"
+    return not compared or named("attention_value_output", known.prefix) not in broken
 
 
 def _reason(failed: Sequence[Finding]) -> str:

@@ -80,7 +80,12 @@ def of_two_layers(model_type: str, task: str = "causal-lm") -> TinyModel:
     """A tiny model of a type whose layers are all of one kind, with two of them."""
     made = build(model_type, task)
     config = copy.deepcopy(made.model.config)
-    config.num_hidden_layers = 2
+    for name in (
+        "num_hidden_layers",
+        "decoder_layers",
+    ):  # of a decoder alone that has the config of two stacks
+        if hasattr(config, name):
+            setattr(config, name, 2)
     if vars(config).get("layer_types"):  # some make it of the number of layers
         config.layer_types = config.layer_types[:2]
     with torch.random.fork_rng():
