@@ -19,6 +19,10 @@ BRANCHES: Mapping[str, str] = {
 """What a branch is given, and what it returns."""
 
 
+OF_EXPERTS = ("router_input", "expert_input")
+"""What parts of an MLP of experts are given: it reaches the stream through what the MLP adds."""
+
+
 def branches(bench: Bench, swaps: Swaps) -> Callable[[Iterable[Finding]], Iterator[Finding]]:
     """With another run's input of a branch and its output held, the block's output stays: it is the whole output.
 
@@ -40,7 +44,26 @@ def branches(bench: Bench, swaps: Swaps) -> Callable[[Iterable[Finding]], Iterat
                 group = swaps.swap(prefix, [given], source, ["block_output"], base_at=returned)
                 made.append((named(given, prefix), name, named("block_output", prefix), group))
 
+    of_experts: list[tuple[str, str, Group]] = []
+    for prefix in bench.prefixes:
+        block, added = named("block_output", prefix), named("mlp_contribution", prefix)
+        for given in (named(word, prefix) for word in OF_EXPERTS):
+            if writable(bench, given) and writable(bench, added):
+                for source in swaps.sources(prefix, [COMPONENTS[given].word]):
+                    words = [COMPONENTS[given].word]
+                    group = swaps.swap(prefix, words, source, ["block_output"], base_at="mlp_contribution")
+                    of_experts.append((given, block, group))
+
     def judge(plain: Iterable[Finding]) -> Iterator[Finding]:
+        for given, block, group in of_experts:
+            for layer in bench.layers(given):
+                if bench.has(given.replace(COMPONENTS[given].word, "mlp_contribution"), layer) and all_have(
+                    (block, layer), group, bench.base
+                ):
+                    why = f"{block} as before, with what the MLP adds held"
+                    yield near(
+                        given, "only", layer, group.seen[block, layer], bench.base.seen[block, layer], why
+                    )
         sums = {(one.component, one.layer): one.passed for one in plain if one.law == "residual"}
         for given, name, block, group in made:
             added = name.replace("_output", "_contribution")

@@ -79,7 +79,7 @@ def entry_of(values: BlockValues, core: Call, stream: set[Key]) -> Seen | None:
     """
     if not is_linear(core.module):
         matrices = [call for call in core.inside() if is_linear(call.module)]
-        if len(matrices) != 1 or not _is_given(core, matrices[0]):
+        if len(matrices) != 1 or not _is_all_of(core, matrices[0]):
             return main(core, "input") if core.main_input is not None else None
         core = matrices[0]  # in a wrapper
     key = _start_of(values, core, stream)
@@ -103,10 +103,10 @@ def entry_of(values: BlockValues, core: Call, stream: set[Key]) -> Seen | None:
     return found
 
 
-def _is_given(around: Call, inside: Call) -> bool:
-    """Whether a module hands what it is given to one inside it."""
-    outer, inner = around.main_input, inside.main_input
-    return outer is not None and inner is not None and key_of(outer) == key_of(inner)
+def _is_all_of(around: Call, inside: Call) -> bool:
+    """Whether a module is given what one inside it is given, and returns what that returns."""
+    pairs = ((around.main_input, inside.main_input), (around.main_output, inside.main_output))
+    return all(one is not None and other is not None and key_of(one) == key_of(other) for one, other in pairs)
 
 
 def _start_of(values: BlockValues, core: Call, stream: set[Key]) -> Key | None:
