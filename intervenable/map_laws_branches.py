@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from intervenable.map_laws import Finding, named
-from intervenable.map_laws_groups import Group, all_have
+from intervenable.map_laws_groups import Group, Key, all_have
 from intervenable.map_laws_runs import Bench
-from intervenable.map_laws_swaps import Swaps, near, writable
+from intervenable.map_laws_swaps import Judge, Swaps, near, writable
 from model_maps import COMPONENTS
 
 BRANCHES: Mapping[str, str] = {
@@ -17,7 +17,6 @@ BRANCHES: Mapping[str, str] = {
     "mlp_input": "mlp_output",
 }
 """What a branch is given, and what it returns."""
-
 
 OF_EXPERTS = ("router_input", "expert_input")
 """What parts of an MLP of experts are given: it reaches the stream through what the MLP adds."""
@@ -44,26 +43,7 @@ def branches(bench: Bench, swaps: Swaps) -> Callable[[Iterable[Finding]], Iterat
                 group = swaps.swap(prefix, [given], source, ["block_output"], base_at=returned)
                 made.append((named(given, prefix), name, named("block_output", prefix), group))
 
-    of_experts: list[tuple[str, str, Group]] = []
-    for prefix in bench.prefixes:
-        block, added = named("block_output", prefix), named("mlp_contribution", prefix)
-        for given in (named(word, prefix) for word in OF_EXPERTS):
-            if writable(bench, given) and writable(bench, added):
-                for source in swaps.sources(prefix, [COMPONENTS[given].word]):
-                    words = [COMPONENTS[given].word]
-                    group = swaps.swap(prefix, words, source, ["block_output"], base_at="mlp_contribution")
-                    of_experts.append((given, block, group))
-
     def judge(plain: Iterable[Finding]) -> Iterator[Finding]:
-        for given, block, group in of_experts:
-            for layer in bench.layers(given):
-                if bench.has(given.replace(COMPONENTS[given].word, "mlp_contribution"), layer) and all_have(
-                    (block, layer), group, bench.base
-                ):
-                    why = f"{block} as before, with what the MLP adds held"
-                    yield near(
-                        given, "only", layer, group.seen[block, layer], bench.base.seen[block, layer], why
-                    )
         sums = {(one.component, one.layer): one.passed for one in plain if one.law == "residual"}
         for given, name, block, group in made:
             added = name.replace("_output", "_contribution")
@@ -77,5 +57,28 @@ def branches(bench: Bench, swaps: Swaps) -> Callable[[Iterable[Finding]], Iterat
                     yield found
                     if not found.passed:  # either may be elsewhere
                         yield replace(found, component=given)
+
+    return judge
+
+
+def within(bench: Bench, swaps: Swaps) -> Judge:
+    """With another run's values given to router or experts and what the MLP adds held, the block's output stays."""
+    made: list[tuple[str, Key, Key, Group]] = []
+    for prefix in bench.prefixes:
+        block, added = named("block_output", prefix), named("mlp_contribution", prefix)
+        for word in OF_EXPERTS:
+            given = named(word, prefix)
+            if not (writable(bench, given) and writable(bench, added)):
+                continue
+            for source in swaps.sources(prefix, [word]):
+                group = swaps.swap(prefix, [word], source, ["block_output"], base_at="mlp_contribution")
+                made += [(given, (block, layer), (added, layer), group) for layer in bench.layers(given)]
+
+    def judge() -> Iterator[Finding]:
+        for given, block, added, group in made:
+            if bench.has(given, block[1]) and bench.has(*added) and all_have(block, group, bench.base):
+                found, expected = group.seen[block], bench.base.seen[block]
+                why = f"{block[0]} as before, with what the MLP adds held"
+                yield near(given, "only", block[1], found, expected, why)
 
     return judge

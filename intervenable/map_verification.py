@@ -29,7 +29,7 @@ from intervenable.map_laws import (
     named,
 )
 from intervenable.map_laws_banded import roles
-from intervenable.map_laws_branches import BRANCHES, branches
+from intervenable.map_laws_branches import BRANCHES, branches, within
 from intervenable.map_laws_ends import ends, entered, lookup, single_layers
 from intervenable.map_laws_experts import chosen, numbered, weighs
 from intervenable.map_laws_focus import groups_about, with_what_they_are_made_from
@@ -157,7 +157,19 @@ def _findings(bench: Bench, output: Tensor, asked: frozenset[str] | None) -> lis
     swaps = Swaps(bench)
     judges = [
         law(bench, swaps)
-        for law in (determines, stays, adds, elementwise, moves, ends, entered, order, single_layers, lookup)
+        for law in (
+            determines,
+            stays,
+            adds,
+            elementwise,
+            moves,
+            within,
+            ends,
+            entered,
+            order,
+            single_layers,
+            lookup,
+        )
     ]
     judges += [roles(bench, swaps), heads(bench), shares(bench), affine(bench), straight(bench, traced)]
     judges += [mixes(bench), about(bench), attends(bench), followed(bench), chosen(bench), weighs(bench)]

@@ -80,3 +80,15 @@ def test_the_stream_between_is_what_the_mlp_is_added_to_and_not_the_sum_before_i
 @pytest.mark.parametrize("path", ["mlp.gate_proj", "mlp.down_proj"])
 def test_an_activation_is_what_the_nonlinearity_makes(path):
     assert refused("llama", "mlp_activation", path)
+
+
+@pytest.mark.parametrize(("side", "told"), [("output", ""), ("input", "with what the MLP adds held")])
+def test_a_router_reaches_the_stream_through_its_mlp_alone(side, told):
+    made, right = of_type("flex_olmo")
+    found = check_map(made.model, right, made.inputs)
+    assert any((one.component, one.law) == ("router_input", "only") for one in found.findings)
+    reason = refused(
+        "flex_olmo", "router_input", "", side
+    )  # the block's input is multiplied with weights as well
+    assert reason
+    assert told in reason
