@@ -89,9 +89,9 @@ def _residual_of(bench: Bench, traced: Trace, prefix: str, layer: int | None) ->
         middle = seen.get((name, layer))
         if middle is not None and COMPONENTS[name].prefix == one:
             possible = _between(streams, [added_name for added_name, _ in added], one)
-            after = (named("attention_contribution", "cross"), named("mlp_contribution", prefix))
-            follows = next((added_to[name] for name in after[one != "decoder" :] if name in added_to), [])
-            # Of a sum and what a norm makes of it, it is the one that the next part is added to.
+            own = {named("attention_contribution", one), named("mixer_contribution", one)}
+            follows = [stream for name, found in added_to.items() if name not in own for stream in found]
+            # Of a sum and what a norm makes of it, it is the one that a next part is added to.
             possible = [x for x in possible if any(x is stream for stream in follows)] or possible
             off = min((deviation(middle, stream.value) for stream in possible), default=math.inf)
             why = "the stream and what attention adds"

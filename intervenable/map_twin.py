@@ -23,6 +23,7 @@ SHAPES = (
     TwinShape(),
     TwinShape(first_layers=True),
     TwinShape(stages=1),
+    TwinShape(most_columns=2048),
     TwinShape(narrow=16),
     TwinShape(stated_fields_alone=True),
     TwinShape(window=64),
