@@ -24,9 +24,12 @@ def residual(bench: Bench, traced: Trace) -> Iterator[Finding]:
 
 
 def calls_between(bench: Bench, traced: Trace, prefix: str, layer: int | None) -> list[Call]:
-    """All calls from where a block is entered to where it is left, but for that of a block that is both."""
-    sites = (bench.sites[named(word, prefix), layer] for word in ("block_input", "block_output"))
-    first, last = (next(iter(traced.of(site.path)), None) for site in sites)
+    """All calls from where a block is entered to where it is left, but for that of a block that is both.
+
+    None, if the map does not say where that is.
+    """
+    sites = (bench.sites.get((named(word, prefix), layer)) for word in ("block_input", "block_output"))
+    first, last = (None if site is None else next(iter(traced.of(site.path)), None) for site in sites)
     if first is None or last is None:
         return []
     if first is last:
@@ -90,7 +93,7 @@ def _residual_of(bench: Bench, traced: Trace, prefix: str, layer: int | None) ->
         if middle is not None and COMPONENTS[name].prefix == one:
             possible = _between(streams, [added_name for added_name, _ in added], one)
             own = {named("attention_contribution", one), named("mixer_contribution", one)}
-            follows = [stream for name, found in added_to.items() if name not in own for stream in found]
+            follows = [stream for other, found in added_to.items() if other not in own for stream in found]
             # Of a sum and what a norm makes of it, it is the one that a next part is added to.
             possible = [x for x in possible if any(x is stream for stream in follows)] or possible
             off = min((deviation(middle, stream.value) for stream in possible), default=math.inf)

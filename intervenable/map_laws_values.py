@@ -149,7 +149,7 @@ def _outputs_given_to_a_matrix(bench: Bench, traced: Trace) -> Iterator[Finding]
             continue
         calls = calls_between(bench, traced, "decoder" if known.prefix == "cross" else known.prefix, layer)
         given = (call.main_input for call in calls if has_own_matrix(call.module))
-        if any(one is not None and one.numel() == value.numel() and _holds(one, value) for one in given):
+        if any(one is not None and _holds(one, value) for one in given):
             why = "no matrix of weights is multiplied with it on its way to the stream"
             yield Finding(name, "projects", layer, False, math.inf, 0.0, why)
 

@@ -92,3 +92,11 @@ def test_a_router_reaches_the_stream_through_its_mlp_alone(side, told):
     )  # the block's input is multiplied with weights as well
     assert reason
     assert told in reason
+
+
+def test_a_map_that_does_not_say_where_blocks_begin_is_looked_at_all_the_same():
+    made, right = of_type("gemma2")
+    words = ("block_output", "attention_output", "attention_contribution", "mlp_output", "mlp_contribution")
+    described = replace(right, sites={word: right.sites[word] for word in words})
+    found = check_map(made.model, described, made.inputs)
+    assert {*words} <= {*found.components, *found.refused}
