@@ -135,6 +135,87 @@ PUBLISHED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "intermediate_size": 4096,
         },
     ),
+    "Qwen2-VL 7B": (
+        "Qwen2VLForConditionalGeneration",
+        {
+            "text_config": {
+                "hidden_size": 3584,
+                "num_attention_heads": 28,
+                "num_key_value_heads": 4,
+                "num_hidden_layers": 28,
+                "intermediate_size": 18944,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 1000000.0,
+                    "mrope_section": [16, 24, 24],
+                },
+            },
+            "vision_config": {"hidden_size": 3584, "embed_dim": 1280, "depth": 32, "num_heads": 16},
+        },
+    ),
+    "GLM-4.1V 9B": (
+        "Glm4vForConditionalGeneration",
+        {
+            "text_config": {
+                "hidden_size": 4096,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 2,
+                "num_hidden_layers": 40,
+                "intermediate_size": 13696,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 500000.0,
+                    "mrope_section": [8, 12, 12],
+                    "partial_rotary_factor": 0.5,
+                },
+            }
+        },
+    ),
+    "BLIP-2 2.7B": (
+        "Blip2ForConditionalGeneration",
+        {
+            "text_config": {
+                "model_type": "opt",
+                "hidden_size": 2560,
+                "num_attention_heads": 32,
+                "num_hidden_layers": 32,
+                "ffn_dim": 10240,
+                "word_embed_proj_dim": 2560,
+            },
+            "image_token_index": 50265,
+            "num_query_tokens": 32,
+        },
+    ),
+    "Granite 4 H small": (
+        "GraniteMoeHybridForCausalLM",
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 1536,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "num_hidden_layers": 40,
+            "num_local_experts": 72,
+            "num_experts_per_tok": 10,
+            "shared_intermediate_size": 1536,
+            "layer_types": ["attention" if layer % 10 == 5 else "mamba" for layer in range(40)],
+            "mamba_n_heads": 128,
+            "mamba_d_head": 64,
+            "mamba_d_state": 128,
+            "position_embedding_type": "nope",
+        },
+    ),
+    "Swin large": (
+        "SwinForImageClassification",
+        {
+            "embed_dim": 192,
+            "depths": [2, 2, 18, 2],
+            "num_heads": [6, 12, 24, 48],
+            "window_size": 12,
+            "image_size": 384,
+        },
+    ),
+    "CLAP": ("ClapModel", {}),
+    "SAM base": ("SamModel", {}),
 }
 """Class and the fields of their configs in which they differ from its defaults."""
 

@@ -13,18 +13,21 @@ ROLES: Mapping[str, str] = {
         encoder_hidden_size hidden_channels text_embed_dim projection_dim hidden_size_global vision_hidden_size
         vq_embed_dim ple_embed_dim out_hidden_size vision_output_dim projector_input_dim projector_output_dim
         cross_attention_hidden_size conv_dim_out decoder_input_dim pooler_hidden_size text_hidden_size
-        image_feature_size d_embed feature_size output_dim
+        image_feature_size d_embed feature_size output_dim num_pos_feats upsample_groups
+        vit_dim patch_embeds_hidden_size pred_hidden_size pooler_output_size d_latents
         coordinate_size shape_size""",
     "mlp": """intermediate_size ffn_dim ffn_hidden_size d_ff dff dim_ff decoder_ffn_dim encoder_ffn_dim d_inner
         feed_forward_size mlp_dim n_inner moe_intermediate_size shared_expert_intermediate_size
         expert_ffn_hidden_size intermediate_size_mlp shared_intermediate_size dense_intermediate_size
         moe_shared_expert_intermediate_size shared_experts_intermediate_size speech_encoder_intermediate_size
         text_config_intermediate_size bottleneck_dim intermediate_ff_dim hidden_mlp_size
-        block_ff_dim conv_mlp_size projector_hidden_size ff_dim""",
+        block_ff_dim conv_mlp_size projector_hidden_size ff_dim
+        alignment_intermediate_size projection_hidden_dim""",
     "layers": """num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers num_blocks
         num_layers_per_stack encoder_layers num_encoder_layers depth conf_num_hidden_layers num_global_layers
         vision_depth speech_encoder_layers audio_depth num_hidden_groups layers encoder_num_hidden_layers
-        decoder_num_hidden_layers l_layers x_layers r_layers""",
+        decoder_num_hidden_layers l_layers x_layers r_layers num_spatial_layers num_temporal_layers
+        pred_num_hidden_layers num_self_attends_per_block""",
     "experts": "num_experts n_routed_experts num_local_experts moe_num_experts",
     "chosen_experts": """num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k top_k_experts
         n_activated_experts""",
@@ -39,6 +42,9 @@ ROLES: Mapping[str, str] = {
         global_block_size""",
     "latent": "q_lora_rank kv_lora_rank o_lora_rank swa_q_lora_rank swa_kv_lora_rank",
 }
+WIDTHS_OF_STAGES = ("hidden_sizes", "_channels", "_channel_list", "embed_dim", "_dim_per_stage")
+"""How names of lists end that have the width of each stage of a tower."""
+
 LATENT_WIDTHS = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 ROLE_OF = {
     **{name: role for role, names in ROLES.items() for name in names.split()},

@@ -34,7 +34,10 @@ NOISE_SEED = 20
 MOST_LOGITS = 40_000_000
 """Entries of logits that one pass may have."""
 
-MOST_ENTRIES = 250_000
+MOST_INPUTS = 4_000_000
+"""Numbers that a pass may be given: of clips and pictures, few are looked at at a time."""
+
+MOST_ENTRIES = 100_000
 """Entries that one place may have in a pass: with many heads, few experiments at few places are made at a time."""
 
 
@@ -283,7 +286,9 @@ class Bench:
     def _room(self) -> int:
         ids = next((v for v in self.inputs.values() if isinstance(v, Tensor) and v.dim() >= 2), None)
         tokens = self.rows if ids is None else self.rows * ids.shape[1]
-        return max(8, MOST_LOGITS // max(1, tokens * (self.places.sizes.vocabulary or 1)))
+        logits = tokens * (self.places.sizes.vocabulary or 1)
+        given = sum(value.numel() for value in self.inputs.values() if isinstance(value, Tensor))
+        return max(8, min(MOST_LOGITS // max(1, logits), MOST_INPUTS // max(1, given)))
 
     def _pass(self, groups: list[Group]) -> None:
         for index, group in enumerate(groups):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 
 from torch import nn
@@ -201,7 +203,30 @@ def _before_and_after(stacks: Sequence[Sequence[int]], sharing_from: int) -> tup
     return (*before, *(sharing_from + at for at in after))
 
 
+_Known = dict[tuple[nn.Module, bool], Hashable]
+_KNOWN: ContextVar[_Known | None] = ContextVar("known signatures", default=None)
+
+
+@contextmanager
+def models_that_stay() -> Iterator[None]:
+    """Within, the modules of models are taken to stay as they are: each block is looked at once."""
+    token = _KNOWN.set({})
+    try:
+        yield
+    finally:
+        _KNOWN.reset(token)
+
+
 def _signature(block: nn.Module, *, sizes: bool) -> Hashable:
+    known = _KNOWN.get()
+    if known is None:
+        return _read_signature(block, sizes=sizes)
+    if (block, sizes) not in known:
+        known[block, sizes] = _read_signature(block, sizes=sizes)
+    return known[block, sizes]
+
+
+def _read_signature(block: nn.Module, *, sizes: bool) -> Hashable:
     parts: list[Hashable] = []
     for name, module in _without_adapters(block):
         if not sizes and _is_linear(module):
@@ -260,4 +285,9 @@ def _without_layer(value: bool | str) -> bool | str:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return (hasattr(module, "in_features") and hasattr(module, "out_features")) or hasattr(module, "nf")
+    return _states(module, "in_features") and _states(module, "out_features") or _states(module, "nf")
+
+
+def _states(module: nn.Module, name: str) -> bool:
+    # Asking the module itself would look through its parameters and submodules, too, for each that it lacks.
+    return name in vars(module) or hasattr(type(module), name)

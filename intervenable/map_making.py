@@ -13,6 +13,7 @@ from intervenable.map_cache import KeptMap, keep, look_up, note
 from intervenable.map_fitting import fitted
 from intervenable.map_inference import infer_map
 from intervenable.map_inputs import example_inputs
+from intervenable.map_layers import models_that_stay
 from intervenable.map_towers import with_towers
 from intervenable.map_twin import twin_of
 from intervenable.map_verification import check_map
@@ -75,10 +76,11 @@ def _made(model: nn.Module) -> ModelMap:
     try:
         if not _has_config(model):
             return proved_map(model, example_inputs(model))
-        with torch.inference_mode(False):
-            twin = twin_of(model)
-        record = with_towers(twin, proved_map(twin, example_inputs(twin)), proved_map)
-        return fitted(record, twin, model)
+        with models_that_stay():
+            with torch.inference_mode(False):
+                twin = twin_of(model)
+            record = with_towers(twin, proved_map(twin, example_inputs(twin)), proved_map)
+            return fitted(record, twin, model)
     except Exception as error:  # whatever the code of a model that we know nothing of may raise
         why = str(error) if isinstance(error, IntervenableError) else f"{type(error).__name__}: {error}"
         raise UnmappedModelError(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intervenable.errors import IntervenableError, UnsupportedModelError
+from intervenable.errors import InputError, IntervenableError, UnsupportedModelError
 from intervenable.map_inputs import example_inputs
 from intervenable.map_layers import block_signature, layers_shown
 from intervenable.map_twin_config import small_config
@@ -78,6 +78,9 @@ def twin_of(model: nn.Module, *, seed: int = 0) -> nn.Module:
                 break
             try:
                 twin = _twin(inner, config, shape, seed)
+            except InputError as fault:  # of its signature, whatever its shape
+                faults.append(fault)
+                break
             except Exception as fault:
                 faults.append(fault)
                 continue
@@ -106,7 +109,7 @@ def _has_all_kinds(twin: nn.Module, model: nn.Module) -> bool:
 
 
 def _twin(model: nn.Module, config: Any, shape: TwinShape, seed: int) -> nn.Module:
-    small = small_config(config, shape, layers_shown(model, even=shape.even_stacks))
+    small = small_config(config, shape, layers_shown(model, even=shape.even_stacks), _sections(model))
     cls: Any = type(model)
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in cls(copy.deepcopy(small)).parameters())
@@ -132,6 +135,12 @@ def _twin(model: nn.Module, config: Any, shape: TwinShape, seed: int) -> nn.Modu
     finally:
         torch.set_default_dtype(usual)
     return made
+
+
+def _sections(model: nn.Module) -> list[int] | None:
+    """How the model shares its rotation out among axes of positions, as its modules keep it."""
+    kept = (getattr(module, "mrope_section", None) for module in model.modules())
+    return next((list(sections) for sections in kept if isinstance(sections, (list, tuple))), None)
 
 
 def _can_pad(model: nn.Module) -> bool:

@@ -18,7 +18,9 @@ from typing import Any
 from intervenable.map_config_fields import (
     ROLE_OF,
     ROLES,
+    WIDTHS_OF_STAGES,
     field_of,
+    first_number,
     is_config,
     is_number,
     layer_overrides,
@@ -32,6 +34,13 @@ FIRST_SPECIAL = 100
 """Ids of special tokens from here on are given out anew, from here on."""
 
 _WIDTHS_BY_HEAD = ("rotary_dim", "query_pre_attn_scalar")
+_WIDTHS_OF_STREAMS = ("_hidden_size", "_channels")
+"""How names of fields end that are as wide as a stream where they have its width."""
+
+_DEPTHS = ("depths", "depth")
+_MOST_BLOCKS = 3
+"""In each of several stages."""
+
 _SPECIAL_TOKEN = re.compile(r"(_token_id|_token_index|_index|_tokens?_ids?|_token)$")
 _LINEAR = ("linear_heads", "linear_width")
 _LAYER_INDICES = re.compile(r"(layer|idx|indices|indexes|block)")
@@ -51,6 +60,7 @@ _MOST: Mapping[str, int] = {
     "length": 64,
     "linear_width": 4,
     "image_size": 64,
+    "spec_size": 64,
     "index_topk": 4,
     "index_n_heads": 4,
     "num_filters": 16,
@@ -82,20 +92,26 @@ _MOST: Mapping[str, int] = {
     "frames_per_clip": 4,
     "prompt_length": 4,
     "rel_extent": 16,
+    "num_queries": 8,
+    "index_kpool": 2,
+    "base_channels": 32,
+    "moe_hidden_size": 24,
+    "num_embeddings": VOCABULARY,
     "downsample_hidden_size": 16,
 }
 """Roles and single fields -> the largest number that is left."""
 
 
-def small_config(config: Any, shape: TwinShape, shown: Shown) -> Any:
+def small_config(config: Any, shape: TwinShape, shown: Shown, sections: Sequence[int] | None = None) -> Any:
     """A small copy of a config of transformers, of its class.
 
     Args:
         config: The config, which stays as it is.
         shape: What is tried.
         shown: Which layers of a stack the twin has.
+        sections: How the model shares a rotation out among axes where its config does not say.
     """
-    return _Shrinking(shape, shown, hidden_sizes(config, shape)).of(config)
+    return _Shrinking(shape, shown, hidden_sizes(config, shape), sections).of(config)
 
 
 @dataclass(frozen=True)
@@ -116,12 +132,21 @@ class _Part:
     patch: int | None
     """Pixels along a side of the patches of a tower whose windows are counted in pixels."""
 
+    largest_side: int
+    """Pixels along a side of pictures."""
+
+    last_side: int | None
+    """Positions along a side of pictures in the last stage of a tower, which a window must not exceed."""
+
 
 class _Shrinking:
     """Makes small configs of the parts of one."""
 
-    def __init__(self, shape: TwinShape, shown: Shown, widths: Mapping[int, int]) -> None:
+    def __init__(
+        self, shape: TwinShape, shown: Shown, widths: Mapping[int, int], sections: Sequence[int] | None
+    ) -> None:
         self._shape = shape
+        self._sections = sections
         self._shown = shown
         self._widths = widths
         self._mlps: dict[int, int] = {}
@@ -172,8 +197,8 @@ class _Shrinking:
         }
         if own:
             small.per_layer_config = own
-        implementation = getattr(config, "_attn_implementation_internal", None)
-        small._attn_implementation = "eager" if implementation == "eager" else "sdpa"
+        if getattr(config, "_attn_implementation_internal", None) == "eager":
+            small._attn_implementation = "eager"
         return small
 
     def _part(self, config: Any) -> _Part:
@@ -189,7 +214,16 @@ class _Shrinking:
         merged = is_number(field_of(config, "spatial_merge_size"))
         side = field_of(config, "patch_size") if merged else None
         patch = side if is_number(side) else None
-        return _Part(geometry, layers, shown, factor, _fewer_linear_heads(config), patch)
+        return _Part(
+            geometry,
+            layers,
+            shown,
+            factor,
+            _fewer_linear_heads(config),
+            patch,
+            _largest_side(config),
+            _side_of_last_stage(config),
+        )
 
     def _head_factor(self, geometry: Geometry) -> int:
         """By how much heads become narrower."""
@@ -204,7 +238,7 @@ class _Shrinking:
             return self.of(value)
         if isinstance(value, Mapping):
             if name.startswith("rope"):
-                return _rotation(value, part.factor)
+                return _rotation(self._with_sections(value, part), part.factor)
             if any(not isinstance(key, str) for key in value):
                 return dict(value)  # labels
             return {key: self._small(key, inner, part) for key, inner in value.items()}
@@ -212,6 +246,13 @@ class _Shrinking:
             made = self._list(name, value, part)
             return tuple(made) if isinstance(value, tuple) else made
         return self._number(name, value, part) if is_number(value) else value
+
+    def _with_sections(self, rotation: Mapping[str, Any], part: _Part) -> Mapping[str, Any]:
+        """The parameters of a rotation with the sections that the model gives it by itself."""
+        if not self._sections or part.geometry is None or rotation.get("mrope_section"):
+            return rotation
+        turned = 2 * sum(self._sections)  # of the columns of each head, all or a share
+        return rotation if part.geometry.width % turned else {**rotation, "mrope_section": list(self._sections)}
 
     def _number(self, name: str, value: int, part: _Part) -> int:
         role = ROLE_OF.get(name)
@@ -234,12 +275,18 @@ class _Shrinking:
                 return min(value, 16 if name.endswith("kv_lora_rank") else 24)
             case "window" if part.patch and value >= 2 * part.patch and value % part.patch == 0:
                 return value
+            case "window" if part.last_side:
+                return min(value, part.last_side)
             case "window":
                 return min(value, self._shape.window)
+            case None if value in self._widths and name.endswith(_WIDTHS_OF_STREAMS):
+                return self._widths[value]
             case None if name in _WIDTHS_BY_HEAD and part.factor > 1:
                 return max(value // part.factor, 2)
             case None if name == "num_kv_shared_layers" and value and part.layers:
                 return sum(layer >= part.layers - value for layer in part.shown)
+        if name == "image_size":
+            return min(value, part.largest_side)
         most = min(value, _MOST.get(role or name, value))
         return max(most, _LEAST_LENGTH) if role == "length" else most
 
@@ -247,7 +294,7 @@ class _Shrinking:
         """A hidden size, or another that belongs to it: twice as much, a half."""
         if value in self._widths:
             return self._widths[value]
-        for old, new in self._widths.items():
+        for old, new in sorted(self._widths.items()):
             if value % old == 0:
                 return value // old * new
             if old % value == 0 and new % (old // value) == 0:
@@ -270,12 +317,16 @@ class _Shrinking:
     def _list(self, name: str, value: Sequence[Any], part: _Part) -> list[Any]:
         numbers = bool(value) and all(map(is_number, value))
         if numbers and name == "image_size":
-            return [min(side, _MOST[name]) for side in value]
+            return [min(side, part.largest_side) for side in value]
         if numbers and name == "conv_dim":
             return [min(channels, _MOST["num_filters"]) for channels in value]
-        if numbers and name.endswith("hidden_sizes") and not any(size % self._shape.stages for size in value):
-            return [size // self._shape.stages for size in value]
+        if numbers and name.endswith(WIDTHS_OF_STAGES):
+            return [size if size % self._shape.stages else size // self._shape.stages for size in value]
+        if numbers and name in _DEPTHS:
+            return [min(depth, _MOST_BLOCKS) for depth in value]
         if part.layers and len(value) == part.layers:
+            if numbers and name.endswith("_source_layers"):
+                return [_shown_at(part.shown, value[layer], at) for at, layer in enumerate(part.shown)]
             return [self._small(name, value[layer], part) for layer in part.shown]
         if name == "attention_types":  # pairs: kinds of layers in turn, and how often
             turns = [kind for kinds, times in value for kind in kinds * times]
@@ -292,6 +343,31 @@ class _Shrinking:
         ):
             return [at for at, layer in enumerate(part.shown) if layer in value] or [len(part.shown) - 1]
         return list(value)
+
+
+def _shown_at(shown: Sequence[int], layer: int, own: int) -> int:
+    """Where a layer is among those that are shown; a place of its own if it is none of them."""
+    return shown.index(layer) if layer in shown else own
+
+
+_PATCHES = 8
+"""Patches along each side of pictures for towers of one stage, if they are small."""
+
+
+def _largest_side(config: Any) -> int:
+    """Pixels along each side of the pictures of a small model."""
+    patch, stages = field_of(config, "patch_size"), field_of(config, "depths")
+    in_patches = is_number(patch) and patch >= 4 and not isinstance(stages, (list, tuple))
+    return min(_MOST["image_size"], patch * _PATCHES) if in_patches else _MOST["image_size"]
+
+
+def _side_of_last_stage(config: Any) -> int | None:
+    """Positions along a side of the pictures of a small model in the last of its stages, each half as large."""
+    depths, patch = field_of(config, "depths"), field_of(config, "patch_size")
+    image = first_number(config, ("image_size", "spec_size"))
+    if not (isinstance(depths, (list, tuple)) and image and is_number(patch)):
+        return None
+    return max(1, min(image, _MOST["image_size"]) // (patch << (len(depths) - 1)))
 
 
 def _fewer_linear_heads(config: Any) -> int:
@@ -356,5 +432,8 @@ def _shared_out(sections: Sequence[int], total: int) -> list[int]:
 
 
 def _mrope(sections: Sequence[int], factor: int) -> list[int]:
+    """Sections that are even, but for one that has what is left: the last where the first two are equal."""
     total, parts = sum(sections) // factor, len(sections)
-    return [total - (parts - 1) * (total // parts)] + [total // parts] * (parts - 1)
+    even = [total // parts] * (parts - 1)
+    rest = [total - sum(even)]
+    return even + rest if parts > 2 and sections[0] == sections[1] != sections[-1] else rest + even

@@ -10,6 +10,7 @@ from typing import Any
 from intervenable.map_config_fields import (
     HEADS,
     LATENT_WIDTHS,
+    WIDTHS_OF_STAGES,
     field_of,
     first_number,
     is_number,
@@ -37,7 +38,7 @@ class Geometry:
 
 
 def geometry_of(config: Any) -> Geometry | None:
-    hidden, heads = first_number(config, HIDDEN), first_number(config, HEADS)
+    hidden, heads = first_number(config, HIDDEN), first_number(config, HEADS) or _of_last_stage(config)
     if not hidden:
         return None
     if not heads:
@@ -57,6 +58,12 @@ def geometry_of(config: Any) -> Geometry | None:
     return Geometry(hidden, heads, hidden // heads, hidden // heads, False)
 
 
+def _of_last_stage(config: Any) -> int | None:
+    """The heads of the last of several stages, whose width is the hidden size."""
+    lists = (field_of(config, name) for name in HEADS)
+    return next((heads[-1] for heads in lists if isinstance(heads, (list, tuple)) and heads), None)
+
+
 def hidden_sizes(config: Any, shape: TwinShape) -> dict[int, int]:
     """Hidden size of the model -> hidden size of its twin, for all parts of a config."""
     by_size: dict[int, list[Geometry]] = {}
@@ -64,16 +71,30 @@ def hidden_sizes(config: Any, shape: TwinShape) -> dict[int, int]:
         found = geometry_of(part)
         if found is not None:
             by_size.setdefault(found.hidden, []).append(found)
+    of_stages = {width for part in parts_of(config) for width in _first_stages(part, shape)}
     sizes = {}
     for hidden, parts in by_size.items():
+        if hidden in of_stages:
+            sizes[hidden] = hidden // shape.stages
+            continue
         followers = [part.width for part in parts if not part.stated]
         if followers:
             heads = max(part.heads for part in parts if not part.stated)
             sizes[hidden] = hidden // shrink_factor(followers, heads, shape)
         else:
+            # Heads whose width nothing states, and does not divide the hidden size, have a share of it all the same.
+            shared = max((part.heads for part in parts if not part.width), default=1)
             heads = max(part.heads for part in parts) if shape.heads_divide else 1
-            sizes[hidden] = min(hidden, heads * 2 * max(1, -(-16 // heads)))
+            sizes[hidden] = min(hidden, max(heads * 2 * max(1, -(-16 // heads)), shared * 4))
     return sizes
+
+
+def _first_stages(config: Any, shape: TwinShape) -> set[int]:
+    """The hidden size of a tower of stages that states it as the width of its first, too."""
+    hidden = first_number(config, HIDDEN)
+    lists = (value for name, value in vars(config).items() if name.endswith(WIDTHS_OF_STAGES))
+    stated = any(isinstance(value, (list, tuple)) and hidden in value[:1] for value in lists)
+    return {hidden} if hidden and stated and hidden % shape.stages == 0 else set()
 
 
 _WIDE = 256
@@ -84,5 +105,10 @@ def shrink_factor(widths: Sequence[int], heads: int, shape: TwinShape) -> int:
     """By how much heads of these widths can be narrowed: a whole number that leaves all of them even."""
     narrow = shape.narrow if heads * shape.narrow <= _WIDE else shape.narrow // 2
     common = gcd(*widths)
-    factors = [f for f in range(1, common + 1) if common % f == 0 and (common // f) % 2 == 0]
-    return max((factor for factor in factors if common // factor >= narrow), default=1)
+    factors = [factor for factor in range(1, common + 1) if common % factor == 0 and (common // factor) % 2 == 0]
+    found = 1
+    for least in (narrow, narrow // 2):
+        found = max((factor for factor in factors if min(widths) // factor >= least), default=1)
+        if found > 1 or heads * max(widths) <= shape.most_columns:
+            break
+    return found

@@ -12,6 +12,7 @@ from torch import nn
 
 import intervenable as iv
 from benchmarks.published_models import PUBLISHED, published
+from intervenable.map_config_fields import parts_of
 from intervenable.map_inference import infer_map
 from intervenable.map_inputs import example_inputs
 from intervenable.map_layers import block_signature, layer_kinds, layers_shown
@@ -21,11 +22,10 @@ from intervenable.map_twin_shape import TwinShape
 from intervenable.map_verification import check_map
 
 
-def heads_of(model: nn.Module) -> tuple[Any, ...]:
-    """Heads and key-value heads that a config states, by all the names it may have for them."""
-    config: Any = model.config
-    names = ("num_attention_heads", "num_key_value_heads", "num_kv_heads", "encoder_attention_heads")
-    return tuple(getattr(config, name, None) for name in names)
+def heads_of(model: nn.Module) -> list[tuple[Any, ...]]:
+    """Heads and key-value heads that a config and those inside of it state, by all the names they may have."""
+    names = ("num_attention_heads", "num_key_value_heads", "num_kv_heads", "encoder_attention_heads", "num_heads")
+    return [tuple(getattr(part, name, None) for name in names) for part in parts_of(model.config)]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -39,7 +39,8 @@ def test_the_twin_of_a_large_model_runs_and_has_as_many_heads(name: str) -> None
     assert sum(parameter.numel() for parameter in twin.parameters()) < 8e6
     assert {parameter.dtype for parameter in twin.parameters()} == {torch.float32}
     with torch.no_grad():
-        assert torch.isfinite(twin(**example_inputs(twin))[0]).all()
+        output = twin(**example_inputs(twin))
+    assert all(value.isfinite().all() for value in output.values() if isinstance(value, torch.Tensor))
 
 
 @pytest.mark.parametrize("name", ["DeepSeek V3 671B", "Gemma 3 27B", "Jamba 52B", "Llama 3 70B"])
@@ -266,3 +267,48 @@ def test_a_tower_keeps_windows_that_are_counted_in_pixels_and_gets_small_picture
 
     assert one.vision_config.window_size == 112  # eight patches of 14 pixels
     assert list(other.vision_config.image_size) == [64, 64]
+
+
+def test_stages_of_a_tower_keep_their_heads_and_get_narrower_by_one_factor() -> None:
+    twin = twin_of(published("Swin large"))
+    stages: Any = twin.swin.encoder.layers  # type: ignore[union-attr]
+
+    assert twin.config.num_heads == [6, 12, 24, 48]
+    assert [stage.blocks[0].attention.q_proj.out_features for stage in stages] == [24, 48, 96, 192]
+    assert [len(stage.blocks) for stage in stages] == [2, 2, 3, 2]
+
+
+def test_what_is_as_wide_as_a_stream_follows_it() -> None:
+    sizes = twin_of(published("SAM base")).config
+    decoder, prompt, vision = sizes.mask_decoder_config, sizes.prompt_encoder_config, sizes.vision_config
+
+    assert decoder.hidden_size == prompt.hidden_size == vision.output_channels == 2 * vision.num_pos_feats < 256
+
+
+@pytest.mark.parametrize(
+    ("stated", "small"),
+    [
+        ([16, 24, 24], [2, 1, 1]),
+        (None, [2, 1, 1]),  # the model's own
+        ([22, 22, 20], [1, 1, 2]),  # the first two are paired with each other
+    ],
+)
+def test_a_rotation_over_several_axes_is_shared_out_anew_in_narrower_heads(
+    stated: list[int] | None, small: list[int]
+) -> None:
+    sections = {} if stated is None else {"mrope_section": stated}
+    cls = transformers.Qwen2VLForConditionalGeneration
+    with torch.device("meta"):
+        large = cls(
+            transformers.Qwen2VLConfig(
+                text_config={
+                    "hidden_size": 1536,
+                    "num_attention_heads": 12,
+                    "num_key_value_heads": 2,
+                    "num_hidden_layers": 4,
+                    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, **sections},
+                }
+            )
+        )
+
+    assert twin_of(large).config.text_config.rope_parameters["mrope_section"] == small
