@@ -14,7 +14,7 @@ ROLES: Mapping[str, str] = {
         vq_embed_dim ple_embed_dim out_hidden_size vision_output_dim projector_input_dim projector_output_dim
         cross_attention_hidden_size conv_dim_out decoder_input_dim pooler_hidden_size text_hidden_size
         image_feature_size d_embed feature_size output_dim num_pos_feats upsample_groups
-        vit_dim patch_embeds_hidden_size pred_hidden_size pooler_output_size d_latents
+        vit_dim patch_embeds_hidden_size pred_hidden_size pooler_output_size
         coordinate_size shape_size""",
     "mlp": """intermediate_size ffn_dim ffn_hidden_size d_ff dff dim_ff decoder_ffn_dim encoder_ffn_dim d_inner
         feed_forward_size mlp_dim n_inner moe_intermediate_size shared_expert_intermediate_size

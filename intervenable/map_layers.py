@@ -285,7 +285,7 @@ def _without_layer(value: bool | str) -> bool | str:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return _states(module, "in_features") and _states(module, "out_features") or _states(module, "nf")
+    return (_states(module, "in_features") and _states(module, "out_features")) or _states(module, "nf")
 
 
 def _states(module: nn.Module, name: str) -> bool:

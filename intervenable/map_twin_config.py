@@ -27,7 +27,7 @@ from intervenable.map_config_fields import (
     layers_of,
 )
 from intervenable.map_twin_shape import Shown, TwinShape
-from intervenable.map_twin_widths import Geometry, geometry_of, hidden_sizes, shrink_factor
+from intervenable.map_twin_widths import Geometry, geometry_of, hidden_sizes, shrink_factor, stage_factor
 
 VOCABULARY = 160
 FIRST_SPECIAL = 100
@@ -95,6 +95,7 @@ _MOST: Mapping[str, int] = {
     "num_queries": 8,
     "index_kpool": 2,
     "base_channels": 32,
+    "d_latents": 40,
     "moe_hidden_size": 24,
     "num_embeddings": VOCABULARY,
     "downsample_hidden_size": 16,
@@ -131,6 +132,9 @@ class _Part:
 
     patch: int | None
     """Pixels along a side of the patches of a tower whose windows are counted in pixels."""
+
+    stages: int
+    """By how much the stages of a tower become narrower."""
 
     largest_side: int
     """Pixels along a side of pictures."""
@@ -221,6 +225,7 @@ class _Shrinking:
             factor,
             _fewer_linear_heads(config),
             patch,
+            stage_factor(config, self._shape),
             _largest_side(config),
             _side_of_last_stage(config),
         )
@@ -252,7 +257,9 @@ class _Shrinking:
         if not self._sections or part.geometry is None or rotation.get("mrope_section"):
             return rotation
         turned = 2 * sum(self._sections)  # of the columns of each head, all or a share
-        return rotation if part.geometry.width % turned else {**rotation, "mrope_section": list(self._sections)}
+        return (
+            rotation if part.geometry.width % turned else {**rotation, "mrope_section": list(self._sections)}
+        )
 
     def _number(self, name: str, value: int, part: _Part) -> int:
         role = ROLE_OF.get(name)
@@ -321,7 +328,7 @@ class _Shrinking:
         if numbers and name == "conv_dim":
             return [min(channels, _MOST["num_filters"]) for channels in value]
         if numbers and name.endswith(WIDTHS_OF_STAGES):
-            return [size if size % self._shape.stages else size // self._shape.stages for size in value]
+            return [size if size % part.stages else size // part.stages for size in value]
         if numbers and name in _DEPTHS:
             return [min(depth, _MOST_BLOCKS) for depth in value]
         if part.layers and len(value) == part.layers:
@@ -367,7 +374,8 @@ def _side_of_last_stage(config: Any) -> int | None:
     image = first_number(config, ("image_size", "spec_size"))
     if not (isinstance(depths, (list, tuple)) and image and is_number(patch)):
         return None
-    return max(1, min(image, _MOST["image_size"]) // (patch << (len(depths) - 1)))
+    positions: int = min(image, _MOST["image_size"]) // patch
+    return max(1, positions >> (len(depths) - 1))
 
 
 def _fewer_linear_heads(config: Any) -> int:

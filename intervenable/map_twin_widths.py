@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -71,11 +71,11 @@ def hidden_sizes(config: Any, shape: TwinShape) -> dict[int, int]:
         found = geometry_of(part)
         if found is not None:
             by_size.setdefault(found.hidden, []).append(found)
-    of_stages = {width for part in parts_of(config) for width in _first_stages(part, shape)}
+    of_stages = {size: small for part in parts_of(config) for size, small in _first_stage(part, shape)}
     sizes = {}
     for hidden, parts in by_size.items():
         if hidden in of_stages:
-            sizes[hidden] = hidden // shape.stages
+            sizes[hidden] = of_stages[hidden]
             continue
         followers = [part.width for part in parts if not part.stated]
         if followers:
@@ -89,12 +89,28 @@ def hidden_sizes(config: Any, shape: TwinShape) -> dict[int, int]:
     return sizes
 
 
-def _first_stages(config: Any, shape: TwinShape) -> set[int]:
-    """The hidden size of a tower of stages that states it as the width of its first, too."""
-    hidden = first_number(config, HIDDEN)
+def stage_factor(config: Any, shape: TwinShape) -> int:
+    """By how much the stages of a tower become narrower: twice as much as usual if all are wide."""
+    firsts = [widths[0] for widths in _widths_of_stages(config)]
+    return 2 * shape.stages if shape.stages > 1 and firsts and min(firsts) >= _WIDE_STAGE else shape.stages
+
+
+_WIDE_STAGE = 128
+
+
+def _widths_of_stages(config: Any) -> list[Sequence[int]]:
+    """The lists of a config that have the width of each stage."""
     lists = (value for name, value in vars(config).items() if name.endswith(WIDTHS_OF_STAGES))
-    stated = any(isinstance(value, (list, tuple)) and hidden in value[:1] for value in lists)
-    return {hidden} if hidden and stated and hidden % shape.stages == 0 else set()
+    return [
+        value for value in lists if isinstance(value, (list, tuple)) and value and all(map(is_number, value))
+    ]
+
+
+def _first_stage(config: Any, shape: TwinShape) -> Iterator[tuple[int, int]]:
+    """The hidden size, and that of the twin, of a tower of stages that states it as the width of its first, too."""
+    hidden, factor = first_number(config, HIDDEN), stage_factor(config, shape)
+    if hidden and hidden % factor == 0 and any(hidden == widths[0] for widths in _widths_of_stages(config)):
+        yield hidden, hidden // factor
 
 
 _WIDE = 256
@@ -105,7 +121,9 @@ def shrink_factor(widths: Sequence[int], heads: int, shape: TwinShape) -> int:
     """By how much heads of these widths can be narrowed: a whole number that leaves all of them even."""
     narrow = shape.narrow if heads * shape.narrow <= _WIDE else shape.narrow // 2
     common = gcd(*widths)
-    factors = [factor for factor in range(1, common + 1) if common % factor == 0 and (common // factor) % 2 == 0]
+    factors = [
+        factor for factor in range(1, common + 1) if common % factor == 0 and (common // factor) % 2 == 0
+    ]
     found = 1
     for least in (narrow, narrow // 2):
         found = max((factor for factor in factors if min(widths) // factor >= least), default=1)

@@ -24,7 +24,13 @@ from intervenable.map_verification import check_map
 
 def heads_of(model: nn.Module) -> list[tuple[Any, ...]]:
     """Heads and key-value heads that a config and those inside of it state, by all the names they may have."""
-    names = ("num_attention_heads", "num_key_value_heads", "num_kv_heads", "encoder_attention_heads", "num_heads")
+    names = (
+        "num_attention_heads",
+        "num_key_value_heads",
+        "num_kv_heads",
+        "encoder_attention_heads",
+        "num_heads",
+    )
     return [tuple(getattr(part, name, None) for name in names) for part in parts_of(model.config)]
 
 
@@ -282,7 +288,9 @@ def test_what_is_as_wide_as_a_stream_follows_it() -> None:
     sizes = twin_of(published("SAM base")).config
     decoder, prompt, vision = sizes.mask_decoder_config, sizes.prompt_encoder_config, sizes.vision_config
 
-    assert decoder.hidden_size == prompt.hidden_size == vision.output_channels == 2 * vision.num_pos_feats < 256
+    assert (
+        decoder.hidden_size == prompt.hidden_size == vision.output_channels == 2 * vision.num_pos_feats < 256
+    )
 
 
 @pytest.mark.parametrize(
