@@ -91,8 +91,8 @@ def hidden_sizes(config: Any, shape: TwinShape) -> dict[int, int]:
 
 def stage_factor(config: Any, shape: TwinShape) -> int:
     """By how much the stages of a tower become narrower: twice as much as usual if all are wide."""
-    firsts = [widths[0] for widths in _widths_of_stages(config)]
-    return 2 * shape.stages if shape.stages > 1 and firsts and min(firsts) >= _WIDE_STAGE else shape.stages
+    least = min((min(widths) for widths in _widths_of_stages(config)), default=0)
+    return 2 * shape.stages if shape.stages > 1 and least >= _WIDE_STAGE else shape.stages
 
 
 _WIDE_STAGE = 128
