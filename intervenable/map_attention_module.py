@@ -114,7 +114,7 @@ def reached_by(
     before, after = (
         next(
             call
-            for call in with_calls_of(trace(model, inputs, extra=extra), [block]).calls
+            for call in with_calls_of(trace(model, inputs, extra=extra, within=block), [block]).calls
             if call.module is block
         )
         for extra in ([], [Hook(module.module, "input", changed)])

@@ -46,7 +46,7 @@ def fitted(record: ModelMap, twin: nn.Module, model: nn.Module) -> ModelMap:
     for stack, layers in rows.items():
         if not layers:
             continue
-        commonest = max(set(layers), key=layers.count)
+        commonest = max(dict.fromkeys(layers), key=layers.count)
         sites.update(commonest.sites)
         mentioned = {name for layer in layers for name in (*layer.sites, *layer.absent)}
         nowhere = {

@@ -179,7 +179,12 @@ def paths_of(module: nn.Module) -> dict[nn.Module, str]:
 
 
 def trace(
-    model: nn.Module, inputs: Mapping[str, Any], *, gradients: bool = False, extra: Sequence[Hook] = ()
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    gradients: bool = False,
+    extra: Sequence[Hook] = (),
+    within: nn.Module | None = None,
 ) -> Trace:
     """Run a model once and write down what happens.
 
@@ -188,9 +193,11 @@ def trace(
         inputs: Its keyword inputs.
         gradients: Whether the tensors kept are those of the autograd graph; otherwise they are copies.
         extra: Hooks of the caller's, which act before the trace reads.
+        within: A module of it: of others nothing is written down, but for the model itself.
     """
     recorder = _Recorder(gradients)
-    paths = paths_of(model)
+    parts = None if within is None else {model, *within.modules()}
+    paths = {part: path for part, path in paths_of(model).items() if parts is None or part in parts}
     hooks = [*extra]
     for module, path in paths.items():
         hooks += [Hook(module, side, recorder.noting(module, path, side)) for side in ("input", "output")]
@@ -205,14 +212,21 @@ class _Recorder:
         self.now = 0
         self._running: list[Call] = []
         self._gradients = gradients
+        self._copies: dict[int, tuple[Tensor, int, Tensor]] = {}
 
     @property
     def innermost(self) -> Call | None:
         return self._running[-1] if self._running else None
 
     def kept(self, tensor: Tensor) -> Tensor:
-        # Some models change what they return in place later on.
-        return tensor if self._gradients else tensor.detach().clone()
+        if self._gradients:
+            return tensor
+        # Some models change what they return in place later on; what they do not is handed on many times.
+        seen, version, copy = self._copies.get(id(tensor), (None, -1, tensor))
+        if seen is not tensor or version != tensor._version:
+            copy = tensor.detach().clone()
+            self._copies[id(tensor)] = tensor, tensor._version, copy
+        return copy
 
     def tick(self) -> int:
         self.now += 1
