@@ -15,7 +15,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 REQUIREMENTS := pyproject.toml constraints.txt
 
-.PHONY: help demo test lint format types smollm2 minilm test-smollm2 capital-map registry registry-page maps maps-page maps-sabotage peers bench bench-attention bench-sweep bench-das bench-maps bench-easyroutine tutorials clean
+.PHONY: help demo test lint format types smollm2 minilm test-smollm2 capital-map registry registry-page maps maps-page maps-sabotage peers bench bench-attention bench-sweep bench-das bench-maps bench-map-types bench-easyroutine tutorials clean
 
 help:
 	@echo "make demo          run the main job on the language model that ships with the library"
@@ -36,6 +36,7 @@ help:
 	@echo "make bench-sweep        what a whole patching sweep costs, in time and memory"
 	@echo "make bench-das          what it costs to train an alignment, and whether the same comes out"
 	@echo "make bench-maps         what it costs to find out and prove where the components of a model are"
+	@echo "make bench-map-types    the same for every type of model that transformers has, about ten minutes"
 	@echo "make tutorials     run every notebook from top to bottom"
 	@echo "make clean         remove the environments, caches and outputs"
 	@echo "make PYTHON=python3.12 ... chooses the interpreter of new environments"
@@ -126,6 +127,9 @@ bench-das: $(PEERS_VENV)/.peers
 
 bench-maps: $(VENV)/.dev
 	$(ONE_THREAD) $(VENV)/bin/python -m benchmarks.maps $(BENCH)
+
+bench-map-types: $(VENV)/.dev
+	$(ONE_THREAD) $(VENV)/bin/python -m benchmarks.maps_of_types $(BENCH)
 
 # It asks for an old transformers and a vllm that only its other half uses: benchmarks/easyroutine.md.
 $(EASYROUTINE_VENV)/.easyroutine: benchmarks/easyroutine.txt
