@@ -28,9 +28,9 @@ def test_a_tensor_changed_in_place_is_kept_as_it_was_and_as_it_is() -> None:
     found = trace(ChangesInPlace(), {"values": values})
 
     (first,), (second,), (third,) = (found.of(path) for path in ("first", "second", "third"))
-    assert first.main_output is not None and torch.equal(first.main_output, values)
-    assert second.main_output is not None and torch.equal(second.main_output, values)
-    assert third.main_output is not None and torch.equal(third.main_output, values + 1)
+    torch.testing.assert_close(first.main_output, values, rtol=0, atol=0)
+    torch.testing.assert_close(second.main_output, values, rtol=0, atol=0)
+    torch.testing.assert_close(third.main_output, values + 1, rtol=0, atol=0)
 
 
 def test_what_is_handed_on_unchanged_is_copied_once() -> None:
