@@ -89,11 +89,11 @@ def made(name: str) -> Made | None:
         return Made(name, 0.0, 0, f"its default config builds no model ({type(error).__name__})")
     try:
         seconds, components = _timed(lambda: len(make_map(model).components()))
-    except Exception as error:
+        for _ in range(ROUNDS - 1):
+            if seconds > AGAIN:
+                seconds = min(seconds, _timed(lambda: len(make_map(model).components()))[0])
+    except Exception as error:  # one that draws random numbers may do so in one run and not in another
         return Made(name, 0.0, 0, str(error).splitlines()[0])
-    for _ in range(ROUNDS - 1):
-        if seconds > AGAIN:
-            seconds = min(seconds, _timed(lambda: len(make_map(model).components()))[0])
     return Made(name, seconds, components)
 
 
