@@ -269,7 +269,7 @@ class _Shrinking:
             return self._special(value)
         match role:
             case "hidden":
-                return self._width(value)
+                return self._width(value, self._heads_beside(name, value, part))
             case "mlp":
                 return self._mlp(value)
             case "layers":
@@ -297,8 +297,13 @@ class _Shrinking:
         most = min(value, _MOST.get(role or name, value))
         return max(most, _LEAST_LENGTH) if role == "length" else most
 
-    def _width(self, value: int) -> int:
-        """A hidden size, or another that belongs to it: twice as much, a half."""
+    def _heads_beside(self, name: str, value: int, part: _Part) -> int:
+        """Heads that share a width of a tower which calls hidden size what it hands on; 1 if it is none."""
+        heads = 1 if part.geometry is None else part.geometry.heads
+        return heads if name == "embed_dim" and value % heads == 0 else 1
+
+    def _width(self, value: int, heads: int = 1) -> int:
+        """A hidden size, or another that belongs to it: twice as much, a half; else one that heads can share."""
         if value in self._widths:
             return self._widths[value]
         for old, new in sorted(self._widths.items()):
@@ -306,6 +311,8 @@ class _Shrinking:
                 return value // old * new
             if old % value == 0 and new % (old // value) == 0:
                 return new // (old // value)
+        if heads > 1:
+            return value // shrink_factor([value // heads], heads, self._shape)
         return min(value, 24)
 
     def _mlp(self, value: int) -> int:

@@ -16,6 +16,7 @@ from intervenable.map_config_fields import parts_of
 from intervenable.map_inference import infer_map
 from intervenable.map_inputs import example_inputs
 from intervenable.map_layers import block_signature, layer_kinds, layers_shown
+from intervenable.map_making import make_map
 from intervenable.map_twin import spread_weights, twin_of
 from intervenable.map_twin_config import small_config
 from intervenable.map_twin_shape import TwinShape
@@ -320,3 +321,10 @@ def test_a_rotation_over_several_axes_is_shared_out_anew_in_narrower_heads(
         )
 
     assert twin_of(large).config.text_config.rope_parameters["mrope_section"] == small
+
+
+def test_a_tower_whose_hidden_size_is_what_it_hands_on_keeps_its_heads_and_runs() -> None:
+    vision = twin_of(published("Qwen2-VL 7B")).config.vision_config
+
+    assert (vision.num_heads, vision.embed_dim % vision.num_heads, vision.embed_dim < 1280) == (16, 0, True)
+    assert "vision_block_output" in make_map(published("Qwen2-VL 7B")).components()
