@@ -19,7 +19,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import process_time
@@ -108,18 +109,25 @@ def measured(name: str, rounds: int) -> Times:
     timed("prove", lambda: check_map(twin, result["infer"], inputs).map)
     timed("towers", lambda: with_towers(twin, result["prove"], proved_map))
     timed("fit", lambda: fitted(result["towers"], twin, model))
+    with empty_cache():
+        keep(model, KeptMap(result["fit"]))
+        timed("kept", lambda: look_up(model).kept)
+    assert result["kept"].map == result["fit"]
+    return _times(name, seconds, len(result["fit"].components()))
+
+
+@contextmanager
+def empty_cache() -> Iterator[None]:
+    """Within, maps are kept in a new folder."""
+    before = os.environ.get(VARIABLE)
     with tempfile.TemporaryDirectory() as folder:
-        before = os.environ.get(VARIABLE)
         os.environ[VARIABLE] = folder
         try:
-            keep(model, KeptMap(result["fit"]))
-            timed("kept", lambda: look_up(model).kept)
+            yield
         finally:
             os.environ.pop(VARIABLE)
             if before is not None:
                 os.environ[VARIABLE] = before
-    assert result["kept"].map == result["fit"]
-    return _times(name, seconds, len(result["fit"].components()))
 
 
 def _times(name: str, seconds: Mapping[str, float], components: int) -> Times:

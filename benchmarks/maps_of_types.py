@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -28,7 +26,7 @@ import torch
 import transformers
 from torch import nn
 
-from intervenable.map_cache import VARIABLE
+from benchmarks.maps import empty_cache
 from intervenable.map_making import make_map
 
 TASKS = (
@@ -98,17 +96,10 @@ def made(name: str) -> Made | None:
 
 
 def _timed(work: Callable[[], int]) -> tuple[float, int]:
-    before = os.environ.get(VARIABLE)
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ[VARIABLE] = folder
-        try:
-            start = process_time()
-            result = work()
-            return process_time() - start, result
-        finally:
-            os.environ.pop(VARIABLE)
-            if before is not None:
-                os.environ[VARIABLE] = before
+    with empty_cache():
+        start = process_time()
+        result = work()
+        return process_time() - start, result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
