@@ -222,6 +222,8 @@ class _Recorder:
         if self._gradients:
             return tensor
         # Some models change what they return in place later on; what they do not is handed on many times.
+        if tensor.is_inference():  # which counts no changes
+            return tensor.clone()
         seen, version, copy = self._copies.get(id(tensor), (None, -1, tensor))
         if seen is not tensor or version != tensor._version:
             copy = tensor.detach().clone()

@@ -47,3 +47,12 @@ def test_a_trace_within_a_module_has_its_calls_and_the_models_own() -> None:
 
     assert [call.path for call in found.calls] == ["", "1", "1.0", "1.1"]
     assert [call.parent.path for call in found.calls if call.parent is not None] == ["", "1", "1"]
+
+
+def test_inputs_made_in_inference_mode_are_kept_as_any_others() -> None:
+    with torch.inference_mode():
+        values = torch.ones(2, 3)  # counts no changes
+
+    found = trace(nn.Identity(), {"input": values})
+
+    torch.testing.assert_close(found.root.main_input, torch.ones(2, 3))
