@@ -23,6 +23,9 @@ FEWEST = 3
 COMFORTABLE = 8
 """Up to so many are kept to show each kind twice."""
 
+LISTED = 4
+"""As many, where a config lists the kinds of layers: others need not be kept to come to those."""
+
 MOST = 16
 """Up to so many are kept to show each kind at all."""
 
@@ -169,7 +172,7 @@ def _chosen(kinds: Sequence[int], listed: bool, once_will_do: bool = False) -> t
     once = max(group[0] for group in shown) + 1
     enough = max(FEWEST, twice if twice <= COMFORTABLE else min(once, MOST))
     if listed:
-        times = 2 if len(places) <= COMFORTABLE // 2 and not once_will_do else 1
+        times = 2 if 2 * len(places) <= LISTED and not once_will_do else 1
         some = [at for group in places for at in group[:times]]
         rest = [at for at in range(len(kinds)) if at not in some]
         some = sorted([*some, *rest[: FEWEST - len(some)]]) if len(some) < FEWEST else sorted(some)
