@@ -303,7 +303,7 @@ def _check_names(
             raise InputError(
                 f"input_ids of {name} are {value.dtype}; ids are whole numbers. Vectors go in as inputs_embeds."
             )
-    _check_spelling(kwargs, signature, model, name)
+    check_spelling(kwargs, signature, model, name)
     fault = misfit(signature, len(args), tuple(kwargs))
     if fault is not None:
         parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -330,7 +330,7 @@ def check_options(options: Mapping[str, Any], base: RunInputs, model: nn.Module)
     twice = [key for key in options if key in named]
     if twice:
         raise InputError(f"{', '.join(twice)} was given in the base and beside it; give one of the two.")
-    _check_spelling(options, signature, model, "the call")
+    check_spelling(options, signature, model, "the call")
     fault = misfit(signature, len(base.args), (*base.kwargs, *options))
     if fault is not None:
         raise InputError(
@@ -339,8 +339,12 @@ def check_options(options: Mapping[str, Any], base: RunInputs, model: nn.Module)
         )
 
 
-def _check_spelling(given: Iterable[str], signature: Signature, model: nn.Module, where: str) -> None:
-    """That no name is a slip of one the model has: those that take any keyword would not look at it."""
+def check_spelling(given: Iterable[str], signature: Signature, model: nn.Module, where: str) -> None:
+    """That no name is a slip of one the model has: those that take any keyword would not look at it.
+
+    Raises:
+        InputError: one is; the message has the name that the model has.
+    """
     for key in given:
         near = None if key in signature.parameters else _nearly(key, tuple(signature.parameters))
         if near is not None:

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from intervenable.errors import ConfigError, InputError
+from intervenable.inputs import check_spelling
 from intervenable.model import IntervenableModel
+from intervenable.signatures import forward_signature
 
 
 def model_in(given: object) -> nn.Module:
@@ -25,11 +28,12 @@ def model_in(given: object) -> nn.Module:
     return model
 
 
-def inputs_in(given: object) -> Mapping[str, Any]:
-    """The keyword inputs that were given.
+def inputs_in(given: object, model: nn.Module) -> Mapping[str, Any]:
+    """The keyword inputs that were given for a model, such that gradients can be taken at them.
 
     Raises:
         ConfigError: it is no mapping from names of inputs, or an empty one.
+        InputError: a name is a slip of one that the model takes.
     """
     if not isinstance(given, Mapping) or not given or not all(isinstance(name, str) for name in given):
         what = "empty" if given == {} else f"a {type(given).__name__}"
@@ -42,7 +46,16 @@ def inputs_in(given: object) -> Mapping[str, Any]:
         raise ConfigError(
             f"example_inputs has no tensor ({kinds}). Give tensors, as torch.tensor(...) makes them."
         )
-    return given
+    check_spelling(given, forward_signature(model), model, "example_inputs")
+    return {name: tree_map(_outside_inference_mode, value) for name, value in given.items()}
+
+
+def _outside_inference_mode(value: Any) -> Any:
+    """A tensor made in inference mode, which can be in no graph, as one that can."""
+    if not isinstance(value, Tensor) or not value.is_inference():
+        return value
+    with torch.inference_mode(False):
+        return value.clone()
 
 
 def check_runs(model: nn.Module, inputs: Mapping[str, Any]) -> None:

@@ -122,7 +122,7 @@ def verify(
         described = map_of(inside) if model_map is None else model_map
     except UnmappedModelError as error:
         raise UnsupportedModelError(str(error)) from error
-    given = made_inputs(inside) if example_inputs is None else inputs_in(example_inputs)
+    given = made_inputs(inside) if example_inputs is None else inputs_in(example_inputs, inside)
     if example_inputs is not None:
         check_runs(inside, given)
     found = check_map(inside, described, given, components=components)

@@ -45,7 +45,7 @@ def model_map(model: nn.Module, *, example_inputs: Mapping[str, Any] | None = No
     """
     inside = model_in(model)
     if example_inputs is not None:
-        remember(inside, _found_out(inside, inputs_in(example_inputs)))
+        remember(inside, _found_out(inside, inputs_in(example_inputs, inside)))
         note(inside, "found out by runs of the model on the inputs given")
     try:
         return ModelView(inside, map_of(inside), _notes(inside))

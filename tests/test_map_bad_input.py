@@ -467,3 +467,25 @@ def test_a_damaged_file_is_made_again_with_a_note(damage):
     assert any("could not be read" in note for note in notes_of(model))
     if damage != "a folder":
         assert file.read_text() == text
+
+
+@pytest.mark.parametrize("run", [iv.verify, model_map])
+def test_a_slip_in_the_name_of_an_input_is_told_with_the_name_meant(run):
+    with pytest.raises(
+        iv.InputError, match=r"example_inputs has 'inputs_ids', which .* Did you mean 'input_ids'\?"
+    ):
+        run(starcoder(), example_inputs={"inputs_ids": torch.ones(2, 5, dtype=torch.long)})
+
+
+def test_inputs_made_in_inference_mode_show_what_others_show():
+    given = {"input_ids": torch.arange(10).reshape(2, 5)}
+    with torch.inference_mode():
+        made_there = {"input_ids": torch.arange(10).reshape(2, 5)}
+
+    assert (
+        model_map(starcoder(), example_inputs=made_there).map
+        == model_map(starcoder(), example_inputs=given).map
+    )
+    assert str(iv.verify(starcoder(), example_inputs=made_there)) == str(
+        iv.verify(starcoder(), example_inputs=given)
+    )
