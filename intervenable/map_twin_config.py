@@ -47,11 +47,11 @@ _LAYER_INDICES = re.compile(r"(layer|idx|indices|indexes|block)")
 _UNCHANGED = ("transformers_version", "architectures", "dtype", "model_type", "quantization_config")
 _PLAIN_ROTATIONS = ("longrope", "su")
 
+_CHANNELS = 16
+"""Of each of the convolutions before an encoder of sounds."""
+
 _LEAST_LENGTH = 16
 """As many positions the twin has at least, however short the model's inputs must be."""
-
-_OF_STAGES = 96
-"""Pixels along each side of pictures for towers of several stages."""
 
 _MOST: Mapping[str, int] = {
     "experts": 4,
@@ -63,7 +63,7 @@ _MOST: Mapping[str, int] = {
     "spec_size": 64,
     "index_topk": 4,
     "index_n_heads": 4,
-    "num_filters": 16,
+    "num_filters": 8,
     "subsampling_conv_channels": 32,
     "latent_query_num": 4,
     "num_bpe_labels": VOCABULARY,
@@ -86,6 +86,8 @@ _MOST: Mapping[str, int] = {
     "block_size": 4,
     "summary_hidden_size": 32,
     "num_codebooks": 2,
+    "codebook_size": 128,
+    "num_quantizers": 4,
     "context_size": 8,
     "max_length": 32,
     "num_frames": 4,
@@ -333,7 +335,7 @@ class _Shrinking:
         if numbers and name == "image_size":
             return [min(side, part.largest_side) for side in value]
         if numbers and name == "conv_dim":
-            return [min(channels, _MOST["num_filters"]) for channels in value]
+            return [min(channels, _CHANNELS) for channels in value]
         if numbers and name.endswith(WIDTHS_OF_STAGES):
             return [size if size % part.stages else size // part.stages for size in value]
         if numbers and name in _DEPTHS:
