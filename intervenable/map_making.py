@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from intervenable.collections_paused import collections_paused
 from intervenable.errors import IntervenableError
 from intervenable.map_cache import KeptMap, keep, look_up, note
 from intervenable.map_fitting import fitted
@@ -76,7 +77,7 @@ def _made(model: nn.Module) -> ModelMap:
     try:
         if not _has_config(model):
             return proved_map(model, example_inputs(model))
-        with models_that_stay():
+        with models_that_stay(), collections_paused():
             with torch.inference_mode(False):
                 twin = twin_of(model)
             record = with_towers(twin, proved_map(twin, example_inputs(twin)), proved_map)

@@ -53,6 +53,9 @@ _CHANNELS = 16
 _LEAST_LENGTH = 16
 """As many positions the twin has at least, however short the model's inputs must be."""
 
+_OF_STAGES = 96
+"""Pixels along each side of pictures for towers of several stages."""
+
 _MOST: Mapping[str, int] = {
     "experts": 4,
     "chosen_experts": 2,
