@@ -30,8 +30,7 @@ def fitted(record: ModelMap, twin: nn.Module, model: nn.Module) -> ModelMap:
     rows: dict[Stack | None, list[_Layer]] = {}
     factors = _carried_factors(twin, model)
     for stack, path in _stacks(record):
-        layers = _layers(record, stack, path, twin, model)
-        rows[stack] = [_with_sure_factors(layer, factors) for layer in layers]
+        rows[stack] = _layers(record, stack, path, twin, model, factors)
     outside = _Widths(twin, model)
     sites, absent = {}, dict(record.absent)
     for name, site in record.sites.items():
@@ -70,18 +69,40 @@ class _Layer:
         return hash((frozenset(self.sites.items()), frozenset(self.absent.items())))
 
 
-def _with_sure_factors(layer: _Layer, factors: Sequence[float]) -> _Layer:
-    """A layer without the components that are multiplied with a number which may be another one in the model."""
+def _with_sure_factors(layer: _Layer, factors: Sequence[float], small: nn.Module, large: nn.Module) -> _Layer:
+    """A layer as its components are multiplied in the model; without those of which the number cannot be told."""
     sites, absent = {}, dict(layer.absent)
     for name, site in layer.sites.items():
-        if site.scale == 1.0 or any(abs(site.scale - factor) <= 1e-4 * abs(factor) for factor in factors):
-            sites[name] = site
-        else:
+        factor = _factor(site.scale, factors, small, large)
+        if factor is None:
             absent[name] = (
                 f"it is multiplied as it is added, in the tiny twin with {site.scale:.4g}, which is no number of the"
                 " config; iv.model_map(model, example_inputs=...) finds the factor on the model itself"
             )
+        else:
+            sites[name] = replace(site, scale=factor)
     return _Layer(sites, absent)
+
+
+def _factor(scale: float, factors: Sequence[float], small: nn.Module, large: nn.Module) -> float | None:
+    """What a factor of a block of the twin is in that of the model; None if it cannot be told.
+
+    It is the same if both configs say it. What a block works out for itself, as from how many layers there are, is
+    what it keeps under the same name, to multiply or to divide by.
+    """
+    if scale == 1.0 or any(_close(scale, factor) for factor in factors):
+        return scale
+    found = set()
+    for name, ours in vars(small).items():
+        theirs = vars(large).get(name)
+        if isinstance(ours, float) and isinstance(theirs, float) and ours and theirs:
+            found |= {theirs} if _close(scale, ours) else set()
+            found |= {1 / theirs} if _close(scale, 1 / ours) else set()
+    return found.pop() if len(found) == 1 else None
+
+
+def _close(one: float, other: float) -> bool:
+    return abs(one - other) <= 1e-4 * abs(other)
 
 
 def _carried_factors(twin: nn.Module, model: nn.Module) -> tuple[float, ...]:
@@ -117,7 +138,12 @@ def _stack_of(record: ModelMap, component: str) -> Stack | None:
 
 
 def _layers(
-    record: ModelMap, stack: Stack | None, path: str, twin: nn.Module, model: nn.Module
+    record: ModelMap,
+    stack: Stack | None,
+    path: str,
+    twin: nn.Module,
+    model: nn.Module,
+    factors: Sequence[float],
 ) -> list[_Layer]:
     small, large = blocks_at(twin, path), blocks_at(model, path)
     known = [_of_twin(record, stack, layer) for layer in range(len(small))]
@@ -133,7 +159,8 @@ def _layers(
             made[kind] = _unknown(known, kind)
             continue
         widths = _Widths(small[like], large[kind], None if kind in same or not shown else usual)
-        made[kind] = _fitted_layer(known[like], widths)
+        layer = _fitted_layer(known[like], widths)
+        made[kind] = _with_sure_factors(layer, factors, small[like], large[kind])
         usual.update(widths.seen)
     return [made[kind] for kind in kinds]
 
@@ -278,6 +305,8 @@ def _scaled(site: Site, widths: _Widths) -> Site | str:
         return found
     factor, live = found
     columns = site.columns
+    if columns.first_column(columns.heads - 1) + columns.width > live / factor:
+        return f"{site.path!r} states another width of its {site.side} than it has in the tiny twin"
     numbers = [
         factor * value for value in (columns.width, columns.start, columns.stride, columns.group_stride)
     ]
@@ -309,4 +338,9 @@ def _width(module: nn.Module, side: str) -> int | None:
         return int(weight.shape[0] if side == "input" else weight.shape[-1])
     if weight is not None and weight.dim() == 1:  # a norm
         return int(weight.shape[0])
+    if isinstance(module, nn.Conv1d):
+        return module.in_channels if side == "input" else module.out_channels
+    if not module._parameters:  # around another, which it clips or adds to
+        inside = [child for child in module.children() if any(True for _ in child.parameters())]
+        return _width(inside[0], side) if len(inside) == 1 else None
     return None

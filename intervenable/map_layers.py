@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 
-from torch import nn
+from torch import Tensor, nn
 
 from intervenable.errors import UnsupportedModelError
 from intervenable.map_config_fields import HEADS, first_number, is_config, parts_of
@@ -271,15 +271,16 @@ def _one_of_each(modules: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, nn
 
 
 def _switches(module: nn.Module) -> Hashable:
-    """Settings of a module that choose what it does: words, truth values, and what is set at all."""
+    """Settings of a module that choose what it does: words, truth values, and what is not set.
+
+    Tensors that are none of its weights are what it keeps of a run: before one they are not set.
+    """
     settings = [
-        (name, _without_layer(value) if isinstance(value, (bool, str)) else value is None)
+        (name, _without_layer(value) if isinstance(value, (bool, str)) else None)
         for name, value in vars(module).items()
-        if name[0] != "_"
-        and name != "training"
-        and (value is None or isinstance(value, (bool, str, int, float)))
+        if name[0] != "_" and name != "training" and (value is None or isinstance(value, (bool, str, Tensor)))
     ]
-    return tuple(sorted(settings))
+    return tuple(sorted(settings, key=lambda setting: setting[0]))
 
 
 def _without_layer(value: bool | str) -> bool | str:

@@ -91,13 +91,12 @@ def _towers(model: nn.Module, model_map: ModelMap, role: Stack) -> Iterator[_Tow
 
 def _joined(whole: ModelMap, tower: ModelMap, path: str, role: Stack, model: nn.Module) -> ModelMap:
     """The map of a model with that of one of its towers."""
-    own = tower.blocks
-    before = ""
+    moved = prefixed(tower, f"{path}.")
+    before, own = "", moved.blocks
     if own is None:  # it knows itself what it is
-        before, own = next(((f"{stack}_", blocks) for stack, blocks in tower.stacks.items()), ("", None))
+        before, own = next(((f"{stack}_", blocks) for stack, blocks in moved.stacks.items()), ("", None))
     if own is None:
         return whole
-    moved = prefixed(replace(tower, blocks=own, stacks={}), f"{path}.")
 
     def renamed(named: Mapping[str, Any]) -> dict[str, Any]:
         result = {}
@@ -116,7 +115,7 @@ def _joined(whole: ModelMap, tower: ModelMap, path: str, role: Stack, model: nn.
         whole,
         sites={**whole.sites, **renamed(moved.sites)},
         absent={**whole.absent, **renamed(moved.absent)},
-        stacks={**whole.stacks, role: str(moved.blocks)},
+        stacks={**whole.stacks, role: own},
         kinds=(
             *whole.kinds,
             *(

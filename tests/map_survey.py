@@ -29,12 +29,14 @@ from map_survey_records import KeptRecords
 from tiny_registry import TASKS, UNBUILDABLE_FOR, build, model_types
 from torch import nn
 
+from intervenable.binding import Places
 from intervenable.map_inference import infer_map
 from intervenable.map_layers import blocks_at
 from intervenable.map_making import proved_map
 from intervenable.map_towers import with_towers
 from intervenable.map_verification import check_map
 from intervenable.map_verification_result import Verification
+from intervenable.maps import described_by
 from model_maps import COMPONENTS, ModelMap
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
@@ -78,6 +80,7 @@ def survey(model_type: str, task: str) -> Record:
     verified = check_map(tiny.model, found, tiny.inputs)
     whole = with_towers(tiny.model, verified.map, proved_map)
     towers = tuple(name for name in whole.components() if name not in verified.map.components())
+    _check_found(tiny.model, whole, towers)
     verified = replace(
         verified,
         map=whole,
@@ -85,6 +88,16 @@ def survey(model_type: str, task: str) -> Record:
         absent={**verified.absent, **_absent_in_towers(whole, verified.map)},
     )
     return recorded(task, model_type, tiny.model, verified, time.process_time() - begun)
+
+
+def _check_found(model: nn.Module, whole: ModelMap, components: Sequence[str]) -> None:
+    """That the parts of a map that were proved on modules inside a model are found from the model."""
+    with described_by(model, whole):
+        places = Places(model)
+        for name in components:
+            for layer in range(places.layers_of(name)):
+                if whole.site(name, layer) is not None:
+                    places.at(name, layer)
 
 
 def _absent_in_towers(whole: ModelMap, main: ModelMap) -> Mapping[str, str]:
