@@ -118,11 +118,17 @@ _WIDE = 256
 
 
 def shrink_factor(widths: Sequence[int], heads: int, shape: TwinShape) -> int:
-    """By how much heads of these widths can be narrowed: a whole number that leaves all of them even."""
+    """By how much heads of these widths can be narrowed: a whole number that leaves all of them even.
+
+    Four columns turn together where positions have two axes, so those of a multiple of four stay one.
+    """
     narrow = shape.narrow if heads * shape.narrow <= _WIDE else shape.narrow // 2
     common = gcd(*widths)
     factors = [
-        factor for factor in range(1, common + 1) if common % factor == 0 and (common // factor) % 2 == 0
+        factor
+        for factor in range(1, common + 1)
+        if common % factor == 0
+        and all((width // factor) % (4 if width % 4 == 0 else 2) == 0 for width in widths)
     ]
     found = 1
     for least in (narrow, narrow // 2):

@@ -328,3 +328,25 @@ def test_a_tower_whose_hidden_size_is_what_it_hands_on_keeps_its_heads_and_runs(
 
     assert (vision.num_heads, vision.embed_dim % vision.num_heads, vision.embed_dim < 1280) == (16, 0, True)
     assert "vision_block_output" in make_map(published("Qwen2-VL 7B")).components()
+
+
+def test_heads_that_turn_along_two_axes_stay_a_multiple_of_four_wide_so_that_the_vision_tower_runs() -> None:
+    with torch.device("meta"):
+        large = transformers.Qwen2_5OmniThinkerForConditionalGeneration(
+            transformers.Qwen2_5OmniThinkerConfig(
+                text_config={
+                    "hidden_size": 3584,
+                    "num_attention_heads": 28,
+                    "num_key_value_heads": 4,
+                    "num_hidden_layers": 28,
+                    "rope_parameters": {
+                        "rope_type": "default",
+                        "rope_theta": 1e6,
+                        "mrope_section": [16, 24, 24],
+                    },
+                },
+                vision_config={"hidden_size": 1280, "num_heads": 16, "out_hidden_size": 3584},
+            )
+        )
+
+    assert {"vision_block_output", "vision_head_value_output"} <= set(make_map(large).components())
