@@ -153,6 +153,9 @@ class Finding:
     why: str = ""
     """What was compared, in words."""
 
+    compared: str = ""
+    """The component that it was compared with, if the law tells something of this one through another."""
+
 
 def limit_of(dtype: torch.dtype) -> float:
     """How far two ways to the same number may be apart in this dtype."""

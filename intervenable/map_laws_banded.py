@@ -58,8 +58,8 @@ def roles(bench: Bench, swaps: Swaps) -> Judge:
                 new, old = group.seen[key], bench.base.seen[key]
                 heads, limit = bench.sites[written, layer].heads or 0, limit_of(new.dtype)
                 due = _chosen(heads, bit)
-                if not due:
-                    continue  # of a layer with fewer heads than others
+                if not due or old.dim() < 4 or old.shape[2] < 2:
+                    continue  # of a layer with fewer heads than others; nothing is read at others than its own
                 off, right, why = _told(part, new, old, due, limit)
                 right &= heads == new.shape[1] and bench.covered(written, layer)
                 for name in (written, named(f"{part}_output", COMPONENTS[written].prefix), read):

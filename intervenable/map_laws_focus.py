@@ -18,6 +18,9 @@ COMPARED = {
 }
 """Of what else an experiment writes something to tell this component."""
 
+OF_MLPS = ("mlp", "router", "expert")
+"""With what the words start that are about MLPs and their experts."""
+
 
 def with_what_they_are_made_from(components: Iterable[str]) -> frozenset[str]:
     """The components, and those without which they are not: of a view by heads, what has the columns.
@@ -33,6 +36,25 @@ def with_what_they_are_made_from(components: Iterable[str]) -> frozenset[str]:
             result.add(above)
             above = COMPONENTS[above].heads_of or COMPONENTS[above].derived_from
     return frozenset(result)
+
+
+def of_the_same_parts(components: Iterable[str], names: Iterable[str]) -> frozenset[str]:
+    """Those of some names that are about the same part of the same stack as one of the components is.
+
+    Example:
+        >>> sorted(of_the_same_parts(["router_input"], ["mlp_output", "attention_output", "vision_mlp_output"]))
+        ['mlp_output']
+    """
+    parts = {(COMPONENTS[name].stack, _part(name)) for name in components}
+    return frozenset(name for name in names if (COMPONENTS[name].stack, _part(name)) in parts)
+
+
+def _part(name: str) -> str:
+    """What of a block, or whether of no block, a component is about; all that is in no other is in attention."""
+    if COMPONENTS[name].scope != "block":
+        return "ends"
+    first = COMPONENTS[name].word.split("_")[0]
+    return {"block": "block", "mixer": "mixer"}.get(first, "mlp" if first in OF_MLPS else "attention")
 
 
 def groups_about(groups: Iterable[Group], components: Iterable[str]) -> list[Group]:

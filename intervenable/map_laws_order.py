@@ -9,6 +9,7 @@ from torch import Tensor
 
 from intervenable.map_laws import Finding, named
 from intervenable.map_laws_groups import Group, Key, all_have, taken_from
+from intervenable.map_laws_residual import Stream, calls_between, normed
 from intervenable.map_laws_runs import Bench
 from intervenable.map_laws_swaps import Judge, Swaps, near
 from intervenable.map_trace import Call, Trace
@@ -27,9 +28,11 @@ APART: tuple[tuple[str, str], ...] = (
     ("mlp_hidden", "mlp_output"),
     ("router_input", "router_output"),
     ("expert_input", "expert_output"),
+    ("attention_contribution", "mlp_contribution"),
+    ("mixer_contribution", "mlp_contribution"),
     ("final_norm_input", "final_norm_output"),
 )
-"""What is computed from what, so that both are never the same."""
+"""What is computed from what, or added before what, so that both are never the same."""
 
 LATER: tuple[tuple[str, str], ...] = (
     ("block_output", "final_norm_input"),
@@ -39,7 +42,7 @@ LATER: tuple[tuple[str, str], ...] = (
 
 
 def apart(bench: Bench, _: Trace) -> Iterator[Finding]:
-    """What one thing is computed from is not that thing."""
+    """What one thing is computed from, or follows in the stream, is not that thing."""
     for name, layer in bench.sites:
         known = COMPONENTS[name]
         for before, after in APART:
@@ -57,6 +60,16 @@ def apart(bench: Bench, _: Trace) -> Iterator[Finding]:
             same = given.numel() == found.numel() and torch.equal(given.reshape(-1), found.reshape(-1))
             for one, other in ((named(before, known.prefix), name), (name, named(before, known.prefix))):
                 yield Finding(one, "apart", layer, not same, float(same), 0.0, f"other numbers than {other}")
+        yield from _apart_from_the_decoder(bench, name, layer)
+
+
+def _apart_from_the_decoder(bench: Bench, name: str, layer: int | None) -> Iterator[Finding]:
+    """What cross attention returns is not what the decoder's attention to itself does: one module may be both."""
+    own = "decoder_attention_output"
+    found, given = bench.plainly.get((name, layer)), bench.plainly.get((own, layer))
+    if name == "cross_attention_output" and found is not None and given is not None:
+        same = _same(found, given)
+        yield Finding(name, "apart", layer, not same, float(same), 0.0, f"other numbers than {own}")
 
 
 def _does_something(bench: Bench, name: str, layer: int | None) -> bool:
@@ -84,6 +97,23 @@ def given_to_experts(bench: Bench, traced: Trace) -> Iterator[Finding]:
         others = [(named(word, known.prefix), layer) for word in ("router_input", "mlp_input")]
         right = (beside and weighs) or any(_equal(bench, (name, layer), other) for other in others)
         why = "what the router is given, or what is given to weights beside it"
+        yield Finding(name, "reads", layer, right, 0.0 if right else float("inf"), 0.0, why)
+
+
+def given_to_routers(bench: Bench, traced: Trace) -> Iterator[Finding]:
+    """What a router is given is a stream, what the MLP or its experts are given, or what norms make of these."""
+    known = ("block_input", "block_mid", "mlp_input", "expert_input")
+    for (name, layer), value in bench.plainly.items():
+        prefix = COMPONENTS[name].prefix
+        if COMPONENTS[name].word != "router_input":
+            continue
+        seen = [bench.plainly.get((named(word, prefix), layer)) for word in known]
+        streams = [Stream(one) for one in seen if one is not None]
+        if not streams:
+            continue
+        calls = calls_between(bench, traced, prefix, layer)
+        right = any(_same(stream.value, value) for stream in normed(streams, calls))
+        why = "a stream, what the MLP or experts are given, or a norm of these"
         yield Finding(name, "reads", layer, right, 0.0 if right else float("inf"), 0.0, why)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from intervenable.map_laws import Finding, named
@@ -79,3 +80,19 @@ def layout(bench: Bench, traced: Trace) -> Iterator[Finding]:
         right = len(set(taken)) == len(taken) and min(taken) >= 0 and max(taken) < total
         why = f"{columns.heads} heads of {columns.width} columns in {total}"
         yield Finding(name, "layout", layer, right, 0.0 if right else math.inf, 0.0, why)
+
+
+def viewed(bench: Bench) -> Iterator[Finding]:
+    """The view by heads has the numbers that the component of which it is the view has, position by position."""
+    for (name, layer), heads in bench.plainly.items():
+        whole = COMPONENTS[name].heads_of
+        values = None if whole is None else bench.plainly.get((whole, layer))
+        if whole is None or values is None or values.dim() != 3 or heads.dim() != 4:
+            continue
+        by_position = heads.transpose(1, 2).flatten(2)
+        if by_position.shape != values.shape:
+            continue  # more than the heads' columns, or fewer
+        right = torch.equal(by_position.sort(-1).values, values.sort(-1).values)
+        why = f"{name} has the numbers of {whole}"
+        for one in (name, whole):
+            yield Finding(one, "layout", layer, right, 0.0 if right else math.inf, 0.0, why)

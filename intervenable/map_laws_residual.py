@@ -57,18 +57,18 @@ def _residual_of(bench: Bench, traced: Trace, prefix: str, layer: int | None) ->
     if not calls:
         return
     limit = limit_of(end.dtype)
-    streams = _normed([_Stream(start)], calls)
-    added_to: dict[str, list[_Stream]] = {}
+    streams = normed([Stream(start)], calls)
+    added_to: dict[str, list[Stream]] = {}
     pending = list(added)
     # Any order: attention before the MLP in most, beside it in some.
     while pending:
         for position, (name, value) in enumerate(pending):
             before = [stream for stream in streams if _is_seen(stream.value + value, calls, end, limit)]
-            known = [_Stream(stream.value + value, stream.added | {name}) for stream in before]
+            known = [Stream(stream.value + value, stream.added | {name}) for stream in before]
             if known:
                 added_to[name] = before
-                yield Finding(name, "residual", layer, True, 0.0, limit, "the stream and this is a stream")
-                streams = _normed([*known, *streams], calls)
+                yield _in_turn(bench, name, layer, before)
+                streams = normed([*known, *streams], calls)
                 pending.pop(position)
                 break
         else:
@@ -95,31 +95,59 @@ def _residual_of(bench: Bench, traced: Trace, prefix: str, layer: int | None) ->
             own = {named("attention_contribution", one), named("mixer_contribution", one)}
             follows = [stream for other, found in added_to.items() if other not in own for stream in found]
             # Of a sum and what a norm makes of it, it is the one that a next part is added to.
-            possible = [x for x in possible if any(x is stream for stream in follows)] or possible
+            possible = [x for x in possible if any(x is stream for stream in follows)] or _kept(
+                possible, calls
+            )
             off = min((deviation(middle, stream.value) for stream in possible), default=math.inf)
             why = "the stream and what attention adds"
             yield Finding(name, "residual", layer, off <= limit, off, limit, why)
 
 
-class _Stream(NamedTuple):
+def _in_turn(bench: Bench, name: str, layer: int | None, before: Sequence[Stream]) -> Finding:
+    """That a contribution is added to a stream: where nothing else tells that a part mixes, before the MLP's."""
+    prefix = COMPONENTS[name].prefix
+    later = named("mlp_contribution", prefix)
+    known = (named(word, prefix) for word in ("attention_pattern", "mixer_input"))
+    right = name == later or any(bench.has(one, layer) for one in known)
+    right = right or any(later not in stream.added for stream in before)
+    why = "the stream and this is a stream" if right else f"the stream and this is a stream before {later}"
+    return Finding(
+        name, "residual", layer, right, 0.0 if right else math.inf, limit_of(before[0].value.dtype), why
+    )
+
+
+class Stream(NamedTuple):
     """A vector at each position that a block has or makes, and what was added to its input to get it."""
 
     value: Tensor
     added: frozenset[str] = frozenset()
 
 
-def _between(streams: Sequence[_Stream], added: Sequence[str], prefix: str) -> list[_Stream]:
+def _between(streams: Sequence[Stream], added: Sequence[str], prefix: str) -> list[Stream]:
     """The streams to which attention, or what is in its place, has been added and nothing that comes later."""
     mixing = {named(word, prefix) for word in ("attention_contribution", "mixer_contribution")} & {*added}
     later = {named("mlp_contribution", prefix)}
     if prefix != "cross":
         later |= {named("attention_contribution", "cross")}
     if not mixing:
-        return [*streams]
+        return [] if prefix == "cross" else [*streams]  # it is another place of the same block
     return [stream for stream in streams if stream.added & mixing and not stream.added & later]
 
 
-def _normed(streams: Sequence[_Stream], calls: Sequence[Call]) -> list[_Stream]:
+def _kept(streams: Sequence[Stream], calls: Sequence[Call]) -> list[Stream]:
+    """Of streams those that a module is given beside what it computes with, to add to it; all if there are none."""
+    beside = [
+        value
+        for call in calls
+        for slot, value in call.inputs.items()
+        if slot != call.main_input_slot and value.is_floating_point()
+    ]
+    shaped = [_like(value, stream.value) for stream in streams[:1] for value in beside]
+    found = [x for x in streams if any(value is not None and _equal(value, x.value) for value in shaped)]
+    return found or [*streams]
+
+
+def normed(streams: Sequence[Stream], calls: Sequence[Call]) -> list[Stream]:
     """The streams, and what modules without matrices make of them (norms behind an addition)."""
     result = list(streams)
     shaped = streams[0].value
@@ -129,14 +157,30 @@ def _normed(streams: Sequence[_Stream], calls: Sequence[Call]) -> list[_Stream]:
             or has_own_matrix(call.module)
             or call.main_output is None
             or call.main_input is None
+            or _mixes(call, shaped)
         ):
             continue
         given = _like(call.main_input, shaped)
         origin = None if given is None else next((x for x in result if _equal(given, x.value)), None)
         out = _like(call.main_output, shaped)
         if origin is not None and out is not None and not any(_equal(out, x.value) for x in result):
-            result.append(_Stream(out, origin.added))
+            result.append(Stream(out, origin.added))
     return result
+
+
+def _mixes(call: Call, stream: Tensor) -> bool:
+    """Whether a module without parts makes other vectors of the same ones in another order: it is no norm."""
+    given, out = call.main_input, call.main_output
+    if given is None or out is None or given.dim() != 3 or len(call.inputs) > 1:
+        return False
+    if given.shape != stream.shape or out.shape != stream.shape:
+        return False
+    try:
+        turned = call.module.forward(given.flip(1))  # not the call: nobody else is to see it
+    except Exception:  # in words of the module's own: it is given more than tensors
+        return False
+    turned = turned[0] if isinstance(turned, tuple) else turned
+    return isinstance(turned, Tensor) and not _equal(turned.flip(1), out)
 
 
 def _is_seen(total: Tensor, calls: Iterable[Call], end: Tensor, limit: float) -> bool:

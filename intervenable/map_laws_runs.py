@@ -123,10 +123,9 @@ class Bench:
         return (component, layer) in self.sites and (component, layer) not in self.faults
 
     def last_layer(self, prefix: str) -> int:
-        """The last layer of a stack."""
-        return max(
-            (layer or 0 for name, layer in self.sites if name == named("block_output", prefix)), default=0
-        )
+        """The last layer of a stack, whether or not a component is placed in it."""
+        name = named("block_output", prefix)
+        return self.places.layers_of(name) - 1 if self.layers(name) else 0
 
     def _bind(self, components: Iterable[str]) -> None:
         for component in components:

@@ -184,9 +184,8 @@ def determines(bench: Bench, swaps: Swaps) -> Judge:
                 for other in names:
                     if COMPONENTS[other].word == "attention_pattern" and len(names) > 1:
                         continue
-                    yield Finding(
-                        other, "determines", layer, off <= limit, off, limit, f"{name} as in the source"
-                    )
+                    why = f"{name} as in the source"
+                    yield Finding(other, "determines", layer, off <= limit, off, limit, why, compared=name)
         for (name, layer), results in into.items():
             if COMPONENTS[name].inside is None:
                 off = min(off for _, off in results)
@@ -247,8 +246,10 @@ def adds(bench: Bench, swaps: Swaps) -> Judge:
             for layer in bench.layers(named(word, prefix)):
                 key = (named("block_output", prefix), layer)
                 if bench.has(named(contribution, prefix), layer) and all_have(key, group, last):
-                    why = f"{key[0]} as with the same change of {named(contribution, prefix)}"
-                    yield near(named(word, prefix), "adds", layer, group.seen[key], last.seen[key], why)
+                    name = named(contribution, prefix)
+                    why = f"{key[0]} as with the same change of {name}"
+                    found = near(named(word, prefix), "adds", layer, group.seen[key], last.seen[key], why)
+                    yield replace(found, compared=name)
 
     return judge
 

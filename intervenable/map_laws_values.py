@@ -77,8 +77,17 @@ def reads(bench: Bench, traced: Trace) -> Iterator[Finding]:
             continue
         right = site.side == "input" and _multiplied(call, given)
         why = "a matrix of weights is multiplied with it"
+        if right and known.word == "attention_input" and known.prefix != "cross":
+            right = not _given_others(call, given)
+            why = "matrices of weights are multiplied with it, and with nothing else that attention is given"
         yield Finding(name, "reads", layer, right, 0.0 if right else math.inf, 0.0, why)
         yield from _attends(bench, call, name, layer, known.prefix in hybrid)
+
+
+def _given_others(call: Call, given: Tensor) -> bool:
+    """Whether vectors go into a module beside these, at as many positions, with which a matrix is multiplied."""
+    beside = (value for value in call.inputs.values() if value.shape[:-1] == given.shape[:-1])
+    return any(not torch.equal(value, given) and _multiplied(call, value) for value in beside)
 
 
 def _hybrid(bench: Bench, traced: Trace) -> set[str]:

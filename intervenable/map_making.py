@@ -17,7 +17,7 @@ from intervenable.map_inputs import example_inputs
 from intervenable.map_layers import models_that_stay
 from intervenable.map_towers import with_towers
 from intervenable.map_twin import twin_of
-from intervenable.map_verification import check_map
+from intervenable.map_verification import proved
 from model_maps import ModelMap, UnmappedModelError
 
 
@@ -33,7 +33,7 @@ def proved_map(
     """
     # Whatever the caller has switched off: heads are told apart by gradients.
     with torch.inference_mode(False), torch.enable_grad():
-        return check_map(model, infer_map(model, inputs if shown is None else shown), inputs).map
+        return proved(model, infer_map(model, inputs if shown is None else shown), inputs).map
 
 
 def make_map(model: nn.Module, example: Mapping[str, Any] | None = None) -> ModelMap:

@@ -32,12 +32,12 @@ from intervenable.map_laws_banded import roles
 from intervenable.map_laws_branches import BRANCHES, branches, within
 from intervenable.map_laws_ends import ends, entered, lookup, single_layers
 from intervenable.map_laws_experts import chosen, numbered, weighs
-from intervenable.map_laws_focus import groups_about, with_what_they_are_made_from
+from intervenable.map_laws_focus import groups_about, of_the_same_parts, with_what_they_are_made_from
 from intervenable.map_laws_groups import Key
 from intervenable.map_laws_heads import heads, shares
 from intervenable.map_laws_linear import affine, straight
-from intervenable.map_laws_order import apart, given_to_experts, order
-from intervenable.map_laws_places import bound, layout, once
+from intervenable.map_laws_order import apart, given_to_experts, given_to_routers, order
+from intervenable.map_laws_places import bound, layout, once, viewed
 from intervenable.map_laws_reach import about, mixes
 from intervenable.map_laws_residual import residual
 from intervenable.map_laws_runs import Bench
@@ -88,6 +88,30 @@ def check_map(
     with torch.no_grad():
         findings = _findings(bench, output, asked)
     return _verification(bench, findings, wanted, asked)
+
+
+def proved(model: nn.Module, model_map: ModelMap, inputs: Mapping[str, Any]) -> Verification:
+    """What keeps every law where nothing is left that breaks one: looked at again without that, until it stands.
+
+    A component that is told from other places only by its relation to one that is wrong is told by nothing.
+
+    Args:
+        model: The model, in evaluation mode.
+        model_map: What is to be looked at.
+        inputs: Keyword inputs of the model: a prompt of some tokens that differ.
+
+    Returns:
+        The findings about the whole map; what was refused in any round; the map of the last.
+    """
+    first = last = check_map(model, model_map, inputs)
+    refused = dict(first.refused)
+    while last.refused:
+        left = frozenset(last.map.components())
+        again = of_the_same_parts(last.refused, left)
+        last = check_map(model, last.map, inputs, components=again)
+        refused |= last.refused
+    passed = tuple(name for name in first.components if name not in refused)
+    return dataclasses.replace(first, refused=refused, map=last.map, components=passed)
 
 
 def verify(
@@ -193,13 +217,14 @@ def plain_findings(
         output: What the model returned.
         asked: The components that are looked at; None for all.
     """
-    found = [*bound(bench, traced), *numbered(bench)]
+    found = [*bound(bench, traced), *numbered(bench), *viewed(bench)]
     for law in (once, layout, chain, apart, reads, projects, rows, weighted, projection, norm):
         found += law(bench, traced)
     summed = (*ADDED, *BRANCHES.values(), "block_mid")
     if asked is None or any(COMPONENTS[name].word in summed for name in asked):
         found += residual(bench, traced)
-    return [*found, *given_to_experts(bench, traced), *logits(bench, traced, output)]
+    found += [*given_to_experts(bench, traced), *given_to_routers(bench, traced)]
+    return [*found, *logits(bench, traced, output)]
 
 
 def _identity(bench: Bench, output: Tensor, asked: frozenset[str] | None) -> list[Finding]:
@@ -265,7 +290,7 @@ def _verification(
     names = [name for name in COMPONENTS if name in names]
     refused: dict[str, str] = {}
     partly: dict[str, tuple[tuple[int, ...], str]] = {}
-    broken = {finding.component for finding in findings if not finding.passed}
+    broken = {(finding.component, finding.layer) for finding in findings if not finding.passed}
     for name in names:
         own = [finding for finding in findings if finding.component == name]
         failed = [finding for finding in own if not finding.passed]
@@ -276,7 +301,7 @@ def _verification(
             if placed - bad and None not in bad:
                 partly[name] = (tuple(sorted(layer for layer in bad if layer is not None)), reason)
             refused[name] = reason
-        elif not any(_tells(finding, broken) for finding in own):
+        elif not any(_tells(finding, broken, described) for finding in own):
             refused[name] = (
                 "none of the laws that tell it from other places could be looked at, as the components that they"
                 f" compare it with are missing; {WAY_OUT}"
@@ -302,18 +327,25 @@ def _verification(
     return Verification(type(bench.model).__name__, tuple(findings), refused, absent, result, passed)
 
 
-def _tells(finding: Finding, broken: Set[str]) -> bool:
+def _tells(finding: Finding, broken: Set[Key], described: ModelMap) -> bool:
     """Whether a place with another meaning would not have kept the law as well.
 
     Args:
         finding: A law that was kept.
-        broken: The components that have broken one: what follows from values is nothing to compare them with then.
+        broken: Where components have broken one: there they are nothing to compare another with.
+        described: The map.
     """
-    known = COMPONENTS[finding.component]
-    if finding.law in TELLS_NOTHING or finding.law in TELLS_NOTHING_OF.get(known.word, ()):
+    name, compared, layer = finding.component, finding.compared, finding.layer
+    word = COMPONENTS[name].word
+    if finding.law in TELLS_NOTHING or finding.law in TELLS_NOTHING_OF.get(word, ()):
         return False
-    compared = known.word in ("value_output", "expanded_head_value") and finding.law == "determines"
-    return not compared or named("attention_value_output", known.prefix) not in broken
+    if (compared, layer) in broken:
+        return False
+    # What is added to the stream follows from all that comes before what a branch returns as well.
+    before = word in BRANCHES.values() and compared == named(
+        word.replace("output", "contribution"), COMPONENTS[name].prefix
+    )
+    return not before or described.site(name, layer) == described.site(compared, layer)
 
 
 def _reason(failed: Sequence[Finding]) -> str:

@@ -16,7 +16,7 @@ from intervenable.map_inference import infer_map
 from intervenable.map_laws_groups import Group
 from intervenable.map_laws_runs import Bench
 from intervenable.map_trace import Trace, trace
-from intervenable.map_verification import check_map, plain_findings
+from intervenable.map_verification import check_map, plain_findings, proved
 from model_maps import ModelMap
 
 
@@ -71,7 +71,7 @@ def _each_once(mistakes: Iterable[Spoiled]) -> list[Spoiled]:
 
 def proved_map(made: TinyModel) -> ModelMap:
     """The map that is inferred, without what was refused: nothing of what is left is refused again."""
-    described = check_map(made.model, infer_map(made.model, made.inputs), made.inputs).map
+    described = proved(made.model, infer_map(made.model, made.inputs), made.inputs).map
     assert check_map(made.model, described, made.inputs).refused == {}
     return described
 

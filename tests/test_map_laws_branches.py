@@ -100,3 +100,69 @@ def test_a_map_that_does_not_say_where_blocks_begin_is_looked_at_all_the_same():
     described = replace(right, sites={word: right.sites[word] for word in words})
     found = check_map(made.model, described, made.inputs)
     assert {*words} <= {*found.components, *found.refused}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "task", "component", "path"),
+    [
+        ("fnet", "masked-lm", "mixer_output", "fourier.self"),  # what mixes has no weights, and is no norm
+        ("xmod", "masked-lm", "block_mid", "attention.output.LayerNorm"),  # its MLPs cannot be told apart
+        ("zaya", "causal-lm", "router_input", "mlp.gate.router_mlp.fc1"),  # the router is an MLP itself
+    ],
+)
+def test_what_goes_into_a_later_or_an_earlier_module_is_refused(model_type, task, component, path):
+    assert refused(model_type, component, path, side="input", task=task)
+
+
+def test_attention_is_added_before_the_mlp_where_nothing_else_tells_it_from_that():
+    made, right = of_type("prophetnet", "seq2seq-lm")
+    names = ("decoder_attention_output", "decoder_mlp_output")
+    assert {*names} <= {*right.components()}
+    assert "decoder_attention_pattern" not in right.components()
+    sites = {**right.sites, names[0]: right.sites[names[1]], names[1]: right.sites[names[0]]}
+
+    found = check_map(made.model, replace(right, sites=sites), made.inputs).refused
+
+    assert {*names} <= {*found}
+
+
+def test_one_module_that_attends_to_both_stacks_is_no_cross_attention():
+    made, right = of_type("t5gemma2", "seq2seq-lm")
+    added = {
+        "cross_attention_output": right.sites["decoder_attention_output"],
+        "cross_block_mid": replace(right.sites["decoder_attention_output"], path="post_self_attn_layernorm"),
+    }
+
+    found = check_map(made.model, replace(right, sites={**right.sites, **added}), made.inputs).refused
+
+    assert {*added} <= {*found}
+
+
+def test_where_attention_is_given_two_things_neither_is_its_input():
+    _, right = of_type("mobilebert", "masked-lm")
+
+    assert "attention_input" not in right.components()
+    assert "nothing else that attention is given" in right.reason("attention_input")
+
+
+def test_a_view_by_heads_has_the_numbers_of_what_it_is_a_view_of():
+    made, right = of_type("bitnet")
+    before = right.site("attention_value_output")
+    behind = replace(before, path="self_attn.o_proj")  # a norm lies between
+    sites = {"attention_value_output": behind, "head_attention_value_output": before}
+
+    found = check_map(made.model, replace(right, sites={**right.sites, **sites}), made.inputs).refused
+
+    assert "has the numbers of" in found["attention_value_output"]
+
+
+def test_what_attention_adds_is_not_what_the_mlp_adds():
+    made, right = of_type("axk1")
+    site = right.site("attention_contribution", 1)
+    wrong = replace(
+        right,
+        sites={**right.sites, "mlp_contribution": site},
+        kinds=_without(right.kinds, "mlp_contribution"),
+    )
+
+    assert "mlp_contribution" in check_map(made.model, wrong, made.inputs).refused

@@ -16,7 +16,7 @@ from intervenable.map_inference import infer_map
 from intervenable.map_laws import LAWS, deviation
 from intervenable.map_laws_heads import Coded
 from intervenable.map_laws_heads import _told as told_of_heads
-from intervenable.map_verification import check_map
+from intervenable.map_verification import check_map, proved
 from intervenable.map_verification_result import Verification
 from model_maps import COMPONENTS, AttentionHeads, LayerKind, ModelMap, Site
 from tiny_models import CASES, ENCODER_DECODER_CASES, MULTIMODAL, tiny, tiny_inputs
@@ -314,7 +314,9 @@ def test_the_table_has_a_row_for_each_component_and_a_column_for_each_law(right,
 def test_findings_become_a_table(right):
     frame = right.to_pandas()
     assert len(frame) == len(right.findings)
-    assert {"component", "law", "layer", "passed", "deviation", "limit", "why"} == set(frame.columns)
+    assert {"component", "law", "layer", "passed", "deviation", "limit", "why", "compared"} == set(
+        frame.columns
+    )
 
 
 def test_components_narrow_what_is_told(llama):
@@ -388,3 +390,23 @@ def test_a_gate_is_not_taken_for_what_it_lets_through(name, path):
     reason = check_map(made.model, wrong, made.inputs).refused[name]
     assert "'linear'" in reason
     assert "'only'" in reason
+
+
+@pytest.mark.parametrize(
+    ("model_type", "task", "lost"),
+    [
+        ("wav2vec2-bert", "ctc", "mixer_output"),  # what its input tells is gone with the input
+        ("reformer", "causal-lm", ""),  # its last layer has no output of its own
+        ("funnel", "masked-lm", ""),
+        ("videoprism", "zero-shot", ""),  # a picture at a time: one position has no others
+    ],
+)
+def test_what_is_left_of_a_map_keeps_all_laws_by_itself(model_type, task, lost):
+    made = build(model_type, task)
+    inferred = infer_map(made.model, made.inputs)
+    assert check_map(made.model, inferred, made.inputs).refused
+
+    found = proved(made.model, inferred, made.inputs)
+
+    assert not lost or lost in found.refused
+    assert check_map(made.model, found.map, made.inputs).refused == {}
