@@ -18,7 +18,7 @@ from model_maps import COMPONENTS
 LAWS: Mapping[str, str] = {
     "bound": "the map's module exists and its tensor has examples, positions and the columns that are named",
     "once": "one forward pass passes the place once",
-    "layout": "the columns of heads are apart from each other, inside the tensor",
+    "layout": "the columns of heads are apart, inside the tensor, and the view by heads has the numbers of the whole",
     "chain": "a block is given what the one before returned, bit for bit",
     "lookup": "the vector at a position depends on its token alone",
     "reads": "what is multiplied with the first weights is this, bit for bit",
