@@ -34,7 +34,7 @@ def fitted(record: ModelMap, twin: nn.Module, model: nn.Module) -> ModelMap:
     outside = _Widths(twin, model)
     sites, absent = {}, dict(record.absent)
     for name, site in record.sites.items():
-        if COMPONENTS[name].scope == "block" and _stack_of(record, name) in rows:
+        if COMPONENTS[name].scope == "block" and record.blocks_stack_of(name) in rows:
             continue
         scaled = _scaled(site, outside)
         if isinstance(scaled, Site):
@@ -132,11 +132,6 @@ def _stacks(record: ModelMap) -> Iterator[tuple[Stack | None, str]]:
     yield from record.stacks.items()
 
 
-def _stack_of(record: ModelMap, component: str) -> Stack | None:
-    prefix = COMPONENTS[component].prefix
-    return "decoder" if prefix == "cross" else prefix or None
-
-
 def _layers(
     record: ModelMap,
     stack: Stack | None,
@@ -168,7 +163,7 @@ def _layers(
 def _of_twin(record: ModelMap, stack: Stack | None, layer: int) -> _Layer:
     sites, absent = {}, {}
     for name, known in COMPONENTS.items():
-        if known.scope != "block" or _stack_of(record, name) != stack:
+        if known.scope != "block" or record.blocks_stack_of(name) != stack:
             continue
         there = record.at_layer(name, layer)
         if name in there.sites:

@@ -57,16 +57,27 @@ def roles(bench: Bench, swaps: Swaps) -> Judge:
                     continue
                 new, old = group.seen[key], bench.base.seen[key]
                 heads, limit = bench.sites[written, layer].heads or 0, limit_of(new.dtype)
-                due = _chosen(heads, bit)
+                each = _read_by(bench, part, written, layer, new)
+                due = [head * each + one for head in _chosen(heads, bit) for one in range(each)]
                 if not due or old.dim() < 4 or old.shape[2] < 2:
                     continue  # of a layer with fewer heads than others; nothing is read at others than its own
                 off, right, why = _told(part, new, old, due, limit)
-                right &= heads == new.shape[1] and bench.covered(written, layer)
+                right &= heads * each == new.shape[1] and bench.covered(written, layer)
                 for name in (written, named(f"{part}_output", COMPONENTS[written].prefix), read):
                     if bench.has(name, layer):
                         yield Finding(name, "roles", layer, right, off, limit, why)
 
     return judge
+
+
+def _read_by(bench: Bench, part: Part, written: str, layer: int | None, read: Tensor) -> int:
+    """How many heads of what is read share a head of this: several, if keys and values are of fewer heads as wide."""
+    own = bench.plainly.get((written, layer))
+    query = bench.plainly.get((written.replace("head_key", "head_query"), layer))
+    beside = query if part == "key" else read
+    if part == "query" or own is None or beside is None or own.shape[-1] != beside.shape[-1]:
+        return 1
+    return max(1, read.shape[1] // own.shape[1])
 
 
 def _is_told_here(bench: Bench, prefix: str, layer: int | None) -> bool:

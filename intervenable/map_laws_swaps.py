@@ -197,7 +197,7 @@ def determines(bench: Bench, swaps: Swaps) -> Judge:
 
 def stays(bench: Bench, swaps: Swaps) -> Judge:
     """What does not follow from a component stays the base's."""
-    made: list[tuple[str, str, Group]] = []
+    made: list[tuple[str, str, str, Group]] = []
     for prefix in (*bench.prefixes, "cross"):
         for word, held, read in ONLY:
             if not writable(bench, named(word, prefix)) or (held and not bench.layers(named(held, prefix))):
@@ -205,13 +205,17 @@ def stays(bench: Bench, swaps: Swaps) -> Judge:
             views = ["head_attention_value_output"] if read == "attention_value_output" else []
             for source in swaps.sources(prefix, [word])[-1:]:
                 group = swaps.swap(prefix, [word], source, [read, *views], base_at=held)
-                made.append((named(word, prefix), named(read, prefix), group))
+                made.append(
+                    (named(word, prefix), named(held, prefix) if held else "", named(read, prefix), group)
+                )
 
     def judge() -> Iterator[Finding]:
-        for word, name, group in made:
+        for word, held, name, group in made:
             for layer in bench.layers(word):
                 key = (name, layer)
                 if not bench.has(*key) or not all_have(key, group, bench.base):
+                    continue
+                if held and not bench.has(held, layer):
                     continue
                 known = COMPONENTS[name]
                 if known.word == "attention_value_output" and beside_the_band(bench, known.prefix, layer):

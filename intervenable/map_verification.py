@@ -105,10 +105,10 @@ def proved(model: nn.Module, model_map: ModelMap, inputs: Mapping[str, Any]) -> 
     """
     first = last = check_map(model, model_map, inputs)
     refused = dict(first.refused)
-    while last.refused:
-        left = frozenset(last.map.components())
-        again = of_the_same_parts(last.refused, left)
-        last = check_map(model, last.map, inputs, components=again)
+    left = frozenset(model_map.components())
+    while gone := left - frozenset(last.map.components()):  # where other layers keep one, they tell as much
+        left -= gone
+        last = check_map(model, last.map, inputs, components=of_the_same_parts(gone, left))
         refused |= last.refused
     passed = tuple(name for name in first.components if name not in refused)
     return dataclasses.replace(first, refused=refused, map=last.map, components=passed)
@@ -259,7 +259,7 @@ def _under_a_mode(site: BoundSite) -> bool:
 
 def _rounding(dtype: torch.dtype) -> float:
     """How far attention that is done again by hand may be from a kernel that does all at once."""
-    return limit_of(dtype) * (0.1 if dtype in (torch.float32, torch.float64) else 1.0)
+    return limit_of(dtype) * (0.5 if dtype in (torch.float32, torch.float64) else 1.0)
 
 
 def _is_eager(model: nn.Module, module: nn.Module) -> bool:
@@ -401,7 +401,7 @@ def _without(
         for kind in described.kinds
     ]
     for name, (layers, why) in partly.items():
-        kinds.append(LayerKind(layers, described.stack_of(name), absent={name: why}))
+        kinds.append(LayerKind(layers, described.blocks_stack_of(name), absent={name: why}))
     result = dataclasses.replace(
         described,
         sites={name: site for name, site in described.sites.items() if name not in whole},
@@ -422,7 +422,9 @@ def _without(
             own[name] = next(iter(by_site))
         else:
             more += [
-                LayerKind(tuple(layer or 0 for layer in layers), described.stack_of(name), sites={name: site})
+                LayerKind(
+                    tuple(layer or 0 for layer in layers), described.blocks_stack_of(name), sites={name: site}
+                )
                 for site, layers in by_site.items()
             ]
     return dataclasses.replace(result, sites={**result.sites, **own}, kinds=(*result.kinds, *more))

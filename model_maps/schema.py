@@ -159,10 +159,7 @@ class ModelMap:
             component: The component's name.
             layer: The layer, counted from 0.
         """
-        prefix = COMPONENTS[component].prefix
-        stack = ("decoder" if prefix == "cross" else prefix) or None
-        if prefix == "cross" and "decoder" not in self.stacks:
-            stack = None
+        stack = self.blocks_stack_of(component)
         which = tuple(
             number for number, kind in enumerate(self.kinds) if kind.stack == stack and layer in kind.layers
         )
@@ -223,6 +220,13 @@ class ModelMap:
         if prefix == "cross":  # of a decoder to its encoder, or of the blocks to a tower beside them
             return self.stacks.get("decoder", self.blocks)
         return self.stacks.get(prefix)
+
+    def blocks_stack_of(self, component: str) -> Stack | None:
+        """The stack in whose blocks a component is: of cross attention its own, whatever positions its keys have."""
+        prefix = COMPONENTS[component].prefix
+        if prefix == "cross":
+            return "decoder" if "decoder" in self.stacks else None
+        return prefix or None
 
     def stack_of(self, component: str) -> Stack | None:
         """The stack whose positions a component has (a matrix: in its rows); None if there is but one."""

@@ -410,3 +410,26 @@ def test_what_is_left_of_a_map_keeps_all_laws_by_itself(model_type, task, lost):
 
     assert not lost or lost in found.refused
     assert check_map(made.model, found.map, made.inputs).refused == {}
+
+
+def test_cross_attention_that_is_wrong_in_some_layers_has_nothing_there():
+    model = tiny("t5")
+    described = map_of(model)
+    key, value = described.site("cross_key_output", 1), described.site("cross_value_output", 1)
+    wrong = LayerKind((1,), "decoder", sites={"cross_key_output": value, "cross_value_output": key})
+
+    found = check_map(model, replace(described, kinds=(wrong,)), tiny_inputs(model)).map
+
+    assert (found.site("cross_key_output", 0), found.site("cross_key_output", 1)) == (key, None)
+    assert (found.site("cross_value_output", 0), found.site("cross_value_output", 1)) == (value, None)
+
+
+def test_a_layer_without_a_pattern_is_not_told_by_what_others_hold_there(llama):
+    without = LayerKind((1,), absent=dict.fromkeys(("attention_pattern", "attention_scores"), "not here"))
+
+    found = check_map(llama, replace(map_of(llama), kinds=(without,)), tiny_inputs(llama))
+
+    assert not [
+        one for one in found.findings if (one.layer, one.law, one.component) == (1, "only", "query_output")
+    ]
+    assert {"query_output", "key_output"} <= {*found.components}
