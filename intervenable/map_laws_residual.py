@@ -157,13 +157,14 @@ def normed(streams: Sequence[Stream], calls: Sequence[Call]) -> list[Stream]:
             or has_own_matrix(call.module)
             or call.main_output is None
             or call.main_input is None
-            or _mixes(call, shaped)
         ):
             continue
         given = _like(call.main_input, shaped)
         origin = None if given is None else next((x for x in result if _equal(given, x.value)), None)
         out = _like(call.main_output, shaped)
-        if origin is not None and out is not None and not any(_equal(out, x.value) for x in result):
+        if origin is None or out is None or any(_equal(out, x.value) for x in result):
+            continue
+        if not _mixes(call, shaped):  # last, as it runs the module once more
             result.append(Stream(out, origin.added))
     return result
 
