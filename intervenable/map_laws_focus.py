@@ -18,6 +18,9 @@ COMPARED = {
 }
 """Of what else an experiment writes something to tell this component."""
 
+VIEWED = {"attention_value_output": "head_attention_value_output"}
+"""Through which view by heads, where an experiment reads it, something is told of this component."""
+
 OF_MLPS = ("mlp", "router", "expert")
 """With what the words start that are about MLPs and their experts."""
 
@@ -67,10 +70,13 @@ def groups_about(groups: Iterable[Group], components: Iterable[str]) -> list[Gro
     asked = frozenset(components)
     known = [COMPONENTS[name] for name in asked]
     compared = {named(COMPARED[one.word], one.prefix) for one in known if one.word in COMPARED}
+    viewed = {named(VIEWED[one.word], one.prefix) for one in known if one.word in VIEWED}
     return [
         group
         for group in groups
-        if group.inputs or asked & {name for name, _ in group.reads} or (asked | compared) & _written(group)
+        if group.inputs
+        or (asked | viewed) & {name for name, _ in group.reads}
+        or (asked | compared) & _written(group)
     ]
 
 

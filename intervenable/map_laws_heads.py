@@ -98,10 +98,20 @@ def heads(bench: Bench) -> Judge:
                 yield Finding(written, "heads", layer, right, off, limit, why)
                 if coded.written in ("attention_pattern",):
                     yield Finding(read, "heads", layer, right, off, limit, why)
+                    if (whole := _viewed_there(bench, read, layer)) is not None:
+                        yield Finding(whole, "heads", layer, right, off, limit, why)
         yield from _as_wide(bench)
         yield from _as_many(bench)
 
     return judge
+
+
+def _viewed_there(bench: Bench, name: str, layer: int | None) -> str | None:
+    """The component of which this is the view by heads of the same tensor: it has them side by side, unmixed."""
+    whole = COMPONENTS[name].heads_of
+    site, other = bench.sites.get((name, layer)), bench.sites.get((whole or "", layer))
+    same = site is not None and other is not None and site.module is other.module and site.side == other.side
+    return whole if same else None
 
 
 WHOLE = {

@@ -156,6 +156,18 @@ def test_a_view_by_heads_has_the_numbers_of_what_it_is_a_view_of():
     assert "has the numbers of" in found["attention_value_output"]
 
 
+def test_what_a_norm_over_all_heads_returns_is_no_longer_what_they_attend_to():
+    made, right = of_type("bitnet")
+    behind = {
+        name: replace(right.site(name), path="self_attn.o_proj")
+        for name in ("attention_value_output", "head_attention_value_output")
+    }
+
+    found = check_map(made.model, replace(right, sites={**right.sites, **behind}), made.inputs).refused
+
+    assert "'heads'" in found["attention_value_output"]
+
+
 def test_what_attention_adds_is_not_what_the_mlp_adds():
     made, right = of_type("axk1")
     site = right.site("attention_contribution", 1)

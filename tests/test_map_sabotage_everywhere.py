@@ -16,7 +16,7 @@ ROWS = [
 ]
 
 DECODERS = """
-    apertus arcee axk1 biogpt bloom codegen cohere deepseek_v3 exaone4 falcon falcon_h1 gemma2 glm4 gpt2
+    apertus arcee axk1 biogpt bitnet bloom codegen cohere deepseek_v3 exaone4 falcon falcon_h1 gemma2 glm4 gpt2
     gpt_bigcode gpt_neo gpt_neox gpt_oss granite granitemoe granitemoehybrid jamba kimi_linear llama
     mamba2 minicpm3 minimax_m2 mixtral mpt nemotron olmo2 olmoe opt persimmon phi phi3 qwen3_moe
     qwen3_next recurrent_gemma roberta rwkv stablelm starcoder2 xglm xlnet xmod zamba2 zaya
