@@ -266,7 +266,7 @@ def _told(
     new, old = (torch.where(visible, t, torch.zeros_like(t)).float() for t in (new, old))
     size = float(old.abs().max()) or 1.0
     difference = (new - old) / size
-    if coded.at == "column":
+    if coded.at == "column" and length > 2:  # of one other column, its own is the median
         # Where a sink beside the keys is the largest of a row, the model takes it from all of the row.
         shift = torch.where(visible, difference, torch.nan)
         shift[..., [position for _, position in places]] = torch.nan
