@@ -57,6 +57,7 @@ TELLS_NOTHING = ("bound", "once", "layout", "projects", "identity", "moves", "ca
 TELLS_NOTHING_OF: Mapping[str, tuple[str, ...]] = {
     "value_output": ("only", "heads"),  # no matrix of scores depends on much else, and heads may be wider
     "expanded_head_value": ("only", "heads"),
+    "head_attention_value_output": ("determines", "share"),  # all heads are as many as half of them, or twice
     "mlp_input": ("reads",),  # so is whatever a matrix is multiplied with
     "router_input": ("reads",),
 }

@@ -35,6 +35,11 @@ def ends(bench: Bench, swaps: Swaps) -> Judge:
             # Where blocks keep what those before them returned, the last output does not determine the rest alone.
             every = bench.layers(key[0]) if prefix in bench.carrying else [key[1]]
             writes: dict[Key, Change] = {(key[0], layer): taken_from(source) for layer in every}
+            entered: Key = (named("block_input", prefix), last)
+            if key[1] is not None and prefix in bench.carrying and bench.has(*entered):
+                writes[entered] = taken_from(
+                    bench.base
+                )  # so that the last block has not the source's by itself
             group = bench.experiment(f"{key[0]} of {source.name}", writes)
             bench.read_in(group, [("logits", None)])
             made.append((key, prefix, group, source))

@@ -28,6 +28,7 @@ APART: tuple[tuple[str, str], ...] = (
     ("mlp_hidden", "mlp_output"),
     ("router_input", "router_output"),
     ("expert_input", "expert_output"),
+    ("attention_contribution", "mixer_contribution"),
     ("attention_contribution", "mlp_contribution"),
     ("mixer_contribution", "mlp_contribution"),
     ("final_norm_input", "final_norm_output"),

@@ -104,15 +104,19 @@ def _residual_of(bench: Bench, traced: Trace, prefix: str, layer: int | None) ->
 
 
 def _in_turn(bench: Bench, name: str, layer: int | None, before: Sequence[Stream]) -> Finding:
-    """That a contribution is added to a stream: where nothing else tells that a part mixes, before the MLP's."""
+    """That a contribution is added to a stream: before what comes later, where nothing else tells which it is."""
     prefix = COMPONENTS[name].prefix
-    later = named("mlp_contribution", prefix)
+    mlp = named("mlp_contribution", prefix)
+    later = {mlp, named("attention_contribution", "cross")} if prefix == "decoder" else {mlp}
     known = (named(word, prefix) for word in ("attention_pattern", "mixer_input"))
-    right = name == later or any(bench.has(one, layer) for one in known)
-    right = right or any(later not in stream.added for stream in before)
-    why = "the stream and this is a stream" if right else f"the stream and this is a stream before {later}"
+    right = name == mlp or any(bench.has(one, layer) for one in known)
+    right = right or any(not later & stream.added for stream in before)
+    why = "the stream and this is a stream" + ("" if right else f" before {' and '.join(sorted(later))}")
+    off, limit = 0.0 if right else math.inf, limit_of(before[0].value.dtype)
+    returned = (name.replace("contribution", "output"), layer)
+    # What is added where nothing is that returns it was returned by something else.
     return Finding(
-        name, "residual", layer, right, 0.0 if right else math.inf, limit_of(before[0].value.dtype), why
+        name, "residual", layer, right, off, limit, why, returned[0] if returned in bench.faults else ""
     )
 
 

@@ -11,12 +11,16 @@ from torch import Tensor
 from intervenable.attention_bands import BandedMatrix
 from intervenable.map_laws import Finding, deviation, limit_of, named
 from intervenable.map_laws_allowances import beside_the_band
+from intervenable.map_laws_branches import BRANCHES
 from intervenable.map_laws_residual import calls_between
 from intervenable.map_laws_runs import Bench
-from intervenable.map_modules import has_own_matrix
+from intervenable.map_modules import has_own_matrix, is_norm
 from intervenable.map_trace import Call, Trace
 from intervenable.norms import centred
 from model_maps import COMPONENTS, Bands
+
+RETURNED = frozenset(BRANCHES.values())
+"""What branches return."""
 
 
 def chain(bench: Bench, traced: Trace) -> Iterator[Finding]:
@@ -82,6 +86,8 @@ def reads(bench: Bench, traced: Trace) -> Iterator[Finding]:
             why = "matrices of weights are multiplied with it, and with nothing else that attention is given"
         yield Finding(name, "reads", layer, right, 0.0 if right else math.inf, 0.0, why)
         yield from _attends(bench, call, name, layer, known.prefix in hybrid)
+        if known.word == "mlp_input":
+            yield from _is_attention(bench, call, name, layer)
 
 
 def _given_others(call: Call, given: Tensor) -> bool:
@@ -121,6 +127,23 @@ def _attends(bench: Bench, call: Call, name: str, layer: int | None, hybrid: boo
             yield Finding(other[0], "reads", layer, right, off, 0.0, why)
 
 
+def _is_attention(bench: Bench, call: Call, name: str, layer: int | None) -> Iterator[Finding]:
+    """What is said to be an MLP, and is an attention with a nonlinearity in it, is none, whatever part of it."""
+    prefix = COMPONENTS[name].prefix
+    returned = bench.sites.get((named("mlp_output", prefix), layer))
+    if returned is None or returned.path != bench.sites[name, layer].path:
+        return
+    weighed = (
+        one.returned for one in call.met_inside() if one.name == "softmax"
+    )  # a router's are of no heads
+    if any(one is not None and one.dim() == 4 for one in weighed):
+        for (other, at), site in bench.sites.items():
+            within = f"{site.path}.".startswith(f"{returned.path}.") and COMPONENTS[other].prefix == prefix
+            if at == layer and within and COMPONENTS[other].word.startswith("mlp_"):
+                why = "no attention is computed in the module of the MLP"
+                yield Finding(other, "reads", layer, False, math.inf, 0.0, why)
+
+
 def projects(bench: Bench, traced: Trace) -> Iterator[Finding]:
     """Queries, keys and values are what a matrix gives; heads and the MLP's hidden vector what one is given."""
     sides = {"query_output": "output", "key_output": "output", "value_output": "output"}
@@ -144,13 +167,24 @@ def projects(bench: Bench, traced: Trace) -> Iterator[Finding]:
             why = "another matrix than the one that is given the MLP's input"
             yield Finding(name, "projects", layer, right, 0.0 if right else math.inf, 0.0, why)
     yield from _outputs_given_to_a_matrix(bench, traced)
+    yield from _outputs_of_norms(bench, traced)
+
+
+def _outputs_of_norms(bench: Bench, traced: Trace) -> Iterator[Finding]:
+    """What a branch returns comes before the norm behind it, if there is one: that returns what is added."""
+    for (name, layer), site in bench.sites.items():
+        if COMPONENTS[name].word not in RETURNED or site.side != "output" or site.function is not None:
+            continue
+        call = traced.call_at(site.path, site.call)
+        if call is not None and is_norm(call):
+            yield Finding(name, "projects", layer, False, math.inf, 0.0, "no norm returns it")
 
 
 def _outputs_given_to_a_matrix(bench: Bench, traced: Trace) -> Iterator[Finding]:
     """What a branch returns goes into no matrix of weights, unless it is what is added to the stream."""
     for name, layer in bench.sites:
         known = COMPONENTS[name]
-        if known.word not in ("attention_output", "mixer_output", "mlp_output"):
+        if known.word not in RETURNED:
             continue
         added = bench.plainly.get((name.replace("_output", "_contribution"), layer))
         value = bench.plainly.get((name, layer))

@@ -301,11 +301,10 @@ def _verification(
             if placed - bad and None not in bad:
                 partly[name] = (tuple(sorted(layer for layer in bad if layer is not None)), reason)
             refused[name] = reason
-        elif not any(_tells(finding, broken, described) for finding in own):
-            refused[name] = (
-                "none of the laws that tell it from other places could be looked at, as the components that they"
-                f" compare it with are missing; {WAY_OUT}"
-            )
+        elif untold := placed - {finding.layer for finding in own if _tells(finding, broken, described)}:
+            if placed - untold:
+                partly[name] = (tuple(sorted(layer for layer in untold if layer is not None)), UNTOLD)
+            refused[name] = UNTOLD
     for name in names:
         above = COMPONENTS[name].heads_of or COMPONENTS[name].derived_from
         while above and name not in refused:
@@ -325,6 +324,12 @@ def _verification(
     result = _without(described, bench, refused, partly)
     passed = tuple(name for name in names if name not in refused)
     return Verification(type(bench.model).__name__, tuple(findings), refused, absent, result, passed)
+
+
+UNTOLD = (
+    "none of the laws that tell it from other places could be looked at, as the components that they compare it with"
+    f" are missing; {WAY_OUT}"
+)
 
 
 def _tells(finding: Finding, broken: Set[Key], described: ModelMap) -> bool:

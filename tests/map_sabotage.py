@@ -118,6 +118,8 @@ class _Mistakes(Block):
             for path in linears:
                 own = self.site(word)
                 if own is not None and own.path != path and self.same_shape(own, Site(path)):
+                    if word == "value_output" and self.is_made_of(own, path):
+                        continue
                     yield from self.moved(f"from {path}", word, replace(own, path=path, slot=None))
         for word in ("attention_value_output", "mlp_hidden"):
             for path in linears:

@@ -113,14 +113,7 @@ class Block:
 
     def same(self, one: Site, other: Site) -> bool:
         """Whether two sites have the same numbers, so that nothing is wrong with taking one for the other."""
-        a, b = self.tensor(one), self.tensor(other)
-        return (
-            a is not None
-            and b is not None
-            and a.numel() == b.numel()
-            and one.scale == other.scale
-            and bool((a.reshape(-1) == b.reshape(-1)).all())
-        )
+        return one.scale == other.scale and alike(self.tensor(one), self.tensor(other))
 
     def name_of(self, call: Call) -> str:
         """A call's path from the block."""
@@ -143,6 +136,15 @@ class Block:
             for one in self.call.inside()
             if "Linear" in type(one.module).__name__ or "Conv1D" in type(one.module).__name__
         ]
+
+    def is_made_of(self, own: Site, path: str) -> bool:
+        """Whether one module, such as a norm or a convolution, makes what is at a site of what a matrix gives.
+
+        Either is then the output of a projection or of an MLP.
+        """
+        right, given = self.tensor(own), self.tensor(Site(path))
+        steps = () if self.call is None else self.call.inside()
+        return any(alike(step.main_input, given) and alike(step.main_output, right) for step in steps)
 
     def put(self, mistake: str, wrong: tuple[str, ...] = (), **sites: Site) -> Spoiled:
         """A map in which components of this layer lie elsewhere.
@@ -174,3 +176,10 @@ class Block:
     def same_shape(self, one: Site, other: Site) -> bool:
         a, b = self.tensor(one), self.tensor(other)
         return a is not None and b is not None and a.shape == b.shape
+
+
+def alike(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two tensors have the same numbers in the same order, whatever their shapes."""
+    if one is None or other is None or one.numel() != other.numel():
+        return False
+    return torch.equal(one.reshape(-1), other.reshape(-1))

@@ -10,6 +10,7 @@ import tiny_registry
 from map_sabotage_found import proved_map
 
 from intervenable.map_verification import check_map
+from model_maps import LayerKind
 
 
 @cache
@@ -178,3 +179,72 @@ def test_what_attention_adds_is_not_what_the_mlp_adds():
     )
 
     assert "mlp_contribution" in check_map(made.model, wrong, made.inputs).refused
+
+
+def test_what_the_norm_behind_a_mixer_returns_is_not_the_mixers_output():
+    made, right = of_type("lfm3")
+    behind = replace(right.site("mixer_output", 2), path="post_operator_norm")
+    assert behind == right.site("mixer_contribution", 2)
+    kinds = (*right.kinds, LayerKind((2,), sites={"mixer_output": behind}))
+
+    found = check_map(made.model, replace(right, kinds=kinds), made.inputs)
+
+    assert "no norm returns it" in found.refused["mixer_output"]
+    assert found.map.site("mixer_output", 0) == right.site("mixer_output", 0)
+    assert found.map.site("mixer_output", 2) is None
+
+
+@pytest.mark.parametrize("path", ["mlp", "q_input_layernorm"])
+def test_the_last_block_has_its_own_output_where_blocks_are_given_those_of_all_before(path):
+    made, right = of_type("inkling2_text")
+    wrong = LayerKind((3,), sites={"block_output": replace(right.site("block_output", 3), path=path)})
+
+    found = check_map(made.model, replace(right, kinds=(*right.kinds, wrong)), made.inputs).refused
+
+    assert "'ends'" in found["block_output"]
+
+
+def test_attention_to_itself_is_added_before_that_to_the_encoder():
+    made, right = of_type("prophetnet", "seq2seq-lm")
+    own = ("decoder_attention_output", "decoder_attention_contribution")
+    cross = ("cross_attention_output", "cross_attention_contribution")
+    exchanged = {
+        **{name: replace(right.site(name), path="cross_attn") for name in own},
+        **{name: replace(right.site(name), path="self_attn") for name in cross},
+    }
+
+    found = check_map(made.model, replace(right, sites={**right.sites, **exchanged}), made.inputs).refused
+
+    assert {*own, *cross} <= {*found}
+    assert "before cross_attention_contribution" in found["decoder_attention_contribution"]
+
+
+def test_heads_of_which_nothing_tells_how_many_they_are_are_not_offered():
+    _, right = of_type("videoprism", "zero-shot")  # its blocks are given a picture at a time, of one position
+
+    assert "vision_attention_value_output" in right.components()
+    assert "none of the laws" in right.reason("vision_head_attention_value_output")
+
+
+def test_an_attention_with_a_nonlinearity_in_it_is_no_mlp():
+    made, right = of_type("levit", "image-classification")
+    words = ("mlp_input", "mlp_pre_activation", "mlp_activation", "mlp_output")
+    wrong = LayerKind((0,), sites={name: right.site(name, 1) for name in words})
+
+    found = check_map(made.model, replace(right, kinds=(*right.kinds, wrong)), made.inputs)
+
+    assert {name: found.map.site(name, 0) for name in words} == dict.fromkeys(words)
+    assert {name: found.map.site(name, 1) for name in words} == {name: right.site(name, 1) for name in words}
+
+
+def test_what_is_added_tells_nothing_of_a_mixer_that_is_not_there():
+    made, right = of_type("lfm3")
+    kinds = tuple(
+        replace(kind, layers=(0, 2)) if "attention_input" in kind.sites else kind for kind in right.kinds
+    )
+
+    found = check_map(made.model, replace(right, kinds=kinds), made.inputs)
+
+    assert {"attention_contribution", "mixer_contribution"} <= {*found.refused}
+    assert found.map.site("attention_contribution", 0) is None
+    assert found.map.site("mixer_contribution", 1) is None
