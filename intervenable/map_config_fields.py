@@ -22,7 +22,7 @@ ROLES: Mapping[str, str] = {
         moe_shared_expert_intermediate_size shared_experts_intermediate_size speech_encoder_intermediate_size
         text_config_intermediate_size bottleneck_dim intermediate_ff_dim hidden_mlp_size
         block_ff_dim conv_mlp_size projector_hidden_size ff_dim
-        alignment_intermediate_size projection_hidden_dim""",
+        alignment_intermediate_size mit_intermediate_size projection_hidden_dim""",
     "layers": """num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers num_blocks
         num_layers_per_stack encoder_layers num_encoder_layers depth conf_num_hidden_layers num_global_layers
         vision_depth speech_encoder_layers audio_depth num_hidden_groups layers encoder_num_hidden_layers
@@ -50,7 +50,9 @@ ROLE_OF = {
     **{name: role for role, names in ROLES.items() for name in names.split()},
     **dict.fromkeys(HIDDEN, "hidden"),
     **dict.fromkeys((*HEAD_DIM, *LATENT_WIDTHS), "head_width"),
-    **dict.fromkeys(("qk_head_dim", "global_head_dim", "swa_head_dim", "dim_head"), "head_width"),
+    **dict.fromkeys(
+        ("qk_head_dim", "global_head_dim", "swa_head_dim", "cross_head_dim", "dim_head"), "head_width"
+    ),
     "hidden_dim": "hidden",
 }
 HEADS = (
