@@ -8,6 +8,7 @@ once. Whatever is compared so went through the same kernels in the same pass.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -85,16 +86,6 @@ class Bench:
         self.faults: dict[Key, str] = {}
         """Places that cannot be bound, read or written, and why."""
         self._bind(model_map.components() if components is None else components)
-        self.base = Group("base")
-        self.sources: dict[str, Group] = {}
-        for prefix in self.prefixes:
-            first = (named("block_input", prefix), 0)
-            if first in self.sites:
-                group = Group(f"source of {prefix or 'the blocks'}", {first: self._noised})
-                self.sources[prefix] = group
-        self.fixed: list[Group] = [self.base, *self.sources.values()]
-        """Groups that are in every pass."""
-        self.groups: list[Group] = []
         self.plainly: dict[Key, Tensor] = {}
         """What the places have in the plain pass."""
         self.passes: dict[Key, int] = {}
@@ -104,6 +95,36 @@ class Bench:
         """Prefixes of the stacks whose blocks are given more of those before them than the stream."""
         self.pinned: Mapping[Key, Sequence[Slot]] = {}
         """Inputs of blocks beside the stream that all groups are given as the base is."""
+        self.known = False
+        """Whether all places were looked at before, beside others that are gone."""
+        self._begin()
+
+    def _begin(self) -> None:
+        """Have no experiments yet."""
+        self.base: Group = Group("base")
+        self.sources: dict[str, Group] = {}
+        for prefix in self.prefixes:
+            first = (named("block_input", prefix), 0)
+            if first in self.sites:
+                group = Group(f"source of {prefix or 'the blocks'}", {first: self._noised})
+                self.sources[prefix] = group
+        self.fixed: list[Group] = [self.base, *self.sources.values()]
+        """Groups that are in every pass."""
+        self.groups: list[Group] = []
+
+    def of_less(self, model_map: ModelMap) -> Bench:
+        """A bench of a map with fewer places than this one's: what a plain pass showed of the rest is known.
+
+        Args:
+            model_map: The map of this bench, without what was refused.
+        """
+        less = copy.copy(self)
+        less.map, less.places, less.known = model_map, GivenPlaces(self.model, model_map), True
+        less.sites = {key: site for key, site in self.sites.items() if model_map.site(*key) is not None}
+        less.faults = {}
+        less.plainly = {key: value for key, value in self.plainly.items() if key in less.sites}
+        less._begin()
+        return less
 
     # -- what there is
 
@@ -233,12 +254,17 @@ class Bench:
 
     def traced(self) -> Trace:
         """The plain pass written down; what the places of the map have is put into the base, bit for bit."""
+        if self.known and self._trace is not None:
+            return self._noted(self._trace)
         group = Group("plain")
         group.reads = set(self.sites)
         group.index = 0
         hooks = self._hooks([group], self.batch, self.passes)
         result = trace(self.model, self.inputs, extra=hooks)
         self.plainly = group.seen
+        return self._noted(result)
+
+    def _noted(self, result: Trace) -> Trace:
         self._trace = result
         self.carrying = carrying(self.sites, result)
         self.pinned = pinned(self.sites, result)

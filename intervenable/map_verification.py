@@ -82,12 +82,8 @@ def check_map(
     """
     described = model_map.for_config(getattr(model, "config", None))
     wanted = None if components is None else _known(components, model, described)
-    asked = None if wanted is None else with_what_they_are_made_from(wanted)
     bench = Bench(model, described, inputs)
-    output = _steady_output(bench)
-    with torch.no_grad():
-        findings = _findings(bench, output, asked)
-    return _verification(bench, findings, wanted, asked)
+    return _looked_at(bench, _steady_output(bench), wanted)
 
 
 def proved(model: nn.Module, model_map: ModelMap, inputs: Mapping[str, Any]) -> Verification:
@@ -103,12 +99,15 @@ def proved(model: nn.Module, model_map: ModelMap, inputs: Mapping[str, Any]) -> 
     Returns:
         The findings about the whole map; what was refused in any round; the map of the last.
     """
-    first = last = check_map(model, model_map, inputs)
+    bench = Bench(model, model_map.for_config(getattr(model, "config", None)), inputs)
+    output = _steady_output(bench)
+    first = last = _looked_at(bench, output, None)
     refused = dict(first.refused)
     left = frozenset(model_map.components())
     while gone := left - frozenset(last.map.components()):  # where other layers keep one, they tell as much
         left -= gone
-        last = check_map(model, last.map, inputs, components=of_the_same_parts(gone, left))
+        bench = bench.of_less(last.map)
+        last = _looked_at(bench, output, of_the_same_parts(gone, left))
         refused |= last.refused
     passed = tuple(name for name in first.components if name not in refused)
     return dataclasses.replace(first, refused=refused, map=last.map, components=passed)
@@ -176,6 +175,20 @@ def _steady_output(bench: Bench) -> Tensor:
     return one
 
 
+def _looked_at(bench: Bench, output: Tensor, wanted: frozenset[str] | None) -> Verification:
+    """What the laws come to for some components, or for all.
+
+    Args:
+        bench: The model and the map.
+        output: What the model returns.
+        wanted: The components; None for all.
+    """
+    asked = None if wanted is None else with_what_they_are_made_from(wanted)
+    with torch.no_grad():
+        findings = _findings(bench, output, asked)
+    return _verification(bench, findings, wanted, asked)
+
+
 def _findings(bench: Bench, output: Tensor, asked: frozenset[str] | None) -> list[Finding]:
     traced = bench.traced()
     swaps = Swaps(bench)
@@ -203,7 +216,9 @@ def _findings(bench: Bench, output: Tensor, asked: frozenset[str] | None) -> lis
     bench.run()
     plain = plain_findings(bench, traced, output, asked)
     found = [finding for judge in judges for finding in judge()]
-    return [*plain, *found, *whole(plain), *_identity(bench, output, asked)]
+    # What was written back before and changed nothing does not without the rest either.
+    identity = () if bench.known else _identity(bench, output, asked)
+    return [*plain, *found, *whole(plain), *identity]
 
 
 def plain_findings(
