@@ -361,11 +361,14 @@ def _tells(finding: Finding, broken: Set[Key], described: ModelMap) -> bool:
         return False
     if (compared, layer) in broken:
         return False
+    site = described.site(name, layer)
+    if word in ADDED and finding.law != "residual" and site is not None and site.scale != 1.0:
+        return False  # the sum alone tells by how much it was multiplied
     # What is added to the stream follows from all that comes before what a branch returns as well.
     before = word in BRANCHES.values() and compared == named(
         word.replace("output", "contribution"), COMPONENTS[name].prefix
     )
-    return not before or described.site(name, layer) == described.site(compared, layer)
+    return not before or site == described.site(compared, layer)
 
 
 def _reason(failed: Sequence[Finding]) -> str:

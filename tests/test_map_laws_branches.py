@@ -248,3 +248,14 @@ def test_what_is_added_tells_nothing_of_a_mixer_that_is_not_there():
     assert {"attention_contribution", "mixer_contribution"} <= {*found.refused}
     assert found.map.site("attention_contribution", 0) is None
     assert found.map.site("mixer_contribution", 1) is None
+
+
+def test_by_how_much_a_contribution_is_multiplied_is_told_by_the_sum_alone():
+    made, right = of_type("reformer")  # no block after the last is given what it returns
+    twice = replace(right.site("mlp_contribution", 1), scale=2.0)
+    kinds = (*right.kinds, LayerKind((1,), sites={"mlp_contribution": twice}))
+
+    found = check_map(made.model, replace(right, kinds=kinds), made.inputs).map
+
+    assert found.site("mlp_contribution", 0) == right.site("mlp_contribution", 0)
+    assert found.site("mlp_contribution", 1) is None
