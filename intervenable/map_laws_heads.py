@@ -98,7 +98,8 @@ def heads(bench: Bench) -> Judge:
                 yield Finding(written, "heads", layer, right, off, limit, why)
                 if coded.written in ("attention_pattern",):
                     yield Finding(read, "heads", layer, right, off, limit, why)
-                    if (whole := _viewed_there(bench, read, layer)) is not None:
+                    mixed = off > limit  # a head that hardly moves says nothing of what all are side by side
+                    if (right or mixed) and (whole := _viewed_there(bench, read, layer)) is not None:
                         yield Finding(whole, "heads", layer, right, off, limit, why)
         yield from _as_wide(bench)
         yield from _as_many(bench)
