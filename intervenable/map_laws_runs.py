@@ -38,7 +38,7 @@ MOST_LOGITS = 40_000_000
 MOST_INPUTS = 4_000_000
 """Numbers that a pass may be given: of clips and pictures, few are looked at at a time."""
 
-MOST_ENTRIES = 100_000
+MOST_ENTRIES = 400_000
 """Entries that one place may have in a pass: with many heads, few experiments at few places are made at a time."""
 
 
