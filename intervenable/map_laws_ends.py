@@ -37,9 +37,8 @@ def ends(bench: Bench, swaps: Swaps) -> Judge:
             writes: dict[Key, Change] = {(key[0], layer): taken_from(source) for layer in every}
             entered: Key = (named("block_input", prefix), last)
             if key[1] is not None and prefix in bench.carrying and bench.has(*entered):
-                writes[entered] = taken_from(
-                    bench.base
-                )  # so that the last block has not the source's by itself
+                # Given the source's, the last block would return it by itself, whatever is written.
+                writes[entered] = taken_from(bench.base)
             group = bench.experiment(f"{key[0]} of {source.name}", writes)
             bench.read_in(group, [("logits", None)])
             made.append((key, prefix, group, source))
