@@ -68,6 +68,12 @@ class Examples:
         return tensor.transpose(0, 1) if self.time_first and tensor.dim() == 3 else tensor
 
 
+def _of_its_own(end: Any) -> Any:
+    """Of vectors for each example of one tower beside each of the other, those of one and the same."""
+    pairs = isinstance(end, Tensor) and end.dim() == 3 and end.shape[0] == end.shape[1]
+    return end.diagonal().T if pairs else end
+
+
 def main_tensor(output: Any) -> Tensor:
     """The logits, else what towers make of each example, else the first floating-point tensor of an output."""
     logits = getattr(output, "logits", None)
@@ -77,7 +83,7 @@ def main_tensor(output: Any) -> Tensor:
         return output
     if isinstance(output, Mapping):
         # That of one tower is compared with those of all examples of the other.
-        ends = [value for name, value in output.items() if str(name).endswith("_embeds")]
+        ends = [_of_its_own(value) for name, value in output.items() if str(name).endswith("_embeds")]
         if len(ends) > 1 and all(isinstance(end, Tensor) and end.dim() == 2 for end in ends):
             return torch.cat(ends, -1)
     items = list(output.values() if isinstance(output, Mapping) else output)

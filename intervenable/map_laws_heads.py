@@ -274,14 +274,16 @@ def _told(
         shift = shift.nanmedian(-1, keepdim=True).values.nan_to_num(0.0)
         difference = torch.where(visible, difference - shift, difference)
     # The largest of each head at each position, or in each column.
-    apart = difference.abs().amax((0, -1 if coded.at == "row" else -2))
+    within = (0, -1 if coded.at == "row" else -2)
+    apart, own = difference.abs().amax(within), (old / size).abs().amax(within)
     heads_of = torch.arange(total, device=old.device) // (total // count) + 1
     due = torch.zeros_like(apart, dtype=torch.bool)
     for bit, place in places:
         due[:, place] = (heads_of >> bit & 1).bool().view(-1, *[1] * (due[:, place].dim() - 1))
     off = float(apart.masked_fill(due, 0.0).max())
-    # One position of a head may be small beside the largest of all; what is not changed is the same in one pass.
-    return off, off <= limit and bool((apart[due] > STILL * limit).all())
+    # A head, or one position of it, may be small beside the largest of all; what is not changed is the same in one
+    # pass.
+    return off, off <= limit and bool((apart[due] > STILL * limit * own[due]).all())
 
 
 def shares(bench: Bench) -> Judge:

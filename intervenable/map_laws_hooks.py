@@ -46,6 +46,12 @@ class GroupHooks:
     passes: dict[Key, int] | None = None
     """How often a place is passed, if that is to be counted."""
 
+    entries: Mapping[Key, float] = field(default_factory=dict)
+    """How many entries places have in one group, as a plain pass showed."""
+
+    times: float = 1.0
+    """How many times the examples of a plain pass there are."""
+
     streams: dict[Key, Tensor] = field(default_factory=dict)
     """What went through the places to which others add, in the pass that is on."""
 
@@ -107,6 +113,8 @@ class GroupHooks:
             try:
                 old = self._reading(passage, site)
                 new = by_group(old.clone(), len(self.groups))
+                if self._has_grown(key, new):
+                    return
                 for group, change in changes:  # those of sources come first: others take what they made
                     new[group.index] = change(new)
                 site.write(passage, self._index_at(passage, site), self._run, old, new.flatten(0, 1))
@@ -127,12 +135,22 @@ class GroupHooks:
                 return
             try:
                 values = by_group(self._reading(passage, site), len(self.groups))
+                if self._has_grown(key, values):
+                    return
                 for group in wanting:
                     group.seen[key] = values[group.index].detach().clone()
             except Exception as error:
                 self.faults[key] = f"reading there fails ({first_line(error)})"
 
         return act
+
+    def _has_grown(self, key: Key, values: Tensor) -> bool:
+        """Whether a place has as many times more entries of an example as there are examples: it is at fault then."""
+        before = self.entries.get(key)
+        if before is None or self.times == 1 or values.numel() // len(self.groups) != before * self.times:
+            return False
+        self.faults[key] = "how much it has of an example depends on how many are beside it"
+        return True
 
     def _keeping(self, key: Key) -> Callable[[Passage], None]:
         """What keeps the stream at a place, for those to which it is added."""

@@ -74,13 +74,18 @@ def affine(bench: Bench) -> Judge:
                 even, odd, none = (group.seen[key] for group in groups)
                 whole = bench.base.seen[key]
                 limit = MOVED * limit_of(whole.dtype)
-                off = deviation(even + odd - none, whole)
+                off = deviation(even + odd - none, whole) if _alike(even, odd, none) else float("inf")
                 follows = deviation(none, whole) > STILL * limit_of(whole.dtype)
                 why = f"{read} is the sum of what parts of {written} come to"
                 why = why if follows else f"{read} is another without {written}"
                 yield Finding(read, "linear", layer, off <= limit and follows, off, limit, why)
 
     return judge
+
+
+def _alike(*values: Tensor) -> bool:
+    """Whether values can be added: how long some models are in a pass follows from what is written in it."""
+    return len({value.shape for value in values}) == 1
 
 
 def _zeroed(bench: Bench, part: str) -> Change:
@@ -138,9 +143,10 @@ def straight(bench: Bench, traced: Trace) -> Judge:
                     continue
                 if _comes_from_a_norm(bench.plainly.get(key), traced):
                     continue
-                without, once = none.seen[key].double(), bench.base.seen[key].double()
+                without, once, moved = (group.seen[key].double() for group in (none, bench.base, more))
                 limit = MOVED * limit_of(bench.base.seen[key].dtype)
-                off = deviation(more.seen[key].double(), without + TIMES[1] * (once - without))
+                alike = _alike(without, once)
+                off = deviation(moved, without + TIMES[1] * (once - without)) if alike else float("inf")
                 why = f"{read} moves {TIMES[1]:g} times as far with {TIMES[1]:g} times {written}"
                 yield Finding(written, "linear", layer, off <= limit, off, limit, why)
 

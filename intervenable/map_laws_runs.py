@@ -85,6 +85,7 @@ class Bench:
         self.sites: dict[Key, BoundSite] = {}
         self.faults: dict[Key, str] = {}
         """Places that cannot be bound, read or written, and why."""
+        self._layers: dict[str, list[int | None]] | None = None
         self._bind(model_map.components() if components is None else components)
         self.plainly: dict[Key, Tensor] = {}
         """What the places have in the plain pass."""
@@ -121,7 +122,7 @@ class Bench:
         less = copy.copy(self)
         less.map, less.places, less.known = model_map, GivenPlaces(self.model, model_map), True
         less.sites = {key: site for key, site in self.sites.items() if model_map.site(*key) is not None}
-        less.faults = {}
+        less.faults, less._layers = {}, None
         less.plainly = {key: value for key, value in self.plainly.items() if key in less.sites}
         less._begin()
         return less
@@ -137,7 +138,15 @@ class Bench:
 
     def layers(self, component: str) -> list[int | None]:
         """The layers in which a component is placed and could be bound; `[None]` outside the blocks."""
-        return [layer for name, layer in self.sites if name == component and (name, layer) not in self.faults]
+        return [layer for layer in self._placed().get(component, ()) if (component, layer) not in self.faults]
+
+    def _placed(self) -> Mapping[str, Sequence[int | None]]:
+        """The layers of each component, of all that are bound."""
+        if self._layers is None:
+            self._layers = {}
+            for name, layer in self.sites:
+                self._layers.setdefault(name, []).append(layer)
+        return self._layers
 
     def has(self, component: str, layer: int | None) -> bool:
         """Whether a component is placed in a layer, and nothing has failed there so far."""
@@ -312,7 +321,7 @@ class Bench:
         ids = next((v for v in self.inputs.values() if isinstance(v, Tensor) and v.dim() >= 2), None)
         tokens = self.rows if ids is None else self.rows * ids.shape[1]
         logits = tokens * (self.places.sizes.vocabulary or 1)
-        given = sum(value.numel() for value in self.inputs.values() if isinstance(value, Tensor))
+        given = sum(value.numel() for value in self.experimented.values() if isinstance(value, Tensor))
         return max(8, min(MOST_LOGITS // max(1, logits), MOST_INPUTS // max(1, given)))
 
     def _pass(self, groups: list[Group]) -> None:
@@ -328,9 +337,17 @@ class Bench:
 
     def _hooks(self, groups: Sequence[Group], each: int, passes: dict[Key, int] | None = None) -> list[Hook]:
         """Hooks for a pass of these groups, of `each` examples."""
-        examples = each * len(groups) // self.rows_of_example
         return GroupHooks(
-            self.sites, groups, examples, self.time_first, self.carrying, self.faults, self.pinned, passes
+            self.sites,
+            groups,
+            each * len(groups) // self.rows_of_example,
+            self.time_first,
+            self.carrying,
+            self.faults,
+            self.pinned,
+            passes,
+            {key: value.numel() * each / self.batch for key, value in self.plainly.items()},
+            each * len(groups) / self.batch,
         ).in_order()
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -107,10 +107,7 @@ class Swaps:
         return group
 
     def rest(self, prefix: str, words: Iterable[str], source: Group, read: str) -> Group | None:
-        """A group in which all that goes into attention is the source's but for what the words name.
-
-        It is run at once, as few architectures need it.
-        """
+        """A group in which all that goes into attention is the source's but for what the words name."""
         bench, words = self.bench, tuple(words)
         key = (prefix, words, id(source), read, "rest")
         given = named("attention_input" if prefix == "cross" else "block_input", prefix)
@@ -123,7 +120,6 @@ class Swaps:
                 writes.update({(name, layer): taken_from(bench.base) for layer in bench.layers(name)})
             reads = [(named(read, prefix), layer) for layer in bench.layers(named(read, prefix))]
             self._made[key] = bench.experiment(f"all but {', '.join(words)} of {source.name}", writes, reads)
-            bench.run()
         return self._made[key]
 
 
@@ -147,52 +143,83 @@ def determines(bench: Bench, swaps: Swaps) -> Judge:
                 made.append((prefix, written, read, source, swaps.swap(prefix, written, source, seen)))
 
     def judge() -> Iterator[Finding]:
-        into: dict[Key, list[tuple[bool, float]]] = {}
-        source_dtype: dict[Key, torch.dtype] = {}
-        for prefix, written, read, source, group in made:
-            names, name = [named(word, prefix) for word in written], named(read, prefix)
-            for layer in bench.layers(name):
-                key = (name, layer)
-                if not all(bench.has(other, layer) for other in names) or not all_have(
-                    key, group, source, bench.base
-                ):
+        transfers = [one for each in made for one in _transfers(bench, swaps, *each)]
+        if bench.groups:  # few architectures need any
+            bench.run()
+        into: dict[Key, list[_Transfer]] = {}
+        for transfer in transfers:
+            name, layer = transfer.key
+            off = transfer.deviation(bench)
+            into.setdefault(transfer.key, []).append(replace(transfer, off=off, rest=None))
+            # The pattern is what its module computes; what is written beside it has to fit it.
+            for other in transfer.names:
+                if COMPONENTS[other].word == "attention_pattern" and len(transfer.names) > 1:
                     continue
-                if "attention_pattern" in written and beside_the_band(bench, prefix, layer):
-                    continue
-                limit = limit_of(source.seen[key].dtype)
-                if deviation(source.seen[key], bench.base.seen[key]) < MOVED * limit:
-                    continue  # nothing is told by what does not differ
-                found, expected = group.seen[key], source.seen[key]
-                if COMPONENTS[name].word == "attention_pattern":
-                    found, expected = of_common(found, expected), of_common(expected, found)
-                elif COMPONENTS[name].word in SCORES:
-                    found, expected = where_both(found, expected), where_both(expected, found)
-                off = deviation(found, expected)
-                if off > limit and COMPONENTS[name].word == "attention_value_output":
-                    off = min(off, gated(bench, prefix, layer, group, source))
-                if off > limit and COMPONENTS[name].word == "attention_value_output":
-                    rest = swaps.rest(prefix, written, source, read)
-                    off = min(off, in_product(bench, key, group, rest, source))
-                if off > limit and COMPONENTS[name].word == "attention_scores":
-                    off = min(off, parts_of_heads(bench, prefix, layer, group, source, names))
-                if off > limit and COMPONENTS[name].word == "attention_scores":
-                    rest = swaps.rest(prefix, written, source, read)
-                    off = min(off, in_sum(bench, key, group, rest, source, names))
-                source_dtype[key] = expected.dtype
-                into.setdefault(key, []).append((off <= limit, off))
-                # The pattern is what its module computes; what is written beside it has to fit it.
-                for other in names:
-                    if COMPONENTS[other].word == "attention_pattern" and len(names) > 1:
-                        continue
-                    why = f"{name} as in the source"
-                    yield Finding(other, "determines", layer, off <= limit, off, limit, why, compared=name)
+                limit, why = transfer.limit, f"{name} as in the source"
+                yield Finding(other, "determines", layer, off <= limit, off, limit, why, compared=name)
         for (name, layer), results in into.items():
             if COMPONENTS[name].inside is None:
-                off = min(off for _, off in results)
-                limit, passed = limit_of(source_dtype[name, layer]), any(passed for passed, _ in results)
+                off, limit = min(one.off for one in results), results[-1].limit
+                passed = any(one.off <= one.limit for one in results)
                 yield Finding(name, "determines", layer, passed, off, limit, "what should determine it does")
 
     return judge
+
+
+@dataclass(frozen=True)
+class _Transfer:
+    """What was read at a place of a layer with the source's values written at those that should determine it."""
+
+    names: Sequence[str]
+    key: Key
+    group: Group
+    source: Group
+    limit: float
+    off: float
+    """How far what was read is from the source's."""
+
+    rest: Group | None
+    """With all but these values of the source, if that may show that it need not be the source's."""
+
+    def deviation(self, bench: Bench) -> float:
+        """How far off it is, once all experiments have been made."""
+        if self.rest is None:
+            return self.off
+        if COMPONENTS[self.key[0]].word == "attention_scores":
+            return min(self.off, in_sum(bench, self.key, self.group, self.rest, self.source, self.names))
+        return min(self.off, in_product(bench, self.key, self.group, self.rest, self.source))
+
+
+def _transfers(
+    bench: Bench, swaps: Swaps, prefix: str, written: Sequence[str], read: str, source: Group, group: Group
+) -> Iterator[_Transfer]:
+    """What an experiment of `determines` came to in each layer in which it tells something."""
+    names, name = [named(word, prefix) for word in written], named(read, prefix)
+    for layer in bench.layers(name):
+        key = (name, layer)
+        if not all(bench.has(other, layer) for other in names) or not all_have(
+            key, group, source, bench.base
+        ):
+            continue
+        if "attention_pattern" in written and beside_the_band(bench, prefix, layer):
+            continue
+        found, expected = group.seen[key], source.seen[key]
+        limit = limit_of(expected.dtype)
+        if deviation(expected, bench.base.seen[key]) < MOVED * limit:
+            continue  # nothing is told by what does not differ
+        word = COMPONENTS[name].word
+        if word == "attention_pattern":
+            found, expected = of_common(found, expected), of_common(expected, found)
+        elif word in SCORES:
+            found, expected = where_both(found, expected), where_both(expected, found)
+        off = deviation(found, expected)
+        if off > limit and word == "attention_value_output":
+            off = min(off, gated(bench, prefix, layer, group, source))
+        if off > limit and word == "attention_scores":
+            off = min(off, parts_of_heads(bench, prefix, layer, group, source, names))
+        divided = off > limit and word in ("attention_value_output", "attention_scores")
+        rest = swaps.rest(prefix, written, source, read) if divided else None
+        yield _Transfer(names, key, group, source, limit, off, rest)
 
 
 def stays(bench: Bench, swaps: Swaps) -> Judge:

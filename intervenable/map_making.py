@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -77,7 +78,9 @@ def _made(model: nn.Module) -> ModelMap:
     try:
         if not _has_config(model):
             return proved_map(model, example_inputs(model))
-        with models_that_stay(), collections_paused():
+        # On the CPU, whatever device the caller has asked new tensors to be on.
+        elsewhere = torch.get_default_device().type != "cpu"
+        with models_that_stay(), collections_paused(), torch.device("cpu") if elsewhere else nullcontext():
             with torch.inference_mode(False):
                 twin = twin_of(model)
             record = with_towers(twin, proved_map(twin, example_inputs(twin)), proved_map)

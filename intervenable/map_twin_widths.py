@@ -36,9 +36,13 @@ class Geometry:
     stated: bool
     """Whether that is not just the hidden size shared among the heads."""
 
+    staged: bool = False
+    """Whether it is that of the last of several stages, whose heads no rotation turns."""
+
 
 def geometry_of(config: Any) -> Geometry | None:
-    hidden, heads = first_number(config, HIDDEN), first_number(config, HEADS) or _of_last_stage(config)
+    hidden, one_stage = first_number(config, HIDDEN), first_number(config, HEADS)
+    heads = one_stage or _of_last_stage(config)
     if not hidden:
         return None
     if not heads:
@@ -55,7 +59,7 @@ def geometry_of(config: Any) -> Geometry | None:
         return Geometry(hidden, heads, max(latent), gcd(*latent), True)
     if (width is not None and width * heads != hidden) or hidden % heads:
         return Geometry(hidden, heads, width or 0, width or 0, True)
-    return Geometry(hidden, heads, hidden // heads, hidden // heads, False)
+    return Geometry(hidden, heads, hidden // heads, hidden // heads, False, staged=not one_stage)
 
 
 def _of_last_stage(config: Any) -> int | None:
@@ -78,9 +82,10 @@ def hidden_sizes(config: Any, shape: TwinShape) -> dict[int, int]:
             sizes[hidden] = of_stages[hidden]
             continue
         followers = [part.width for part in parts if not part.stated]
+        even = [part.width for part in parts if part.staged]
         if followers:
             heads = max(part.heads for part in parts if not part.stated)
-            sizes[hidden] = hidden // shrink_factor(followers, heads, shape)
+            sizes[hidden] = hidden // shrink_factor(followers, heads, shape, even)
         else:
             # Heads whose width nothing states, and does not divide the hidden size, have a share of it all the same.
             shared = max((part.heads for part in parts if not part.width), default=1)
@@ -117,18 +122,26 @@ _WIDE = 256
 """Columns of all heads together from which on they become narrower still."""
 
 
-def shrink_factor(widths: Sequence[int], heads: int, shape: TwinShape) -> int:
+def shrink_factor(widths: Sequence[int], heads: int, shape: TwinShape, even: Sequence[int] = ()) -> int:
     """By how much heads of these widths can be narrowed: a whole number that leaves all of them even.
 
     Four columns turn together where positions have two axes, so those of a multiple of four stay one.
+
+    Args:
+        widths: The widths.
+        heads: How many there are at most.
+        shape: How narrow they may become.
+        even: Those of the widths of which it is enough that they stay even; with any, heads become narrower still.
     """
-    narrow = shape.narrow if heads * shape.narrow <= _WIDE else shape.narrow // 2
+    narrow = shape.narrow if heads * shape.narrow <= _WIDE and not even else shape.narrow // 2
     common = gcd(*widths)
     factors = [
         factor
         for factor in range(1, common + 1)
         if common % factor == 0
-        and all((width // factor) % (4 if width % 4 == 0 else 2) == 0 for width in widths)
+        and all(
+            (width // factor) % (4 if width % 4 == 0 and width not in even else 2) == 0 for width in widths
+        )
     ]
     found = 1
     for least in (narrow, narrow // 2):

@@ -106,8 +106,11 @@ def proved(model: nn.Module, model_map: ModelMap, inputs: Mapping[str, Any]) -> 
     left = frozenset(model_map.components())
     while gone := left - frozenset(last.map.components()):  # where other layers keep one, they tell as much
         left -= gone
+        asked = of_the_same_parts(gone, left)
+        if not asked:
+            break
         bench = bench.of_less(last.map)
-        last = _looked_at(bench, output, of_the_same_parts(gone, left))
+        last = _looked_at(bench, output, asked)
         refused |= last.refused
     passed = tuple(name for name in first.components if name not in refused)
     return dataclasses.replace(first, refused=refused, map=last.map, components=passed)

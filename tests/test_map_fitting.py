@@ -11,7 +11,9 @@ import transformers
 from torch import nn
 from written_maps import find_map
 
+from intervenable.map_cache import VARIABLE
 from intervenable.map_fitting import fitted
+from intervenable.map_making import make_map
 from intervenable.map_twin import twin_of
 from model_maps import AttentionHeads, HeadColumns, LayerKind, ModelMap, Site
 from model_maps.sizes import columns_of, sizes_of
@@ -69,6 +71,15 @@ def test_columns_are_those_of_the_large_model(kind: str) -> None:
 
     assert written_out(twin) != written_out(model)
     assert fitted(written_out(twin), twin, model) == written_out(model)
+
+
+def test_a_map_is_made_on_the_cpu_wherever_new_tensors_are_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "")
+    model = on_meta("OlmoForCausalLM")
+    with torch.device("meta"):
+        there = make_map(model)
+
+    assert there == make_map(model)
 
 
 def two_kinds(model: nn.Module, mixers: tuple[int, ...], heads: int, width: int) -> ModelMap:

@@ -285,6 +285,19 @@ def test_stages_of_a_tower_keep_their_heads_and_get_narrower_by_one_factor() -> 
     assert [len(stage.blocks) for stage in stages] == [2, 2, 3, 2]
 
 
+def test_heads_of_stages_need_not_stay_a_multiple_of_four_as_nothing_turns_them() -> None:
+    with torch.device("meta"):
+        model = transformers.ClapModel(transformers.ClapConfig())
+
+    twin = twin_of(model)
+    stages: Any = twin.audio_model.audio_encoder.layers  # type: ignore[union-attr]
+
+    # 24 wide before, beside heads of text that are 64 wide, in a stream as wide as that of the text.
+    assert twin.config.audio_config.hidden_size // 32 == 6  # type: ignore[union-attr]
+    assert twin.config.text_config.hidden_size == twin.config.audio_config.hidden_size == 192  # type: ignore[union-attr]
+    assert stages[-1].blocks[0].attention.self.query.out_features == 192
+
+
 def test_what_is_as_wide_as_a_stream_follows_it() -> None:
     sizes = twin_of(published("SAM base")).config
     decoder, prompt, vision = sizes.mask_decoder_config, sizes.prompt_encoder_config, sizes.vision_config

@@ -120,6 +120,19 @@ def test_a_head_changed_at_a_position_that_the_matrix_has_not_tells_that_the_pla
     assert told_of_heads(new, old, changed, [(0, 3), (1, 6)], 4, 1e-4) == (float("inf"), False)
 
 
+@pytest.mark.parametrize(("change", "right"), [(1e-3, True), (0.0, False)])
+def test_a_small_head_is_told_by_a_change_that_is_large_for_it(change, right):
+    """A gate may let hardly anything of a head through; one that does not change at all is told all the same."""
+    torch.manual_seed(0)
+    old = torch.randn(1, 4, 5, 8)
+    old[:, 2] *= 1e-6
+    new = old.clone()
+    new[:, 0, 3] += 1
+    new[:, 2, 3] += change * 1e-6
+    changed = Coded("head_attention_value_output", "attention_output", "row")
+    assert told_of_heads(new, old, changed, [(0, 3)], 4, 1e-4) == (0.0, right)
+
+
 def test_what_breaks_a_law_is_refused_with_its_views_and_nothing_else(exchanged, right):
     wrong = {"key_output", "value_output", "head_key_output", "head_value_output"}
     # Queries with these keys give no scores that any run has: nothing tells a right query beside a wrong key.
