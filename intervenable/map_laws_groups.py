@@ -17,6 +17,9 @@ Change = Callable[[Tensor], Tensor]
 Inputs = Mapping[str, Any]
 """Keyword inputs of a model."""
 
+Definition = tuple[str, frozenset[Key], frozenset[str]]
+"""The name of an experiment, where it writes, and which inputs of its own it has."""
+
 
 @dataclass(eq=False)
 class Group:
@@ -42,6 +45,16 @@ class Group:
 
     index: int = 0
     """Its place in the batch of the pass that is on."""
+
+    def take_results(self, other: Group) -> None:
+        """Take what was seen in another group with the same edits, of the places that are to be read in this one."""
+        self.seen = {**{key: other.seen[key] for key in self.reads if key in other.seen}, **self.seen}
+        self.output, self.beside, self.output_beside = other.output, other.beside, other.output_beside
+
+
+def definition_of(group: Group) -> Definition:
+    """What makes a group the same experiment as another one: all that its changes depend on is in its name."""
+    return group.name, frozenset(group.writes), frozenset(group.inputs)
 
 
 def taken_from(group: Group) -> Change:

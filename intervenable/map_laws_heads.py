@@ -77,7 +77,9 @@ def heads(bench: Bench) -> Judge:
                 }
                 writes = {**bench.held(stack), **changes}
                 group = bench.experiment(
-                    f"heads of {written}, {_numbers(bits)}", writes, [(read, layer) for layer in layers]
+                    f"heads of {written}, {_numbers(bits)} at {coded.at}s {places}",
+                    writes,
+                    [(read, layer) for layer in layers],
                 )
                 made.append((written, read, coded, bits, places, group))
 

@@ -21,7 +21,16 @@ from intervenable.hooks import Hook, hooked
 from intervenable.map_laws import deviation, limit_of, named
 from intervenable.map_laws_carried import carrying, pinned
 from intervenable.map_laws_examples import Examples
-from intervenable.map_laws_groups import Change, Group, Inputs, Key, by_group, taken_from
+from intervenable.map_laws_groups import (
+    Change,
+    Definition,
+    Group,
+    Inputs,
+    Key,
+    by_group,
+    definition_of,
+    taken_from,
+)
 from intervenable.map_laws_hooks import GroupHooks, first_line
 from intervenable.map_media import rows_of_picture
 from intervenable.map_trace import Slot, Trace, trace
@@ -96,8 +105,8 @@ class Bench:
         """Prefixes of the stacks whose blocks are given more of those before them than the stream."""
         self.pinned: Mapping[Key, Sequence[Slot]] = {}
         """Inputs of blocks beside the stream that all groups are given as the base is."""
-        self.known = False
-        """Whether all places were looked at before, beside others that are gone."""
+        self.before: Bench | None = None
+        """The bench of the map from which some places are gone in this one's."""
         self._begin()
 
     def _begin(self) -> None:
@@ -112,15 +121,21 @@ class Bench:
         self.fixed: list[Group] = [self.base, *self.sources.values()]
         """Groups that are in every pass."""
         self.groups: list[Group] = []
+        self._made: dict[Definition, Group] = {}
+
+    @property
+    def known(self) -> bool:
+        """Whether all places were looked at before, beside others that are gone."""
+        return self.before is not None
 
     def of_less(self, model_map: ModelMap) -> Bench:
-        """A bench of a map with fewer places than this one's: what a plain pass showed of the rest is known.
+        """A bench of a map with fewer places than this one's: what passes showed of the rest is known.
 
         Args:
             model_map: The map of this bench, without what was refused.
         """
         less = copy.copy(self)
-        less.map, less.places, less.known = model_map, GivenPlaces(self.model, model_map), True
+        less.map, less.places, less.before = model_map, GivenPlaces(self.model, model_map), self
         less.sites = {key: site for key, site in self.sites.items() if model_map.site(*key) is not None}
         less.faults, less._layers = {}, None
         less.plainly = {key: value for key, value in self.plainly.items() if key in less.sites}
@@ -280,12 +295,20 @@ class Bench:
         return result
 
     def run(self) -> None:
-        """Make all experiments, in as few passes as memory allows; places with large values in passes of few."""
-        waiting, self.groups = sorted(self.groups, key=self._size_of), []
+        """Make all experiments, in as few passes as memory allows; places with large values in passes of few.
+
+        What is defined as it was before some places were gone is not made again.
+        """
+        self._made |= {definition_of(group): group for group in self.groups}
+        waiting = sorted(self._not_known(), key=self._size_of)
+        self.groups = []
         fixed = {group: group.reads for group in self.fixed}
+        unseen = set().union(*(group.reads - group.seen.keys() for group in self.fixed))
+        lone = unseen.difference(*(group.reads for group in waiting))
         passes = self._shared_out(waiting)
+        if lone and not passes and self.known:
+            passes = [[]]
         least = min(passes, key=len, default=None)
-        lone = set().union(*fixed.values()).difference(*(group.reads for group in waiting))
         for groups in passes:
             wanted = set().union(*(group.reads for group in groups)) | (lone if groups is least else set())
             for group, reads in fixed.items():
@@ -293,6 +316,26 @@ class Bench:
             self._pass([*self.fixed, *groups])
         for group, reads in fixed.items():
             group.reads = reads
+
+    def _not_known(self) -> list[Group]:
+        """The experiments that the bench before this one has not made; the others take their results from there."""
+        before = self.before
+        if before is None or (before.carrying, before.pinned) != (self.carrying, self.pinned):
+            return self.groups
+        fixed = {definition_of(group): group for group in before.fixed}
+        if not all(definition_of(group) in fixed for group in self.fixed):
+            return self.groups  # what is taken from one of them is something else then
+        for group in self.fixed:
+            group.take_results(fixed[definition_of(group)])
+        self._made = before._made | self._made
+        waiting = []
+        for group in self.groups:
+            made = before._made.get(definition_of(group))
+            if made is None or not made.seen.keys() >= group.reads:
+                waiting.append(group)
+            else:
+                group.take_results(made)
+        return waiting
 
     def _size_of(self, group: Group) -> int:
         """How many entries the largest value has that a group reads or writes, for one example."""

@@ -98,7 +98,9 @@ class Swaps:
             if base_at:
                 name = named(base_at, prefix)
                 writes.update({(name, layer): taken_from(bench.base) for layer in bench.layers(name)})
-            self._made[key] = bench.experiment(f"{', '.join(words)} of {source.name}", writes)
+            beside = f", {base_at} held" if base_at else ""
+            name = f"{_listed(words, prefix)} of {source.name}{beside} {tag}".rstrip()
+            self._made[key] = bench.experiment(name, writes)
         group = self._made[key]
         for word in reads:
             name = named(word, prefix)
@@ -119,8 +121,13 @@ class Swaps:
             for name in (named(word, prefix) for word in words):
                 writes.update({(name, layer): taken_from(bench.base) for layer in bench.layers(name)})
             reads = [(named(read, prefix), layer) for layer in bench.layers(named(read, prefix))]
-            self._made[key] = bench.experiment(f"all but {', '.join(words)} of {source.name}", writes, reads)
+            name = f"all but {_listed(words, prefix)} of {source.name}"
+            self._made[key] = bench.experiment(name, writes, reads)
         return self._made[key]
+
+
+def _listed(words: Iterable[str], prefix: str) -> str:
+    return ", ".join(named(word, prefix) for word in words)
 
 
 def _parted(bench: Bench, source: Group, part: Callable[[Tensor, Tensor], Tensor]) -> Change:

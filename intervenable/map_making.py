@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from intervenable.map_inference import infer_map
 from intervenable.map_inputs import example_inputs
 from intervenable.map_layers import models_that_stay
 from intervenable.map_towers import with_towers
-from intervenable.map_twin import twin_of
+from intervenable.map_twin import on_cpu, twin_of
 from intervenable.map_verification import proved
 from model_maps import ModelMap, UnmappedModelError
 
@@ -78,9 +77,7 @@ def _made(model: nn.Module) -> ModelMap:
     try:
         if not _has_config(model):
             return proved_map(model, example_inputs(model))
-        # On the CPU, whatever device the caller has asked new tensors to be on.
-        elsewhere = torch.get_default_device().type != "cpu"
-        with models_that_stay(), collections_paused(), torch.device("cpu") if elsewhere else nullcontext():
+        with models_that_stay(), collections_paused(), on_cpu():
             with torch.inference_mode(False):
                 twin = twin_of(model)
             record = with_towers(twin, proved_map(twin, example_inputs(twin)), proved_map)

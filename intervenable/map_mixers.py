@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from intervenable.hooks import Hook, hooked
+from intervenable.hooks import EarlyStop, Hook, hooked
 from intervenable.map_layout import Layout
 from intervenable.map_mlp import Placed, main, site_at
 from intervenable.map_stream import Contribution
@@ -57,7 +57,10 @@ def mixing_modules(
         hooks.append(Hook(call.module, "input", _changing(call, layout)))
         hooks.append(Hook(call.module, "output", _keeping(path, seen)))
     if hooks:
-        with torch.no_grad(), hooked(hooks, model):
+        last = max(wanted, key=lambda path: run.of(path)[0].left)
+        stop = EarlyStop(model, [last])  # what comes after all of them is not asked for
+        hooks.append(Hook(run.of(last)[0].module, "output", lambda _: stop.request(last)))
+        with torch.no_grad(), hooked([*hooks, *stop.hooks], model), stop:
             model(**inputs)
     return {path: _spreads(run.of(path)[0], seen[path], layout) for path in wanted}
 

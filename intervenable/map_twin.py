@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from intervenable.errors import InputError, IntervenableError, UnsupportedModelError
 from intervenable.map_inputs import example_inputs
@@ -37,6 +38,9 @@ SHAPES = (
 
 LARGEST = 16_000_000
 """A model of more parameters is no twin: a field that its config is known by has been missed."""
+
+
+_TOO_LARGE = f"It would still have more than {LARGEST / 1e6:.0f} million parameters."
 
 
 def twin_of(model: nn.Module, *, seed: int = 0) -> nn.Module:
@@ -111,16 +115,15 @@ def _has_all_kinds(twin: nn.Module, model: nn.Module) -> bool:
 def _twin(model: nn.Module, config: Any, shape: TwinShape, seed: int) -> nn.Module:
     small = small_config(config, shape, layers_shown(model, even=shape.even_stacks), _sections(model))
     cls: Any = type(model)
-    with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in cls(copy.deepcopy(small)).parameters())
-    if size > LARGEST:
-        raise UnsupportedModelError(f"It would still have {size / 1e6:.0f} million parameters.")
     usual = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.float32)
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+        with torch.random.fork_rng(devices=[]), on_cpu(), torch.no_grad():
             torch.manual_seed(seed)
-            made: nn.Module = cls(small).eval().float().requires_grad_(False)
+            with _SmallOnly():
+                made: nn.Module = cls(small).eval().float().requires_grad_(False)
+            if sum(parameter.numel() for parameter in made.parameters()) > LARGEST:
+                raise UnsupportedModelError(_TOO_LARGE)
             spread_weights(made, seed)
             inputs = example_inputs(made)
             try:
@@ -135,6 +138,33 @@ def _twin(model: nn.Module, config: Any, shape: TwinShape, seed: int) -> nn.Modu
     finally:
         torch.set_default_dtype(usual)
     return made
+
+
+def on_cpu() -> AbstractContextManager[object]:
+    """Have new tensors on the CPU, whatever device the caller has asked them to be on."""
+    usual = torch.get_default_device().type == "cpu"  # each function takes longer where a device is asked for
+    return nullcontext() if usual else torch.device("cpu")
+
+
+class _SmallOnly(TorchFunctionMode):
+    """Lets no model be made that is no twin, before it fills the memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._entries = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func in _MAKING:
+            self._entries += made.numel()
+            if self._entries > 2 * LARGEST:  # tables that are no parameters are among them
+                raise UnsupportedModelError(_TOO_LARGE)
+        return made
+
+
+_MAKING = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
 
 
 def _sections(model: nn.Module) -> list[int] | None:

@@ -12,6 +12,7 @@ from torch import nn
 
 import intervenable as iv
 from benchmarks.published_models import PUBLISHED, published
+from intervenable import map_twin
 from intervenable.map_config_fields import parts_of
 from intervenable.map_inference import infer_map
 from intervenable.map_inputs import example_inputs
@@ -274,6 +275,13 @@ def test_a_tower_keeps_windows_that_are_counted_in_pixels_and_gets_small_picture
 
     assert one.vision_config.window_size == 112  # eight patches of 14 pixels
     assert list(other.vision_config.image_size) == [64, 64]
+
+
+def test_what_would_still_be_large_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(map_twin, "LARGEST", 1000)
+
+    with pytest.raises(iv.UnsupportedModelError, match="million parameters"):
+        twin_of(published("GPT-2 XL"))
 
 
 def test_stages_of_a_tower_keep_their_heads_and_get_narrower_by_one_factor() -> None:

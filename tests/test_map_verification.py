@@ -14,6 +14,7 @@ from written_maps import find_map
 import intervenable as iv
 from intervenable.map_inference import infer_map
 from intervenable.map_laws import LAWS, deviation
+from intervenable.map_laws_focus import of_the_same_parts
 from intervenable.map_laws_heads import Coded
 from intervenable.map_laws_heads import _told as told_of_heads
 from intervenable.map_verification import check_map, proved
@@ -423,6 +424,28 @@ def test_what_is_left_of_a_map_keeps_all_laws_by_itself(model_type, task, lost):
 
     assert not lost or lost in found.refused
     assert check_map(made.model, found.map, made.inputs).refused == {}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "task"), [("reformer", "causal-lm"), ("funnel", "masked-lm"), ("wav2vec2-bert", "ctc")]
+)
+def test_experiments_made_before_tell_what_they_would_if_they_were_made_again(model_type, task):
+    made = build(model_type, task)
+    inferred = infer_map(made.model, made.inputs)
+
+    last = check_map(made.model, inferred, made.inputs)
+    left = frozenset(last.map.for_config(made.model.config).components()) | last.refused.keys()
+    while gone := left - frozenset(last.map.components()):
+        left -= gone
+        asked = of_the_same_parts(gone, left)
+        if asked:
+            last = check_map(made.model, last.map, made.inputs, components=asked)
+
+    found = proved(made.model, inferred, made.inputs).map
+    assert found.components() == last.map.components()
+    for name in found.components():
+        for layer in range(4):
+            assert found.site(name, layer) == last.map.site(name, layer)
 
 
 def test_cross_attention_that_is_wrong_in_some_layers_has_nothing_there():
