@@ -69,6 +69,8 @@ def pictures(
     one_each = drawn.normal(count, 1, channels, height, width)
     yield {"pixel_values": one_each, **beside}
     if "pixel_attention_mask" in names:
+        # Of tiles first: where they are what is meant, a mask of pixels would choose as many tiles.
+        yield {"pixel_values": one_each, "pixel_attention_mask": torch.ones(count, 1, dtype=torch.bool)}
         flat_mask = torch.ones(count, height, width, dtype=torch.long)
         yield {"pixel_values": one_each[:, 0], "pixel_attention_mask": flat_mask}
         whole = torch.ones(count, 1, height, width, dtype=torch.long)
