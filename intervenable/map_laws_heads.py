@@ -283,8 +283,7 @@ def _told(
     for bit, place in places:
         due[:, place] = (heads_of >> bit & 1).bool().view(-1, *[1] * (due[:, place].dim() - 1))
     off = float(apart.masked_fill(due, 0.0).max())
-    # A head, or one position of it, may be small beside the largest of all; what is not changed is the same in one
-    # pass.
+    # A head may be small beside the largest of all, or at one position; what is not changed is the same in one pass.
     return off, off <= limit and bool((apart[due] > STILL * limit * own[due]).all())
 
 

@@ -389,8 +389,8 @@ class Bench:
             self.faults,
             self.pinned,
             passes,
-            {key: value.numel() * each / self.batch for key, value in self.plainly.items()},
-            each * len(groups) / self.batch,
+            entries={key: value.numel() * each / self.batch for key, value in self.plainly.items()},
+            times=each * len(groups) / self.batch,
         ).in_order()
 
 

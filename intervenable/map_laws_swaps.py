@@ -153,22 +153,23 @@ def determines(bench: Bench, swaps: Swaps) -> Judge:
         transfers = [one for each in made for one in _transfers(bench, swaps, *each)]
         if bench.groups:  # few architectures need any
             bench.run()
-        into: dict[Key, list[_Transfer]] = {}
+        into: dict[Key, list[tuple[float, float]]] = {}
         for transfer in transfers:
             name, layer = transfer.key
-            off = transfer.deviation(bench)
-            into.setdefault(transfer.key, []).append(replace(transfer, off=off, rest=None))
+            off, limit = transfer.off_by(bench), transfer.limit
+            into.setdefault(transfer.key, []).append((off, limit))
             # The pattern is what its module computes; what is written beside it has to fit it.
             for other in transfer.names:
                 if COMPONENTS[other].word == "attention_pattern" and len(transfer.names) > 1:
                     continue
-                limit, why = transfer.limit, f"{name} as in the source"
+                why = f"{name} as in the source"
                 yield Finding(other, "determines", layer, off <= limit, off, limit, why, compared=name)
         for (name, layer), results in into.items():
             if COMPONENTS[name].inside is None:
-                off, limit = min(one.off for one in results), results[-1].limit
-                passed = any(one.off <= one.limit for one in results)
-                yield Finding(name, "determines", layer, passed, off, limit, "what should determine it does")
+                off, limit = min(results)  # what is read at one place has one limit
+                yield Finding(
+                    name, "determines", layer, off <= limit, off, limit, "what should determine it does"
+                )
 
     return judge
 
@@ -188,7 +189,7 @@ class _Transfer:
     rest: Group | None
     """With all but these values of the source, if that may show that it need not be the source's."""
 
-    def deviation(self, bench: Bench) -> float:
+    def off_by(self, bench: Bench) -> float:
         """How far off it is, once all experiments have been made."""
         if self.rest is None:
             return self.off

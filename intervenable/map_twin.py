@@ -39,7 +39,6 @@ SHAPES = (
 LARGEST = 16_000_000
 """A model of more parameters is no twin: a field that its config is known by has been missed."""
 
-
 _TOO_LARGE = f"It would still have more than {LARGEST / 1e6:.0f} million parameters."
 
 
